@@ -1,0 +1,54 @@
+"""Every environment variable that mxn reads, in one table. Nothing else reads `os.environ` for MXN_*."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mxn.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("MXN_HOME", "~/.mxn", "where mxn keeps state: measured chips, kernel tables, keys, logs"),
+    Variable("MXN_DEVICE", "auto", "device for `mxn serve`, such as cpu, cuda:0, npu:0, sim:0"),
+    Variable("MXN_DTYPE", "auto", "weights and activations: auto, float32, bfloat16, float16"),
+    Variable("MXN_THREADS", "0", "CPU threads of an engine; 0 = all cores this process may use"),
+    Variable("MXN_KERNELS", "", "pin kernels, such as `linear=torch,rms_norm=naive`"),
+    Variable("MXN_KERNEL_TUNING", "on", "measure kernels at model load: on, off (priority decides)"),
+    Variable("MXN_LOG", "info", "log level of engine and server: debug, info, warning, error"),
+    Variable("MXN_SIM_DEVICES", "2", "simulated chip: number of devices"),
+    Variable("MXN_SIM_MEMORY", "4GiB", "simulated chip: memory of each device"),
+    Variable("MXN_SIM_LAUNCH_US", "0", "simulated chip: extra time for each operator, microseconds"),
+    Variable("MXN_SIM_FAIL_AFTER", "0", "simulated chip: the n-th operator fails; 0 = never"),
+)
+
+_BY_NAME = {variable.name: variable for variable in VARIABLES}
+
+
+def get(name: str) -> str:
+    """Return the value of a variable of the table, or its default."""
+    return os.environ.get(name, _BY_NAME[name].default)
+
+
+def get_int(name: str) -> int:
+    """Return a variable as an integer. Raises: ConfigError when it is none."""
+    text = get(name)
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name} must be an integer, got {text!r}") from None
+
+
+def home() -> Path:
+    """Return the state folder, created if needed."""
+    path = Path(get("MXN_HOME")).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path

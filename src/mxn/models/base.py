@@ -1,0 +1,52 @@
+"""What the engine asks of a model, whoever implements it: a native spec or the transformers fallback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, device, dtype
+
+    from mxn.kernels.batch import StepBatch
+    from mxn.models.spec import KvShape
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """The paged cache of one layer on a device.
+
+    Shapes: k [num_pages, K, G, H]; v [num_pages, K, G, J], or None for MLA, where the values are a
+    part of k.
+    """
+
+    k: Tensor
+    v: Tensor | None
+
+
+class CausalLM(Protocol):
+    """A decoder that works on flattened tokens over a paged cache."""
+
+    vocab_size: int
+    max_positions: int
+    kv_shapes: tuple[KvShape, ...]  # one for each layer that has a cache
+    dtype: dtype
+    device: device
+
+    def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
+        """Write the step's keys and values into `cache` and return logits [R, V], float32."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """An encoder that turns token sequences into vectors or scores."""
+
+    max_positions: int
+    dtype: dtype
+    device: device
+
+    def encode(
+        self, sequences: list[list[int]], token_types: list[list[int]] | None = None
+    ) -> Tensor:
+        """Return float32 [len(sequences), D] embeddings, or [.., num_labels] logits."""
+        ...
