@@ -1,0 +1,59 @@
+"""From what a user types to a directory on disk: a local path, or a Hugging Face hub id.
+
+`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to `huggingface_hub`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mxn.errors import NotFoundError
+
+# Weights in pickle files are left out on purpose: loading one can run any code.
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "**/config.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve(model: str, *, revision: str | None = None) -> Path:
+    """Return the directory of `model`, downloading a hub id if it is not in the cache yet.
+
+    Raises: NotFoundError when it is neither a directory with a `config.json` nor a reachable hub id.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise NotFoundError(
+                f"{str(path)!r} has no config.json",
+                hint="name a Hugging Face model directory, or a hub id such as Qwen/Qwen3-0.6B",
+            )
+        return path.resolve()
+    if not _HUB_ID.fullmatch(model) or path.suffix == ".gguf":
+        raise NotFoundError(
+            f"no model directory at {model!r}, and it is not a hub id",
+            hint="`mxn models` lists what is here",
+        )
+    return _download(model, revision)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED)))
+    except LocalEntryNotFoundError as error:
+        reason = (
+            "HF_HUB_OFFLINE is set"
+            if constants.HF_HUB_OFFLINE
+            else f"the hub at {constants.ENDPOINT} cannot be reached"
+        )
+        raise NotFoundError(
+            f"model {hub_id!r} is not in the local cache ({constants.HF_HUB_CACHE}) and {reason}",
+            hint="name a local directory, or set HF_ENDPOINT to a mirror that this machine reaches",
+        ) from error
+    except HfHubHTTPError as error:
+        raise NotFoundError(
+            f"model {hub_id!r} cannot be downloaded: {error}",
+            hint="check the name; for a gated model set HF_TOKEN",
+        ) from error
