@@ -1,4 +1,4 @@
-"""What the engine asks of a model, whoever implements it: a native spec or the transformers fallback."""
+"""What the engine asks of a model, whether a native spec or the fallback implements it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face directory, read lazily from one or many safetensors files.
 
-Knows no model family. FP8 weights with a `weight_scale_inv` beside them are dequantized on the way out,
-so whoever asks sees plain numbers. Start at `Checkpoint.read`.
+Knows no model family. FP8 weights with a `weight_scale_inv` beside them are dequantized on the way
+out, so whoever asks sees plain numbers. Start at `Checkpoint.read`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Checkpoint:
             raise NotFoundError(
                 f"{self.directory} has no tensor {name!r}"
                 + (f"; it has {close[:3]}" if close else ""),
-                hint="the checkpoint is incomplete, or its config.json names the wrong architecture",
+                hint="the checkpoint is incomplete, or config.json names the wrong architecture",
             )
         tensor = self._open(name).get_tensor(name)
         self._unread.discard(name)
@@ -116,7 +116,7 @@ class Checkpoint:
 
 
 def _index(directory: Path) -> dict[str, Path]:
-    """Return tensor name -> file, from the index if there is one, else from the files themselves."""
+    """Return tensor name -> file, from the index if there is one, else from the files."""
     from safetensors import SafetensorError, safe_open
 
     index = read_json(directory / "model.safetensors.index.json").get("weight_map")

@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def resolve(model: str, *, revision: str | None = None) -> Path:
     """Return the directory of `model`, downloading a hub id if it is not in the cache yet.
 
-    Raises: NotFoundError when it is neither a directory with a `config.json` nor a reachable hub id.
+    Raises: NotFoundError when it is neither a model directory nor a reachable hub id.
     """
     path = Path(model).expanduser()
     if path.is_dir():

@@ -1,7 +1,7 @@
 """What a model is, as data: a decoder or an encoder described over the operators of the contract.
 
 Knows no tensors, files or devices. A family (`models/families/<family>.py`) turns a Hugging Face
-`config.json` into one of these; `models/decoder.py` and `models/encoder.py` interpret them. Start at
+config into one of these; `models/decoder.py` and `models/encoder.py` interpret them. Start at
 `DecoderSpec`.
 """
 
@@ -35,6 +35,7 @@ class MlaSpec:
     nope_dim: int
     rope_dim: int
     v_dim: int
+    norm_eps: float = 1e-6  # of the latent norms; the reference code does not use the model's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +54,7 @@ class AttentionSpec:
     def kv_shape(self) -> KvShape:
         """What one token stores in the cache of this layer."""
         if self.mla:
-            return KvShape(
-                num_heads=1, k_dim=self.mla.kv_lora_rank + self.mla.rope_dim, v_dim=0
-            )
+            return KvShape(num_heads=1, k_dim=self.mla.kv_lora_rank + self.mla.rope_dim, v_dim=0)
         return KvShape(num_heads=self.num_kv_heads, k_dim=self.head_dim, v_dim=self.head_dim)
 
 
