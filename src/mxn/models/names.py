@@ -1,6 +1,6 @@
 """Where a family keeps each weight in its checkpoint.
 
-A part is a tuple of module names that are joined on the output dim (one name: stored fused). ``{e}``
+A part is a tuple of module names joined on the output dim (one name: stored fused). ``{e}``
 stands for the expert number. The defaults are Llama's; a family states what differs.
 """
 

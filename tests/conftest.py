@@ -1,0 +1,44 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Two cores are the smallest machine the suite must run on: workers of a parallel run must not each
+# start a thread for every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_home(tmp_path_factory):
+    """Keep measured tables and keys of the user out of the tests, and the other way round."""
+    if "MXN_HOME" not in os.environ:
+        os.environ["MXN_HOME"] = str(tmp_path_factory.mktemp("mxn-home"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device the parity tests run on: MXN_TEST_DEVICE, by default the CPU."""
+    from mxn.chips import find_device
+
+    return find_device(os.environ.get("MXN_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture
+def record_error(request):
+    """Note the error of a parity test in the file that MXN_PARITY_REPORT names, if it names one."""
+
+    def record(what: str, error: float) -> None:
+        path = os.environ.get("MXN_PARITY_REPORT")
+        if path:
+            case = request.node.callspec.id
+            with Path(path).open("a") as file:
+                file.write(json.dumps({"case": case, "what": what, "error": error}) + "\n")
+
+    return record
