@@ -149,3 +149,4 @@ class EncoderSpec:
     head: Literal["none", "pooler", "roberta"] = "none"
     pooling: Literal["cls", "mean", "last"] = "mean"
     is_normalized: bool = False
+    embedding_dim: int = 0  # of a projection behind the pooling; 0: there is none
