@@ -17,12 +17,19 @@ from __future__ import annotations
 
 
 class MxnError(Exception):
-    """Base of all errors raised on purpose; `str()` includes the hint on a line of its own."""
+    """Base of all errors raised on purpose; `str()` includes the hint on a line of its own.
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    `code` is an OpenAI error code where one fits, such as ``context_length_exceeded``.
+    """
+
+    code: str | None = None
+
+    def __init__(self, message: str, *, hint: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if code is not None:
+            self.code = code
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -57,7 +64,16 @@ class ChipError(MxnError):
 
 
 class EngineDiedError(MxnError):
-    """The engine process ended while requests were under way."""
+    """The engine process ended while requests were under way, or is being restarted.
+
+    `retry_after_s` is when a new request has a chance; None: it will not come back by itself.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class InternalError(MxnError):
