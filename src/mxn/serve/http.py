@@ -1,0 +1,151 @@
+"""The thin layer between ASGI and handlers: bodies in, answers out, disconnects noticed.
+
+Knows HTTP and the error shape; knows no model. Handlers are `async (request) -> Response`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mxn.serve.openai.errors import ApiError, ClientGone, from_exception
+
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+
+_PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+_STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[(?P<index>\d+)\]")
+_SHOWN_CHARS = 60
+
+
+class Endpoint:
+    """An ASGI app around one handler; any exception becomes an answer in OpenAI's shape."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        try:
+            response = await self._handler(request)
+        except (ClientGone, ClientDisconnect):
+            response = Response(status_code=499)  # nobody reads it; the number is for the log
+        except Exception as exc:  # the one place that turns failures into answers
+            response = from_exception(exc).response()
+        await response(scope, receive, send)
+
+
+async def parse(request: Request, type: type[T], max_body_bytes: int) -> T:
+    """Read and check a JSON body.
+
+    Raises: ApiError 413 for a body over the limit, 400 with `param` for anything wrong in it.
+    """
+    body = await read_body(request, max_body_bytes)
+    try:
+        return msgspec.json.decode(body, type=type)
+    except msgspec.ValidationError as exc:
+        raise _explain(exc, body) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ApiError(f"The body is not valid JSON: {exc}", code="invalid_json") from None
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise too_large(max_bytes)
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise too_large(max_bytes)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def too_large(max_bytes: int) -> ApiError:
+    return ApiError(
+        f"The body is larger than the limit of {max_bytes} bytes.",
+        status=413,
+        code="request_too_large",
+        # The rest of the body is not read, so the connection cannot be used again.
+        headers={"connection": "close"},
+    )
+
+
+def _explain(exc: msgspec.ValidationError, body: bytes) -> ApiError:
+    """Name the field, what it must be and what was sent."""
+    text = str(exc)
+    match = _PATH.search(text)
+    path = match["path"] if match else ""
+    what = text[: match.start()] if match else text
+    shown = _value_at(body, path) if "[..." not in path else None
+    missing = re.search(r"missing required field `(\w+)`", what)
+    if missing:
+        path = f"{path}.{missing[1]}"
+    param = path.removeprefix(".").split("[...]")[0] or None
+    prefix = f"{param}: " if param else ""
+    got = f", got {shown}" if shown is not None and "got" not in what and not missing else ""
+    return ApiError(f"{prefix}{what}{got}", param=param)
+
+
+def _value_at(body: bytes, path: str) -> str | None:
+    """Return the JSON of the value at a path such as `.messages[0].role`, or None if it is long."""
+    value: Any = msgspec.json.decode(body)
+    for step in _STEP.finditer(path):
+        try:
+            value = value[step["key"] if step["key"] is not None else int(step["index"])]
+        except (KeyError, IndexError, TypeError):
+            return None  # such as `[...]`, which msgspec writes for keys of an object
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= _SHOWN_CHARS else None
+
+
+def json_response(
+    body: Any, headers: Mapping[str, str] | None = None, status: int = 200
+) -> Response:
+    return Response(
+        msgspec.json.encode(body),
+        status_code=status,
+        media_type="application/json",
+        headers=headers,
+    )
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has closed the connection. Call it after the body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, cancelled at once when the client goes away.
+
+    Starlette does not do this for handlers that answer in one piece.
+    Raises: ClientGone.
+    """
+    worker = asyncio.create_task(work)
+    watcher = asyncio.create_task(disconnected(request.receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            raise ClientGone
+        return worker.result()
+    finally:
+        watcher.cancel()
+        await stop(worker)
+
+
+async def stop(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait until its clean-up has run; its outcome is the owner's business."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # marks it as seen

@@ -1,0 +1,1 @@
+"""The OpenAI protocol: request and response types, one file for each endpoint family."""

@@ -1,0 +1,138 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, all four keys always.
+
+Every failure of a request becomes an `ApiError` here, and only here. Start at `from_exception`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from mxn.errors import EngineDiedError, MxnError, NotFoundError, UserError
+
+log = logging.getLogger("mxn.serve")
+
+RETRY_AFTER_S = 2  # an engine restarts or finishes loading in seconds, not minutes
+
+
+class ApiError(Exception):
+    """A request that fails, with everything its answer says."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        extra: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code
+        self.extra = extra or {}
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": {**error, **self.extra}}
+
+    def response(self) -> Response:
+        return Response(
+            msgspec.json.encode(self.body()),
+            status_code=self.status,
+            media_type="application/json",
+            headers=self.headers,
+        )
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads an answer any more."""
+
+
+def model_not_found(name: str, known: list[str]) -> ApiError:
+    served = ", ".join(repr(item) for item in known) or "none"
+    return ApiError(
+        f"The model {name!r} does not exist. Served models: {served}.",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
+
+
+def context_exceeded(prompt_tokens: int, max_tokens: int | None, limit: int) -> ApiError:
+    """The prompt, or the prompt plus the tokens asked for, does not fit the context."""
+    if max_tokens is None or prompt_tokens >= limit:
+        asked = f"{prompt_tokens} prompt tokens"
+    else:
+        total = prompt_tokens + max_tokens
+        asked = f"{total} tokens ({prompt_tokens} prompt tokens and {max_tokens} to generate)"
+    return ApiError(
+        f"This model's context is {limit} tokens; the request needs {asked}. "
+        "Shorten the prompt or lower max_tokens.",
+        param="messages" if max_tokens is None else "max_tokens",
+        code="context_length_exceeded",
+        extra={"n_prompt_tokens": prompt_tokens, "n_ctx": limit},
+    )
+
+
+def not_supported(param: str, what: str) -> ApiError:
+    return ApiError(f"{what} is not supported yet.", param=param, code="unsupported_parameter")
+
+
+def unavailable(message: str, *, type: str = "overloaded_error", code: str) -> ApiError:
+    """The same request may succeed a little later."""
+    headers = {"retry-after": str(RETRY_AFTER_S)}
+    return ApiError(message, status=503, type=type, code=code, headers=headers)
+
+
+def engine_died(model: str) -> ApiError:
+    return unavailable(
+        f"The engine of model {model!r} stopped; it is being restarted or needs an operator.",
+        type="server_error",
+        code="engine_unavailable",
+    )
+
+
+def from_exception(exc: BaseException) -> ApiError:
+    """Return what a client is told about `exc`; unknown ones are logged and told nothing."""
+    if isinstance(exc, ApiError):
+        return exc
+    if isinstance(exc, HTTPException):
+        return _from_http(exc)
+    if isinstance(exc, UserError):
+        status = 404 if isinstance(exc, NotFoundError) else 400
+        return ApiError(_one_line(exc), status=status, code=getattr(exc, "code", None))
+    if isinstance(exc, EngineDiedError):
+        return unavailable(_one_line(exc), type="server_error", code="engine_unavailable")
+    log.error("request failed", exc_info=exc)
+    return ApiError(
+        "The server had an internal error; its log has the details under the x-request-id.",
+        status=500,
+        type="server_error",
+        code="internal_error",
+    )
+
+
+def _from_http(exc: HTTPException) -> ApiError:
+    if exc.status_code == 404:
+        message, code = "Unknown URL. See /openapi.json for the routes.", "unknown_url"
+    elif exc.status_code == 405:
+        message, code = "This URL does not take this method.", "method_not_allowed"
+    else:
+        message, code = str(exc.detail), None
+    headers = dict(exc.headers or {})
+    return ApiError(message, status=exc.status_code, code=code, headers=headers)
+
+
+def _one_line(exc: MxnError) -> str:
+    return f"{exc.message} ({exc.hint})" if exc.hint else exc.message

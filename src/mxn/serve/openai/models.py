@@ -1,0 +1,45 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mxn.serve.http import json_response
+from mxn.serve.openai.errors import model_not_found
+from mxn.serve.openai.types import ModelCard, ModelList
+from mxn.serve.served import ServedModel
+from mxn.serve.state import State
+
+
+class ModelRoutes:
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    async def list(self, request: Request) -> Response:
+        cards = [
+            _card(model, name)
+            for model in self._state.models
+            for name in (model.name, *model.aliases)
+        ]
+        return json_response(ModelList(data=cards))
+
+    async def retrieve(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        model = self._state.models.get(name)
+        if model is None:
+            raise model_not_found(name, self._state.models.names())
+        return json_response(_card(model, name))
+
+
+def _card(model: ServedModel, name: str) -> ModelCard:
+    return ModelCard(
+        id=name,
+        created=model.created,
+        root=model.name,
+        kind=model.info.kind,
+        family=model.info.family,
+        device=model.info.device,
+        chips=[model.info.chip],
+        max_model_len=model.info.max_context,
+    )

@@ -1,0 +1,18 @@
+"""Settings of a server that are not about a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """Limits and keys. An empty `api_keys` means that no key is asked for."""
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # never in a log
+    max_body_bytes: int = 32 << 20
+    heartbeat_s: float = 15.0  # silence after which a stream sends `: ping`
+    max_inputs: int = 2048  # texts in one embeddings, rerank or score request
+    cors_origins: tuple[str, ...] = ()
+    # For other projects' test suites: any model name means the only model, max_tokens 0 means unset.
+    is_lenient: bool = False

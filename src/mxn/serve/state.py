@@ -1,0 +1,115 @@
+"""What every handler of one app shares, and how a handler finds its model."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from starlette.requests import Request
+
+from mxn.serve.http import parse
+from mxn.serve.metrics import Metrics
+from mxn.serve.openai.errors import ApiError, engine_died, model_not_found, unavailable
+from mxn.serve.openai.types import ModelRequest
+from mxn.serve.served import ServedModel, ServedModels
+from mxn.serve.settings import ServeSettings
+
+R = TypeVar("R", bound=ModelRequest)
+Kind = Literal["decoder", "embedder", "reranker"]
+
+_ROUTE_FOR = {
+    "decoder": "/v1/completions or /v1/chat/completions",
+    "embedder": "/v1/embeddings",
+    "reranker": "/v1/rerank or /v1/score",
+}
+
+
+@dataclass(slots=True)
+class State:
+    """Models, settings and metrics of one app."""
+
+    models: ServedModels
+    settings: ServeSettings
+    metrics: Metrics = field(default_factory=Metrics)
+
+    async def read(self, request: Request, type: type[R]) -> tuple[R, ServedModel]:
+        """Parse the body and find its model. Raises: ApiError."""
+        body = await parse(request, type, self.settings.max_body_bytes)
+        return body, self.find(body.model)
+
+    def find(self, name: str | None) -> ServedModel:
+        """Return the model of that name; without a name, the only one.
+
+        Raises: ApiError 404 for an unknown one, 503 for one that loads or whose replica died.
+        """
+        model = self._lookup(name)
+        if not model.client.is_healthy:
+            raise engine_died(model.name)
+        return model
+
+    def _lookup(self, name: str | None) -> ServedModel:
+        model = self.models.get(name) if name else self.models.only()
+        if model is None and self.settings.is_lenient:
+            model = self.models.only()
+        if model is not None:
+            return model
+        known = [*self.models.names(), *self.models.pending]
+        pending = self.models.pending
+        if (name and name in pending) or (not name and pending and not len(self.models)):
+            raise self._loading(name or next(iter(pending)))
+        if not name:
+            raise ApiError(f"model is required; one of {known}.", param="model")
+        raise model_not_found(name, known)
+
+    def _loading(self, name: str) -> ApiError:
+        pending = self.models.pending[name]
+        if pending.failure is not None:
+            message = f"Model {name!r} could not be loaded: {pending.failure}"
+            return unavailable(message, type="server_error", code="model_failed")
+        message = f"Model {name!r} is loading."
+        if pending.progress is not None and pending.progress.total:
+            share = 100 * pending.progress.done // pending.progress.total
+            message = f"Model {name!r} is loading ({pending.progress.stage}, {share} %)."
+        return unavailable(message, type="model_loading", code="model_loading")
+
+
+def require_kind(model: ServedModel, *kinds: Kind) -> None:
+    """Refuse a model that cannot do what the route is for. Raises: ApiError."""
+    if model.info.kind not in kinds:
+        raise ApiError(
+            f"Model {model.name!r} is a {model.info.kind}; use {_ROUTE_FOR[model.info.kind]}.",
+            param="model",
+            code="model_kind",
+        )
+
+
+def new_id(prefix: str) -> str:
+    """Return an id that is unique across servers."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def token_prompts(
+    value: str | Sequence[str | int | list[int]], param: str, max_inputs: int
+) -> list[str | list[int]]:
+    """Split the four input shapes of OpenAI into texts and token id lists, in order.
+
+    Raises: ApiError for an empty or mixed list, or for more than `max_inputs` entries.
+    """
+    if isinstance(value, str):
+        return [value]
+    kinds = {type(item) for item in value}
+    if kinds == {int}:
+        return [list(value)]  # type: ignore[arg-type]
+    if kinds not in ({str}, {list}):
+        what = "an empty list" if not value else "a mixed list"
+        raise ApiError(
+            f"{param} is a string, strings, token ids, or lists of token ids; got {what}.",
+            param=param,
+        )
+    if len(value) > max_inputs:
+        raise ApiError(
+            f"{param} takes at most {max_inputs} entries, got {len(value)}.", param=param
+        )
+    return list(value)  # type: ignore[arg-type]
