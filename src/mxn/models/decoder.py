@@ -142,8 +142,7 @@ class Decoder:
         hidden_TD = self.hidden(batch, cache)
         if batch.logits_rows_R is not None:
             hidden_TD = hidden_TD[batch.logits_rows_R]
-        normed = self.ops.rms_norm(hidden_TD, self._final_norm, self.spec.norm_eps)
-        return self._logits(normed, self._head)
+        return self._logits(self.final_normed(hidden_TD), self._head)
 
     def hidden(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Return the residual stream behind the last layer, before the final norm: [T, D]."""
@@ -155,17 +154,17 @@ class Decoder:
         return stream.value()
 
     def predict_after_next(
-        self, hidden_TD: Tensor, batch: StepBatch, cache: LayerCache, depth: int = 0
+        self, normed_TD: Tensor, batch: StepBatch, cache: LayerCache, depth: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Run a multi-token-prediction layer: logits of the token after the next one.
 
-        `hidden_TD` is the stream behind the last layer (or behind the previous prediction layer) at
-        positions t; `batch` holds the tokens at t + 1, at positions t. Returns (logits [T, V],
-        hidden [T, D] for the next depth). Source: arXiv 2412.19437, section 2.2.
+        `normed_TD` is the model's output behind its final norm at positions t (`final_normed`);
+        `batch` holds the tokens at t + 1, at positions t; `cache` is the layer's own. Returns logits
+        [T, V] and the layer's output [T, D]. Source: arXiv 2412.19437, section 2.2.
         """
         weights, eps = self.mtp[depth], self.spec.norm_eps
         token_TD = self.ops.rms_norm(self._embed(batch.token_ids_T), weights.token_norm, eps)
-        merged = torch.cat((token_TD, self.ops.rms_norm(hidden_TD, weights.hidden_norm, eps)), -1)
+        merged = torch.cat((token_TD, self.ops.rms_norm(normed_TD, weights.hidden_norm, eps)), -1)
         stream = Residual(weights.merge(merged), self.ops, eps)
         self._layer(
             stream, self.spec.layers[-1], weights.layer, self._angles(batch), batch.attention, cache
@@ -173,6 +172,10 @@ class Decoder:
         out_TD = stream.value()
         normed = self.ops.rms_norm(out_TD, weights.final_norm, eps)
         return self._logits(normed, weights.head), out_TD
+
+    def final_normed(self, hidden_TD: Tensor) -> Tensor:
+        """Return the residual stream behind the final norm: what the output projection sees."""
+        return self.ops.rms_norm(hidden_TD, self._final_norm, self.spec.norm_eps)
 
     def _embed(self, token_ids_T: Tensor) -> Tensor:
         x_TD = self.ops.embedding(token_ids_T, self._embedding_VD)

@@ -1,0 +1,25 @@
+"""Options that several commands share, with one help text each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A model directory, a Hugging Face hub id, or a shipped model's name.")
+]
+Device = Annotated[
+    str, typer.Option(help="Device such as cpu, cuda:0, npu:0, sim:0; auto: the best present.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's if the chip computes it."),
+]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: all cores this process may use.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+MaxContext = Annotated[
+    int | None, typer.Option(help="Longest context in tokens; by default the model's own.")
+]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")]
