@@ -24,6 +24,8 @@ VARIABLES = (
     Variable("MXN_KERNELS", "", "pin kernels, such as `linear=torch,rms_norm=naive`"),
     Variable("MXN_KERNEL_TUNING", "on", "measure kernels at model load: on, off (priority decides)"),
     Variable("MXN_LOG", "info", "log level of engine and server: debug, info, warning, error"),
+    Variable("MXN_BUILD_DIR", "", "where compiled extensions are cached; empty: MXN_HOME/build"),
+    Variable("MXN_SIM", "0", "simulated chip: 1 lists its devices in detection"),
     Variable("MXN_SIM_DEVICES", "2", "simulated chip: number of devices"),
     Variable("MXN_SIM_MEMORY", "4GiB", "simulated chip: memory of each device"),
     Variable("MXN_SIM_LAUNCH_US", "0", "simulated chip: extra time for each operator, microseconds"),
