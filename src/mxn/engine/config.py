@@ -1,0 +1,84 @@
+"""Settings of one replica: frozen, checked once, and sent to the engine process as JSON.
+
+Knows no torch and reads no environment except for the number of CPU cores this process may use.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from mxn.errors import ConfigError
+
+DEFAULT_LOADER = "mxn.engine.load:load_checkpoint"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What one engine process runs and how much of the machine it may use."""
+
+    model: str  # a directory or a hub id
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0  # CPU threads; 0 = all cores this process may use
+    page_tokens: int = 16
+    kv_bytes: int | None = None  # memory of the page pool; None = kv_fraction of what is free
+    kv_fraction: float = 0.85
+    max_batch_tokens: int = 2048  # new tokens in one step
+    max_sequences: int = 64  # sequences in one step
+    max_waiting: int = 4096  # requests in the queue before new ones are refused
+    max_context: int | None = None  # None = what the model was made for
+    prefix_caching: bool = True
+    allow_fallback: bool = True  # run through transformers when there is no native spec
+    prefer_fallback: bool = False
+    loader: str = DEFAULT_LOADER  # "module:function" that turns this config into a `LoadedReplica`
+
+    def __post_init__(self) -> None:
+        for name in ("page_tokens", "max_batch_tokens", "max_sequences", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.threads < 0:
+            raise ConfigError(f"threads must be 0 (all cores) or more, got {self.threads!r}")
+        if not 0 < self.kv_fraction <= 1:
+            raise ConfigError(f"kv_fraction must be in (0, 1], got {self.kv_fraction!r}")
+        if self.max_context is not None and self.max_context < 1:
+            raise ConfigError(f"max_context must be at least 1, got {self.max_context!r}")
+        if self.kv_bytes is not None and self.kv_bytes < 1:
+            raise ConfigError(f"kv_bytes must be at least 1, got {self.kv_bytes!r}")
+        if self.max_batch_tokens < self.max_sequences:
+            raise ConfigError(
+                f"max_batch_tokens {self.max_batch_tokens!r} is less than max_sequences "
+                f"{self.max_sequences!r}: each running sequence needs one token of a step",
+                hint="raise max_batch_tokens or lower max_sequences",
+            )
+
+    def to_json(self) -> str:
+        """Return the settings as one line of JSON; `from_json` reads it back."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineConfig:
+        """Raises: ConfigError for a value of the wrong type or out of range."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"engine settings: {error}") from None
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads to use, never 0."""
+        return self.threads or usable_cores()
+
+
+def usable_cores() -> int:
+    """Return the cores this process may use: its affinity, cut by the control group's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):  # no control groups of version 2 here: no quota
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))

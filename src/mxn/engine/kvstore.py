@@ -1,0 +1,108 @@
+"""The tensors of the paged cache, and how many pages fit.
+
+Knows shapes, bytes and devices; which page belongs to whom is the page table's business (`kvcache.py`).
+Start at `plan_pages`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mxn.errors import CapacityError
+from mxn.models.base import LayerCache
+from mxn.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from mxn.models.spec import KvShape
+
+
+def page_bytes(kv_shapes: Sequence[KvShape], page_tokens: int, item_bytes: int) -> int:
+    """Return the bytes of one page over all layers; `item_bytes` is the size of one number."""
+    numbers = sum(shape.num_heads * (shape.k_dim + shape.v_dim) for shape in kv_shapes)
+    return numbers * page_tokens * item_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagePlan:
+    """How large the pool is and what set its size; printed by `mxn doctor` and at load."""
+
+    num_pages: int
+    page_bytes: int
+    limited_by: str  # "demand": max_sequences × max_context; "memory"; "kv_bytes"
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
+
+
+def plan_pages(
+    *,
+    page_bytes: int,
+    page_tokens: int,
+    max_sequences: int,
+    max_context: int,
+    available_bytes: int | None,
+    is_given: bool = False,
+    device: str = "device",
+) -> PagePlan:
+    """Return how many pages to allocate: what can be used, cut to what there is memory for.
+
+    `available_bytes` is what the pool may take; `is_given` says that the user set it. None means
+    that the device does not tell, and then demand alone decides.
+    Raises: CapacityError when not even one sequence of `max_context` tokens fits.
+    """
+    pages_one = -(-max_context // page_tokens)
+    demand = pages_one * max_sequences
+    if available_bytes is None:
+        return PagePlan(num_pages=demand, page_bytes=page_bytes, limited_by="demand")
+    fits = available_bytes // page_bytes
+    if fits < pages_one:
+        tokens = fits * page_tokens
+        raise CapacityError(
+            f"a context of {max_context} tokens needs {format_bytes(pages_one * page_bytes)} of "
+            f"cache, {device!r} has {format_bytes(available_bytes)} for it",
+            hint=f"--max-context {tokens} fits" if tokens else "use a smaller model or free memory",
+        )
+    if demand <= fits:
+        return PagePlan(num_pages=demand, page_bytes=page_bytes, limited_by="demand")
+    limited_by = "kv_bytes" if is_given else "memory"
+    return PagePlan(num_pages=fits, page_bytes=page_bytes, limited_by=limited_by)
+
+
+def allocate(
+    kv_shapes: Sequence[KvShape],
+    *,
+    num_pages: int,
+    page_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[LayerCache]:
+    """Return the zeroed cache of each layer: k [num_pages, K, G, H], v [num_pages, K, G, J] or None.
+
+    Zeroed, not empty: a masked position is multiplied by an exact 0, and 0 × NaN would be NaN.
+    Raises: CapacityError when the device refuses.
+    """
+    import torch
+
+    def tensor(shape: KvShape, dim: int) -> torch.Tensor:
+        size = (num_pages, page_tokens, shape.num_heads, dim)
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    try:
+        return [
+            LayerCache(
+                tensor(shape, shape.k_dim), tensor(shape, shape.v_dim) if shape.v_dim else None
+            )
+            for shape in kv_shapes
+        ]
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        wanted = num_pages * page_bytes(kv_shapes, page_tokens, dtype.itemsize)
+        raise CapacityError(
+            f"{device} refused {format_bytes(wanted)} for the cache: {str(error).splitlines()[0]}",
+            hint="set a smaller --kv-memory or --max-context",
+        ) from error

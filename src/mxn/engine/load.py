@@ -1,0 +1,179 @@
+"""From settings to an engine that is ready to step: device, model, cache, loop.
+
+Start at `build_engine`. A loader (`EngineConfig.loader`) turns settings into a `LoadedReplica`; the
+default one reads a Hugging Face checkpoint, tests have their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from mxn.engine.config import EngineConfig
+from mxn.engine.kvstore import PagePlan, allocate, page_bytes, plan_pages
+from mxn.engine.protocol import ModelInfo
+from mxn.errors import CapacityError
+from mxn.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from mxn.engine.core import EngineCore
+    from mxn.engine.encoder import EncoderCore
+    from mxn.models.load import LoadedModel
+
+log = logging.getLogger("mxn.engine")
+
+Report = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedReplica:
+    """What a loader returns: a model on a device and the tokenizer that belongs to it."""
+
+    loaded: LoadedModel
+    tokenizer: Any  # mxn.models.tokenizer.Tokenizer, or one with the same `decode`
+    chip: str
+    device: torch.device
+    free_bytes: int | None = None  # memory left on the device for the cache; None: it does not tell
+    ops: Any = None  # the bound operators, for the sampler; None: bind here
+
+
+def build_engine(config: EngineConfig, report: Report) -> EngineCore | EncoderCore:
+    """Load the replica that `config` describes and return its loop.
+
+    Raises: UserError subclasses with a hint when model, device and settings do not fit together.
+    """
+    from mxn.engine.process import find_loader
+
+    started_s = time.perf_counter()
+    replica = find_loader(config.loader)(config, report)
+    if replica.loaded.kind == "decoder":
+        engine = _decoder(config, replica, report)
+    else:
+        engine = _encoder(config, replica)
+    engine.info = msgspec.structs.replace(engine.info, load_s=time.perf_counter() - started_s)
+    return engine
+
+
+def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
+    """Load the Hugging Face checkpoint `config.model` onto `config.device`."""
+    import torch
+
+    from mxn.chips import default_dtype, find_device, free_memory
+    from mxn.models.hub import resolve
+    from mxn.models.load import load_model
+    from mxn.models.tokenizer import Tokenizer
+
+    directory = resolve(config.model)
+    device = find_device(config.device)
+    dtype = default_dtype(device) if config.dtype == "auto" else config.dtype
+    loaded = load_model(
+        directory,
+        device,
+        dtype,
+        on_progress=lambda done, total: report("weights", done, total),
+        allow_fallback=config.allow_fallback,
+        prefer_fallback=config.prefer_fallback,
+    )
+    return LoadedReplica(
+        loaded=loaded,
+        tokenizer=Tokenizer.load(directory),
+        chip=device.chip.name,
+        device=torch.device(device.torch_device),
+        free_bytes=free_memory(device),
+    )
+
+
+def context_of(config: EngineConfig, model_context: int, page_bytes: int, fits_tokens: int) -> int:
+    """Return the context to serve: what was asked for, or what the model has and memory allows."""
+    if config.max_context is not None:
+        if config.max_context > model_context:
+            raise CapacityError(
+                f"max_context {config.max_context} is more than the model's {model_context}",
+                hint=f"--max-context {model_context}",
+            )
+        return config.max_context
+    if fits_tokens < model_context and fits_tokens > 0:
+        log.warning(
+            "context cut from %d to %d tokens: %s of cache is all there is memory for",
+            model_context, fits_tokens, format_bytes(fits_tokens // config.page_tokens * page_bytes),
+        )  # fmt: skip
+        return fits_tokens
+    return model_context
+
+
+def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
+    """Return the page pool and the context it can serve."""
+    model = replica.loaded.model
+    size = page_bytes(model.kv_shapes, config.page_tokens, model.dtype.itemsize)
+    available = config.kv_bytes
+    if available is None and replica.free_bytes is not None:
+        available = int(replica.free_bytes * config.kv_fraction)
+    model_context = replica.loaded.max_context
+    fits = model_context if available is None else available // size * config.page_tokens
+    max_context = context_of(config, model_context, size, fits)
+    plan = plan_pages(
+        page_bytes=size,
+        page_tokens=config.page_tokens,
+        max_sequences=config.max_sequences,
+        max_context=max_context,
+        available_bytes=available,
+        is_given=config.kv_bytes is not None,
+        device=str(replica.device),
+    )
+    return plan, max_context
+
+
+def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> EngineCore:
+    from mxn.engine.core import EngineCore
+    from mxn.engine.runner import Runner
+    from mxn.engine.sampler import Sampler
+    from mxn.engine.scheduler import Scheduler
+
+    plan, max_context = _plan(config, replica)
+    report("cache", 0, plan.total_bytes)
+    model = replica.loaded.model
+    cache = allocate(
+        model.kv_shapes,
+        num_pages=plan.num_pages,
+        page_tokens=config.page_tokens,
+        dtype=model.dtype,
+        device=replica.device,
+    )
+    report("cache", plan.total_bytes, plan.total_bytes)
+    log.info(
+        "cache: %d pages of %d tokens, %s, limited by %s",
+        plan.num_pages, config.page_tokens, format_bytes(plan.total_bytes), plan.limited_by,
+    )  # fmt: skip
+    raise NotImplementedError
+
+
+def _encoder(config: EngineConfig, replica: LoadedReplica) -> EncoderCore:
+    from mxn.engine.encoder import EncoderCore
+
+    info = _info(config, replica, max_context=replica.loaded.max_context)
+    return EncoderCore(replica.loaded.model, info, max_batch_tokens=config.max_batch_tokens)
+
+
+def _info(config: EngineConfig, replica: LoadedReplica, *, max_context: int) -> ModelInfo:
+    loaded = replica.loaded
+    return ModelInfo(
+        kind=loaded.kind,
+        family=loaded.family,
+        path=config.model,
+        device=str(replica.device),
+        chip=replica.chip,
+        dtype=loaded.dtype,
+        max_context=max_context,
+        vocab_size=getattr(loaded.model, "vocab_size", 0),
+        num_parameters=loaded.num_parameters,
+        eos_ids=loaded.eos_ids,
+        native=loaded.is_native,
+        kernels=loaded.kernels,
+    )

@@ -1,0 +1,160 @@
+"""Turns the chunks of a step into the tensors a model reads, with one copy to the device.
+
+Knows positions, slots and page rows; knows no requests and no policy. Start at `pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from mxn.kernels.batch import AttentionBatch, StepBatch
+
+if TYPE_CHECKING:
+    import torch
+
+# Each part of the shared buffer starts on a multiple of 16 int64 (128 bytes): some kernels read whole
+# vectors, and Triton compiles one variant less when pointers are always aligned.
+_ALIGN = 16
+
+Rows = Literal["none", "last", "all"]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The new tokens of one sequence in one forward pass."""
+
+    table_row: int  # its row in `PageRows.table`
+    start: int  # position of the first token
+    token_ids: Sequence[int]
+    rows: Rows  # whose logits are wanted
+
+    def split(self, at: int) -> tuple[Chunk, Chunk]:
+        """Return the first `at` tokens and the rest; only the rest wants a last row."""
+        first_rows: Rows = "all" if self.rows == "all" else "none"
+        return (
+            Chunk(self.table_row, self.start, self.token_ids[:at], first_rows),
+            Chunk(self.table_row, self.start + at, self.token_ids[at:], self.rows),
+        )
+
+    @property
+    def num_logits(self) -> int:
+        return {"none": 0, "last": 1, "all": len(self.token_ids)}[self.rows]
+
+
+class PageRows:
+    """The page ids of every running sequence, kept as rows of one matrix between steps.
+
+    A step then copies rows instead of walking lists: the cost does not grow with the context.
+    """
+
+    def __init__(self, num_rows: int, max_pages: int) -> None:
+        self.table = np.zeros((num_rows, max_pages), dtype=np.int64)
+        self._free = list(range(num_rows - 1, -1, -1))
+        self._filled: dict[int, int] = {}
+
+    @property
+    def num_used(self) -> int:
+        return len(self._filled)
+
+    def take(self) -> int:
+        """Return a free row."""
+        row = self._free.pop()
+        self._filled[row] = 0
+        return row
+
+    def update(self, row: int, page_ids: Sequence[int]) -> None:
+        """Append the pages that were added since the last call."""
+        filled, num_pages = self._filled[row], len(page_ids)
+        if num_pages != filled:
+            self.table[row, filled:num_pages] = page_ids[filled:num_pages]
+            self._filled[row] = num_pages
+
+    def release(self, row: int) -> None:
+        """Give a row back; its pages are not its own any more."""
+        self._free.append(row)
+        del self._filled[row]
+
+
+def pack(
+    chunks: Sequence[Chunk], rows: PageRows, page_tokens: int, device: torch.device
+) -> StepBatch:
+    """Return the batch of `chunks`, in their order, on `device`.
+
+    `logits_rows_R` names the wanted rows chunk by chunk; it is None when all rows are wanted.
+    """
+    lens_S = np.array([len(chunk.token_ids) for chunk in chunks])
+    starts_S = np.array([chunk.start for chunk in chunks])
+    rows_S = np.array([chunk.table_row for chunk in chunks])
+    query_starts_S1 = np.zeros(len(chunks) + 1, dtype=np.int64)
+    np.cumsum(lens_S, out=query_starts_S1[1:])
+    num_tokens = int(query_starts_S1[-1])
+    is_decode = num_tokens == len(chunks)
+    if is_decode:
+        tokens_T = [chunk.token_ids[0] for chunk in chunks]
+        positions_T, rows_T = starts_S, rows_S
+    else:
+        tokens_T = [token for chunk in chunks for token in chunk.token_ids]
+        positions_T = np.arange(num_tokens) + np.repeat(starts_S - query_starts_S1[:-1], lens_S)
+        rows_T = np.repeat(rows_S, lens_S)
+    slots_T = rows.table[rows_T, positions_T // page_tokens] * page_tokens
+    slots_T += positions_T % page_tokens
+    context_lens_S = starts_S + lens_S
+    num_pages = -(-int(context_lens_S.max()) // page_tokens)
+    wanted = _wanted_rows(chunks, query_starts_S1, num_tokens)
+    parts = [
+        tokens_T, positions_T, slots_T, context_lens_S, query_starts_S1,
+        rows.table[rows_S, :num_pages].reshape(-1), *([] if wanted is None else [wanted]),
+    ]  # fmt: skip
+    tensors = _to_device(parts, device)
+    attention = AttentionBatch(
+        query_starts=query_starts_S1.tolist(),
+        context_lens=context_lens_S.tolist(),
+        page_table_SP=tensors[5].view(len(chunks), num_pages),
+        context_lens_S=tensors[3],
+        query_starts_S1=tensors[4],
+        slots_T=tensors[2],
+        page_tokens=page_tokens,
+    )
+    return StepBatch(
+        token_ids_T=tensors[0],
+        positions_T=tensors[1],
+        attention=attention,
+        logits_rows_R=None if wanted is None else tensors[6],
+    )
+
+
+def _wanted_rows(
+    chunks: Sequence[Chunk], query_starts_S1: np.ndarray, num_tokens: int
+) -> list[int] | None:
+    """Return the rows of T whose logits are wanted, or None for all of them."""
+    wanted: list[int] = []
+    for chunk, start in zip(chunks, query_starts_S1.tolist(), strict=False):
+        end = start + len(chunk.token_ids)
+        if chunk.rows == "last":
+            wanted.append(end - 1)
+        elif chunk.rows == "all":
+            wanted.extend(range(start, end))
+    return None if len(wanted) == num_tokens else wanted
+
+
+def _to_device(
+    parts: Sequence[Sequence[int] | np.ndarray], device: torch.device
+) -> list[torch.Tensor]:
+    """Return int64 tensors on `device`, all views of one buffer that was copied once."""
+    import torch
+
+    offsets, total = [], 0
+    for part in parts:
+        offsets.append(total)
+        total += -(-len(part) // _ALIGN) * _ALIGN
+    buffer = np.zeros(total, dtype=np.int64)
+    for part, offset in zip(parts, offsets, strict=True):
+        buffer[offset : offset + len(part)] = part
+    tensor = torch.from_numpy(buffer).to(device)
+    return [
+        tensor[offset : offset + len(part)] for part, offset in zip(parts, offsets, strict=True)
+    ]
