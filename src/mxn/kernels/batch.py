@@ -8,8 +8,8 @@ size, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,9 @@ class AttentionBatch:
     query_starts_S1: Tensor  # int64, S + 1
     slots_T: Tensor  # int64, page * page_tokens + offset: where each new token is written
     page_tokens: int
+    page_ids: list[list[int]] | None = None  # page_table_SP on the host, without padding
+    derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    # What kernels computed from this batch and every layer needs again: masks, gather indices.
 
     @property
     def num_sequences(self) -> int:

@@ -1,0 +1,14 @@
+"""The truth of `mla_attention`: grouped attention with one key head whose values are its first dims."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mxn.kernels.batch import AttentionBatch
+from mxn.kernels.ops.paged_attention.naive import paged_attention
+
+
+def mla_attention(
+    q_TNC: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, v_dim: int
+) -> Tensor:
+    return paged_attention(q_TNC, cache, cache[..., :v_dim], batch, scale)

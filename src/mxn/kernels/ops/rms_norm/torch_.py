@@ -1,0 +1,17 @@
+"""`rms_norm` in torch, for any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxn.kernels.registry import kernel
+
+
+@kernel("rms_norm", name="torch")
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight_D.dtype == torch.float32:
+        return (normed * weight_D).to(x.dtype)
+    return normed.to(x.dtype) * weight_D

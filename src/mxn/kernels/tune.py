@@ -1,0 +1,198 @@
+"""Measured times of kernels on this chip, kept so that later loads do not measure again.
+
+Start at `linear_times`. The table is one JSON file for each chip and torch version, under
+``MXN_HOME/kernels``; it also says which kernels failed their parity test and are off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mxn import env
+
+if TYPE_CHECKING:
+    import torch
+
+    from mxn.kernels.registry import Kernel, Linear
+
+LINEAR_ROWS = (1, 16, 256)
+Times = dict[str, dict[str, float]]  # kernel -> case -> median microseconds
+
+_COLD_BYTES = 96 << 20  # weights are cycled through so many bytes, so that no cache holds them
+_MAX_OUT_FEATURES = 16384  # beyond, time grows in proportion; a slice is measured
+_CASE_BUDGET_S = 0.25
+
+
+@dataclass
+class Table:
+    """The stored measurements of one chip. `validate` is the schema: times and reasons only."""
+
+    path: Path
+    chip: str
+    times: dict[str, dict[str, Any]] = field(default_factory=dict)
+    off: dict[str, str] = field(default_factory=dict)  # "op/kernel" -> reason
+
+    @classmethod
+    def open(cls, chip: str) -> Table:
+        """Read the table of `chip`, or start an empty one. A file that cannot be read is replaced."""
+        import torch
+
+        path = env.home() / "kernels" / f"{chip}-{torch.__version__}.json"
+        if not path.exists():
+            return cls(path, chip)
+        try:
+            stored = json.loads(path.read_text())
+            return cls(path, chip, stored["times"], stored["off"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            return cls(path, chip)
+
+    def off_reason(self, op: str, kernel: str) -> str | None:
+        return self.off.get(f"{op}/{kernel}")
+
+    def save(self) -> None:
+        """Write atomically: a second process that loads at the same time sees a whole file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"chip": self.chip, "times": self.times, "off": self.off}, indent=1)
+        scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
+        scratch.write_text(text)
+        scratch.replace(self.path)
+
+    def known(self, key: str, names: set[str]) -> Times | None:
+        """Return stored times of `key` if they cover exactly the kernels `names`."""
+        entry = self.times.get(key)
+        return entry["us"] if entry and set(entry["us"]) == names else None
+
+    def store(self, key: str, times: Times) -> None:
+        self.times[key] = {
+            "us": times,
+            "basis": "measured",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.save()
+
+
+def fastest(times: Times) -> str:
+    """Return the kernel with the smallest geometric mean over its cases."""
+
+    def score(name: str) -> float:
+        return sum(math.log(us) for us in times[name].values()) / len(times[name])
+
+    return min(times, key=score)
+
+
+def linear_times(
+    table: Table,
+    kernels: list[Kernel],
+    in_features: int,
+    out_features: int,
+    dtype: str,
+    device: torch.device,
+) -> Times:
+    """Return median microseconds of each kernel for a weight of this shape, measured or stored."""
+    import torch
+
+    key = f"linear {in_features}x{out_features} {dtype} {device.type} t{torch.get_num_threads()}"
+    stored = table.known(key, {kernel.name for kernel in kernels})
+    if stored:
+        return stored
+    rows = min(out_features, _MAX_OUT_FEATURES)
+    torch_dtype = getattr(torch, dtype)
+    weight = _pattern(rows, in_features, torch_dtype, device)
+    copies = max(1, min(16, math.ceil(_COLD_BYTES / max(1, weight.nbytes))))
+    packed = {k.name: [k.fn(weight.clone(), None) for _ in range(copies)] for k in kernels}
+    times: Times = {kernel.name: {} for kernel in kernels}
+    with torch.inference_mode():
+        for num_rows in LINEAR_ROWS:
+            x = _pattern(num_rows, in_features, torch_dtype, device)
+            runs = {name: _cycle(weights, x) for name, weights in packed.items()}
+            for name, us in interleaved_medians(runs, device).items():
+                times[name][f"M={num_rows}"] = us * out_features / rows
+    table.store(key, times)
+    return times
+
+
+def op_times(
+    table: Table, op: str, kernels: list[Kernel], device: torch.device, dtype: torch.dtype
+) -> Times:
+    """Return median microseconds of each kernel of `op` on its typical cases, measured or stored."""
+    import torch
+
+    from mxn.kernels.parity import typical_cases
+
+    key = f"{op} {str(dtype).removeprefix('torch.')} {device.type} t{torch.get_num_threads()}"
+    stored = table.known(key, {kernel.name for kernel in kernels})
+    if stored:
+        return stored
+    times: Times = {kernel.name: {} for kernel in kernels}
+    with torch.inference_mode():
+        for case in typical_cases(op):
+            args = case.arguments(device, dtype)
+            runs = {k.name: _call(k.fn, args) for k in kernels}
+            for name, us in interleaved_medians(runs, device).items():
+                times[name][str(case)] = us
+    table.store(key, times)
+    return times
+
+
+def interleaved_medians(
+    runs: dict[str, Callable[[], object]], device: torch.device, budget_s: float = _CASE_BUDGET_S
+) -> dict[str, float]:
+    """Return median microseconds of each run.
+
+    The runs take turns, so that a neighbour's load or a clock change hits all of them alike.
+    """
+    for run in runs.values():  # warm-up: first calls allocate and compile
+        run()
+    synchronize(device)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    deadline = time.perf_counter() + budget_s * len(runs)
+    rounds = 0
+    while rounds < 3 or (rounds < 50 and time.perf_counter() < deadline):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            samples[name].append((time.perf_counter() - start) * 1e6)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it; the CPU always has."""
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def _cycle(weights: list[Linear], x: torch.Tensor) -> Callable[[], object]:
+    position = 0
+
+    def run() -> object:
+        nonlocal position
+        position = (position + 1) % len(weights)
+        return weights[position](x)
+
+    return run
+
+
+def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], object]:
+    return lambda: fn(*args)
+
+
+def _pattern(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return values of ordinary size; cheap, because zeros or denormals would distort the times."""
+    import torch
+
+    tile = torch.sin(torch.arange(4096, dtype=torch.float32)).mul_(0.05)
+    flat = tile.repeat(math.ceil(rows * cols / len(tile)))[: rows * cols]
+    return flat.reshape(rows, cols).to(device=device, dtype=dtype)
