@@ -1,7 +1,7 @@
 """Chat templates: Jinja from a checkpoint, run in a sandbox the way `transformers` runs it.
 
-A template is code from a stranger: it sees only plain JSON values and an immutable sandbox. Knows no
-tokenizer and no HTTP. Start at `ChatTemplates.render`.
+A template is code from a stranger: it sees only plain JSON values and an immutable sandbox. Knows
+no tokenizer and no HTTP. Start at `ChatTemplates.render`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CONTINUE_MARK = "MXN_CONTINUE_FINAL_MESSAGE "
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}` marks assistant text for training; it renders as is."""
+    """`{% generation %}…{% endgeneration %}` marks assistant text for training; renders as is."""
 
     tags = {"generation"}  # noqa: RUF012 - the base class declares it this way
 
@@ -154,7 +154,7 @@ class ChatTemplates:
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> ChatTemplates:
-        """Read `chat_template.jinja` and `additional_chat_templates/`, else tokenizer_config.json."""
+        """Read `chat_template.jinja` and its companions, else tokenizer_config.json."""
         found = dict(_template_files(folder))
         if found:
             return cls(found)

@@ -1,4 +1,4 @@
-"""The exact bytes of single tokens, for log-probabilities. Knows vocabulary spellings, no text rules.
+"""The exact bytes of single tokens, for log-probabilities. Knows spellings, no text rules.
 
 Three spellings exist: `byte_level` (GPT-2: each byte is one printable character), `metaspace`
 (SentencePiece: `▁` is a space, `<0xE2>` is a byte) and `wordpiece` (BERT: `##` continues a word).
@@ -16,7 +16,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return GPT-2's table from printable character to byte: printable bytes stand for themselves."""
+    """Return GPT-2's table of printable characters; printable bytes stand for themselves."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(own)]
     table = {chr(byte): byte for byte in own}

@@ -1,7 +1,7 @@
-"""Text to token ids and back, for one checkpoint. Equal to `transformers.AutoTokenizer`, without torch.
+"""Text to token ids and back, for one checkpoint; equal to transformers' `AutoTokenizer`.
 
-`tokenizer.json` is read with the `tokenizers` library. A checkpoint without it goes through
-transformers once, at load. Knows no HTTP and no model. Start at `Tokenizer.load`.
+`tokenizer.json` is read with the `tokenizers` library, without torch. A checkpoint without it goes
+through transformers once, at load. Knows no HTTP and no model. Start at `Tokenizer.load`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mxn.models.token_bytes import ByteTable, detect_scheme
 
 
 class Backend(Protocol):
-    """What `Tokenizer` needs of a library; `tokenizers` and slow transformers tokenizers have it."""
+    """What `Tokenizer` needs of a library below it."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
@@ -213,7 +213,7 @@ class Tokenizer:
         return bool(self.templates)
 
     def special_id(self, name: str) -> int | None:
-        """Return the id of a special token by its name, such as `bos_token`; None when it has none."""
+        """Return the id of a special token by name, such as `bos_token`; None without one."""
         token = self.special_tokens.get(name)
         return None if token is None else self._backend.token_id(token)
 
@@ -233,7 +233,7 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Return (token ids, token types) of a pair with its special tokens, as rerankers take it."""
+        """Return (token ids, token types) of a pair with special tokens, as rerankers take it."""
         return self._backend.encode_pair(first, second)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -256,7 +256,7 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def render_chat(self, messages: Sequence[Message], **options: Any) -> str:
-        """Return a conversation as prompt text; see `ChatTemplates.render` for options and errors."""
+        """Return a conversation as text; `ChatTemplates.render` has the options and errors."""
         return self.templates.render(messages, **{**self.special_tokens, **options})
 
     def apply_chat_template(

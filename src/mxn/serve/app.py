@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -19,15 +19,12 @@ from starlette.routing import BaseRoute, Route
 
 import mxn
 from mxn.serve.gateway import Gateway
-from mxn.serve.http import Endpoint, Handler, stop
-from mxn.serve.openai.chat import ChatRoutes
-from mxn.serve.openai.completions import CompletionRoutes
+from mxn.serve.http import Endpoint, stop
 from mxn.serve.openai.errors import from_exception
-from mxn.serve.openai.models import ModelRoutes
+from mxn.serve.routes import operations
 from mxn.serve.served import ServedModels
 from mxn.serve.settings import ServeSettings
 from mxn.serve.state import State
-from mxn.serve.status import StatusRoutes
 
 Startup = Callable[[ServedModels], Awaitable[None]]
 
@@ -41,7 +38,7 @@ def create_app(
     """Return the application.
 
     `startup` runs beside the server from its start, to load models that were promised with
-    `models.expect(name)`; meanwhile /health answers 503. The models' replicas are closed at the end.
+    `models.expect(name)`; meanwhile /health answers 503. At the end the replicas are closed.
     """
     settings = settings or ServeSettings()
     state = State(models, settings)
@@ -68,26 +65,19 @@ def create_app(
 
 
 def _routes(state: State) -> list[BaseRoute]:
-    models, status = ModelRoutes(state), StatusRoutes(state)
-    chat, completions = ChatRoutes(state), CompletionRoutes(state)
-    table: list[tuple[str, str, Handler]] = [
-        ("GET", "/v1/models", models.list),
-        ("GET", "/v1/models/{model:path}", models.retrieve),
-        ("POST", "/v1/chat/completions", chat.create),
-        ("POST", "/v1/completions", completions.create),
-        ("GET", "/health", status.health),
-        ("GET", "/load", status.load),
-        ("GET", "/metrics", status.metrics),
-        ("GET", "/version", status.version),
+    return [
+        Route(operation.path, Endpoint(operation.handler), methods=[operation.method])
+        for operation in operations(state)
     ]
-    return [Route(path, Endpoint(handler), methods=[method]) for method, path, handler in table]
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:
     return from_exception(exc).response()
 
 
-def _lifespan(models: ServedModels, startup: Startup | None):  # noqa: ANN202 - Starlette's own type
+def _lifespan(
+    models: ServedModels, startup: Startup | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(_load(models, startup)) if startup else None

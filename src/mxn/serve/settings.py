@@ -14,5 +14,5 @@ class ServeSettings:
     heartbeat_s: float = 15.0  # silence after which a stream sends `: ping`
     max_inputs: int = 2048  # texts in one embeddings, rerank or score request
     cors_origins: tuple[str, ...] = ()
-    # For other projects' test suites: any model name means the only model, max_tokens 0 means unset.
+    # For other projects' test suites: any name means the only model, max_tokens 0 means unset.
     is_lenient: bool = False

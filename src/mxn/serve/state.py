@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from mxn.serve.http import parse
 from mxn.serve.metrics import Metrics
-from mxn.serve.openai.errors import ApiError, engine_died, model_not_found, unavailable
+from mxn.serve.openai.errors import ApiError, model_not_found, unavailable
 from mxn.serve.openai.types import ModelRequest
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.settings import ServeSettings
@@ -42,14 +42,8 @@ class State:
     def find(self, name: str | None) -> ServedModel:
         """Return the model of that name; without a name, the only one.
 
-        Raises: ApiError 404 for an unknown one, 503 for one that loads or whose replica died.
+        Raises: ApiError 404 for an unknown one, 503 for one that still loads.
         """
-        model = self._lookup(name)
-        if not model.client.is_healthy:
-            raise engine_died(model.name)
-        return model
-
-    def _lookup(self, name: str | None) -> ServedModel:
         model = self.models.get(name) if name else self.models.only()
         if model is None and self.settings.is_lenient:
             model = self.models.only()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
 import mxn
 from mxn.engine.protocol import EngineStats
 from mxn.errors import MxnError
@@ -11,9 +15,6 @@ from mxn.serve.http import json_response
 from mxn.serve.openai.errors import RETRY_AFTER_S
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.requests import Request
-from starlette.responses import Response
 
 _STATS_TIMEOUT_S = 2.0  # a busy engine answers between two steps
 
@@ -40,7 +41,7 @@ class StatusRoutes:
         return json_response(body, {"retry-after": str(RETRY_AFTER_S)}, status=503)
 
     async def load(self, request: Request) -> Response:
-        """Requests and pages in use, in all and by model; null for a replica that does not answer."""
+        """Requests and pages in use, in all and by model; null where a replica does not answer."""
         stats = await self._stats()
         answered = [item for item in stats.values() if item is not None]
         total = sum(item.num_running + item.num_waiting for item in answered)

@@ -77,9 +77,8 @@ def _refuse_unsupported(body: ChatRequest) -> None:
         raise not_supported("tools", "Calling tools")
     if body.functions and body.function_call != "none":
         raise not_supported("functions", "Calling functions")
-    if body.top_logprobs is not None and not body.logprobs:
-        if body.top_logprobs:
-            raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
 
 
 def _max_tokens(body: ChatRequest, *, is_lenient: bool) -> int | None:

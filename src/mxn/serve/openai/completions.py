@@ -1,7 +1,7 @@
 """POST /v1/completions: text or token ids in, with echo, logprobs, n and best_of.
 
-The answer of a prompt begins with the prompt itself when `echo` is set; with `max_tokens` 0 it is only
-the prompt, which is how log-likelihoods are asked for. Start at `CompletionRoutes.create`.
+The answer of a prompt begins with the prompt itself when `echo` is set; with `max_tokens` 0 it is
+only the prompt, which is how log-likelihoods are asked for. Start at `CompletionRoutes.create`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, all four keys always.
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, always all four.
 
 Every failure of a request becomes an `ApiError` here, and only here. Start at `from_exception`.
 """
@@ -6,13 +6,14 @@ Every failure of a request becomes an `ApiError` here, and only here. Start at `
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from mxn.errors import EngineDiedError, MxnError, NotFoundError, UserError
+from mxn.errors import CapacityError, EngineDiedError, MxnError, NotFoundError, UserError
 
 log = logging.getLogger("mxn.serve")
 
@@ -89,18 +90,29 @@ def not_supported(param: str, what: str) -> ApiError:
     return ApiError(f"{what} is not supported yet.", param=param, code="unsupported_parameter")
 
 
-def unavailable(message: str, *, type: str = "overloaded_error", code: str) -> ApiError:
+def unavailable(
+    message: str,
+    *,
+    type: str = "overloaded_error",
+    code: str,
+    retry_after_s: float = RETRY_AFTER_S,
+) -> ApiError:
     """The same request may succeed a little later."""
-    headers = {"retry-after": str(RETRY_AFTER_S)}
+    headers = {"retry-after": str(math.ceil(retry_after_s))}
     return ApiError(message, status=503, type=type, code=code, headers=headers)
 
 
-def engine_died(model: str) -> ApiError:
-    return unavailable(
-        f"The engine of model {model!r} stopped; it is being restarted or needs an operator.",
+def engine_died(exc: EngineDiedError) -> ApiError:
+    """The replica ended; where it does not come back by itself, a client should not retry."""
+    error = unavailable(
+        _one_line(exc),
         type="server_error",
         code="engine_unavailable",
+        retry_after_s=exc.retry_after_s or RETRY_AFTER_S,
     )
+    if exc.retry_after_s is None:
+        error.headers["x-should-retry"] = "false"
+    return error
 
 
 def from_exception(exc: BaseException) -> ApiError:
@@ -109,11 +121,13 @@ def from_exception(exc: BaseException) -> ApiError:
         return exc
     if isinstance(exc, HTTPException):
         return _from_http(exc)
+    if isinstance(exc, CapacityError) and exc.code == "overloaded":
+        return unavailable(_one_line(exc), code="overloaded")
     if isinstance(exc, UserError):
         status = 404 if isinstance(exc, NotFoundError) else 400
-        return ApiError(_one_line(exc), status=status, code=getattr(exc, "code", None))
+        return ApiError(_one_line(exc), status=status, code=exc.code)
     if isinstance(exc, EngineDiedError):
-        return unavailable(_one_line(exc), type="server_error", code="engine_unavailable")
+        return engine_died(exc)
     log.error("request failed", exc_info=exc)
     return ApiError(
         "The server had an internal error; its log has the details under the x-request-id.",

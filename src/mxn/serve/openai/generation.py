@@ -16,7 +16,7 @@ import msgspec
 from mxn.engine.protocol import Delta, EngineClient, Generate, ModelInfo, SamplingParams
 from mxn.errors import EngineDiedError
 from mxn.serve.metrics import ModelMetrics, Trace
-from mxn.serve.openai.errors import ApiError, context_exceeded, engine_died
+from mxn.serve.openai.errors import ApiError, context_exceeded
 from mxn.serve.openai.types import (
     CompletionTokensDetails,
     PromptTokensDetails,
@@ -46,7 +46,7 @@ def build_sampling(
         raise ApiError(
             f"min_tokens {request.min_tokens} is above max_tokens {max_tokens}.", param="min_tokens"
         )
-    _check_ids(request.stop_token_ids or (), info, "stop_token_ids")
+    check_ids(request.stop_token_ids or (), info, "stop_token_ids")
     top_p = _or(request.top_p, defaults.top_p)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -92,7 +92,7 @@ def _logit_bias(bias: dict[str, float] | None, info: ModelInfo) -> dict[int, flo
     if not bias:
         return {}
     numeric = {int(key): value for key, value in bias.items() if _is_id(key)}
-    _check_ids(numeric, info, "logit_bias")
+    check_ids(numeric, info, "logit_bias")
     for value in numeric.values():
         if not -100 <= value <= 100:
             raise ApiError(
@@ -105,7 +105,7 @@ def _is_id(key: str) -> bool:
     return key.isascii() and key.isdigit() and len(key) <= 10
 
 
-def _check_ids(ids: Any, info: ModelInfo, param: str) -> None:
+def check_ids(ids: Any, info: ModelInfo, param: str) -> None:
     largest = max(ids, default=0)
     if largest >= info.vocab_size:
         raise ApiError(
@@ -120,7 +120,7 @@ def check_prompt(
     """Refuse an empty, impossible or over-long prompt before it is queued. Raises: ApiError."""
     if not ids:
         raise ApiError("The prompt is empty: it has no tokens.", param=param)
-    _check_ids(ids, info, param)
+    check_ids(ids, info, param)
     wanted = 1 if max_tokens is None else max_tokens
     if len(ids) + wanted > info.max_context:
         error = context_exceeded(len(ids), max_tokens, info.max_context)
@@ -171,7 +171,7 @@ class Job:
     async def run(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """Yield (index, delta) as replicas produce them; closing it cancels everything at once.
 
-        Raises: ApiError 503 when the replica died or gave the request up.
+        Raises: EngineDiedError when the replica died or gave the request up, UserError.
         """
         outcome = "client_gone"
         try:
@@ -181,9 +181,6 @@ class Job:
                     if delta.finish_reason == "cancelled":
                         raise EngineDiedError("the replica cancelled the request")
                     yield index, delta
-        except EngineDiedError:
-            outcome = "error"
-            raise engine_died(self.model.name) from None
         except Exception:
             outcome = "error"
             raise

@@ -1,7 +1,7 @@
 """Log-probabilities in the two shapes of OpenAI: chat and legacy completions.
 
-Values pass through unrounded: a client decides "was it greedy?" by comparing the chosen value with the
-largest of the alternatives, so both must be the same float.
+Values pass through unrounded: a client decides "was it greedy?" by comparing the chosen value with
+the largest of the alternatives, so both must be the same float.
 """
 
 from __future__ import annotations

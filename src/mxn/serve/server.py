@@ -1,0 +1,128 @@
+"""Runs an app on uvicorn: bind, serve, drain. Knows sockets and signals, no models.
+
+SIGINT or SIGTERM: no new connections, running requests get `drain_s` to finish, then they are
+cancelled. Start at `run`; tests and benchmarks use `running`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from mxn.errors import ConfigError, InternalError
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than the pause of a client that polls once a minute
+_START_LIMIT_S = 30.0
+
+OnReady = Callable[[str], None]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 takes a free one. Raises: ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as exc:
+        sock.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {exc.strerror or exc}",
+            hint="choose another --port, or --port 0 for a free one",
+        ) from exc
+    sock.listen(_BACKLOG)
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """Return the base URL of a bound socket, such as http://127.0.0.1:8000."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our settings that says when it is listening."""
+
+    def __init__(self, app: ASGIApp, *, drain_s: float, on_ready: OnReady | None = None) -> None:
+        config = uvicorn.Config(
+            app,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+            access_log=False,  # paths and clients of users stay out of the log
+            log_config=None,
+            server_header=False,
+        )
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._on_ready is not None and sockets:
+            self._on_ready(url_of(sockets[0]))
+
+
+def run(
+    app: ASGIApp,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    drain_s: float = 30.0,
+    on_ready: OnReady | None = None,
+) -> None:
+    """Serve until a signal, then drain. `on_ready` gets the base URL once requests are taken.
+
+    Raises: ConfigError when the address cannot be had.
+    """
+    sock = bind(host, port)
+    Server(app, drain_s=drain_s, on_ready=on_ready).run(sockets=[sock])
+
+
+async def serve(
+    app: ASGIApp,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    drain_s: float = 30.0,
+    on_ready: OnReady | None = None,
+) -> None:
+    """Like `run`, inside a running event loop."""
+    sock = bind(host, port)
+    await Server(app, drain_s=drain_s, on_ready=on_ready).serve(sockets=[sock])
+
+
+@contextmanager
+def running(app: ASGIApp, *, drain_s: float = 1.0) -> Iterator[str]:
+    """Serve `app` from a thread on a free loopback port; yield its base URL.
+
+    Raises: InternalError when the server does not come up.
+    """
+    sock = bind("127.0.0.1", 0)
+    is_up = threading.Event()
+    server = Server(app, drain_s=drain_s, on_ready=lambda _: is_up.set())
+
+    def work() -> None:
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(server.serve(sockets=[sock]))
+        is_up.set()
+
+    thread = threading.Thread(target=work, name="mxn-server", daemon=True)
+    thread.start()
+    if not is_up.wait(_START_LIMIT_S) or not server.started:
+        raise InternalError(f"the server did not start within {_START_LIMIT_S:.0f} s")
+    try:
+        yield url_of(sock)
+    finally:
+        server.should_exit = True
+        thread.join(_START_LIMIT_S)
