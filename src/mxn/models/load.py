@@ -107,6 +107,6 @@ def _load_native(
         dtype=str(dtype).removeprefix("torch."),
         max_context=spec.max_positions,
         eos_ids=eos_ids(checkpoint.directory, checkpoint.config_json),
-        kernels={row.op: f"{row.kernel}: {row.reason}" for row in ops.explain()},
+        kernels=ops.chosen(),
         unused_tensors=tuple(checkpoint.unread),
     )

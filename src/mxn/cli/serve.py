@@ -1,0 +1,122 @@
+"""`mxn serve`: one or more models behind the HTTP API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mxn.cli.options import Device, Dtype, Host, MaxContext, Port, Threads
+from mxn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mxn.engine.protocol import ModelInfo
+    from mxn.serve.launch import ModelRequest
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Directories, hub ids or names of shipped models."),
+    ],
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name of each model for callers, in the same order.")
+    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    max_context: MaxContext = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Requests that run at the same time.")
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="New tokens computed in one step.")
+    ] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="Memory of the key/value cache, such as 4GiB.")
+    ] = None,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Keep pages of earlier prompts for later ones.")
+    ] = True,
+    fallback: Annotated[
+        bool, typer.Option(help="Run models without a native spec through transformers.")
+    ] = True,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="MXN_API_KEY", help="Key that callers must send; repeatable."),
+    ] = None,
+) -> None:
+    """Serve MODEL... behind an OpenAI-compatible API."""
+    from mxn.cli.replica import config_for
+    from mxn.serve.launch import ModelRequest
+    from mxn.units import parse_bytes
+
+    names = name or [Path(model).name for model in models]
+    if len(names) != len(models):
+        raise ConfigError(f"{len(models)} models but {len(names)} names: {', '.join(names)}")
+    requests = [
+        ModelRequest(
+            name=served_name,
+            aliases=(model,) if model != served_name else (),
+            config=config_for(
+                model, device=device, dtype=dtype, threads=threads, max_context=max_context,
+                max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
+                kv_bytes=parse_bytes(kv_memory) if kv_memory else None,
+                prefix_caching=prefix_caching, allow_fallback=fallback,
+            ),
+        )
+        for served_name, model in zip(names, models, strict=True)
+    ]  # fmt: skip
+    run_server(requests, host, port, tuple(api_key or ()))
+
+
+def run_server(
+    requests: list[ModelRequest], host: str, port: int, api_keys: tuple[str, ...]
+) -> None:
+    """Serve until interrupted; progress bars while the models load."""
+    import logging
+
+    from mxn import env
+    from mxn.cli.replica import LoadingBar
+    from mxn.serve.app import create_app
+    from mxn.serve.launch import load_models
+    from mxn.serve.running import announce
+    from mxn.serve.served import ServedModels
+    from mxn.serve.server import run
+    from mxn.serve.settings import ServeSettings
+
+    logging.basicConfig(level=env.get("MXN_LOG").upper(), format="%(levelname)s %(message)s")
+    served = ServedModels()
+
+    async def startup(models: ServedModels) -> None:
+        with LoadingBar() as bar:
+            await load_models(models, requests, bar.update)
+        for model in models:
+            typer.echo(_describe(model.name, model.info), err=True)
+
+    for request in requests:
+        served.expect(request.name)
+    app = create_app(served, ServeSettings(api_keys=api_keys), startup=startup)
+    files: list[Path] = []
+
+    def on_listening(url: str) -> None:
+        files.append(announce(url, [r.name for r in requests], needs_key=bool(api_keys)))
+        typer.echo(f"listening on {url}", err=True)
+
+    try:
+        run(app, host, port, on_listening=on_listening)
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _describe(name: str, info: ModelInfo) -> str:
+    how = "native" if info.native else "through transformers"
+    size = f"{info.num_parameters / 1e6:.3g} M parameters"
+    return (
+        f"{name}: {info.family} ({how}), {size}, {info.dtype} on {info.device} ({info.chip}),"
+        f" context {info.max_context}, loaded in {info.load_s:.1f} s"
+    )

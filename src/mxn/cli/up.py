@@ -1,0 +1,60 @@
+"""`mxn up`: the platform on this machine, with the models that ship with mxn."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mxn.cli.options import Device, Host, Port, Threads
+from mxn.errors import NotFoundError
+
+
+def up(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL...]", help="More models to serve beside the shipped ones."),
+    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    device: Device = "auto",
+    threads: Threads = 0,
+    key: Annotated[bool, typer.Option(help="Ask callers for this machine's key.")] = True,
+) -> None:
+    """Start mxn on this machine, and print the address, a key and a first request."""
+    from pathlib import Path
+
+    from mxn.cli.keys import ensure_local_key
+    from mxn.cli.replica import config_for
+    from mxn.cli.serve import run_server
+    from mxn.models.catalogue import shipped_dir, shipped_models
+    from mxn.serve.launch import ModelRequest
+
+    shipped = list(shipped_models())
+    if not shipped:
+        raise NotFoundError(
+            f"no model ships with this installation: {shipped_dir()} is empty",
+            hint="install from a clone, or name a model: mxn serve MODEL",
+        )
+    requests = [
+        ModelRequest(
+            name=Path(model).name,
+            aliases=(model,) if model != Path(model).name else (),
+            config=config_for(model, device=device, threads=threads),
+        )
+        for model in [*shipped, *(models or [])]
+    ]
+    api_key = ensure_local_key() if key else None
+    typer.echo(_first_request(host, port, shipped[0], api_key))
+    run_server(requests, host, port, (api_key,) if api_key else ())
+
+
+def _first_request(host: str, port: int, model: str, api_key: str | None) -> str:
+    url = f"http://{host}:{port}/v1"
+    header = f' -H "Authorization: Bearer {api_key}"' if api_key else ""
+    return f"""
+  address  {url}
+  key      {api_key or "none needed"}
+  request  curl {url}/chat/completions{header} -H "Content-Type: application/json" \\
+             -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Who goes there?"}}]}}'
+"""
