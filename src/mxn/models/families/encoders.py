@@ -83,7 +83,7 @@ class EncoderFamily:
             num_parameters=checkpoint.num_parameters,
             dtype=str(torch_dtype).removeprefix("torch."),
             max_context=spec.max_positions,
-            kernels={row.op: f"{row.kernel}: {row.reason}" for row in ops.explain()},
+            kernels=ops.chosen(),
             unused_tensors=tuple(checkpoint.unread),
         )
 

@@ -1,0 +1,52 @@
+"""Swaps the plain linear layers of a transformers model for the linear kernel of the ops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxn.kernels.registry import Ops
+
+
+class KernelLinear(nn.Module):
+    """Does what an `nn.Linear` does, through a prepared kernel.
+
+    `weight` is an empty tensor with the dtype and device of the real one: model code may ask for
+    these. Code that multiplies by it fails on the shape, which the load-time check turns into a
+    refusal.
+    """
+
+    def __init__(self, linear: nn.Linear, ops: Ops) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight.new_empty(0)
+        self._kernel = ops.prepare_linear(
+            linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._kernel(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def swap_linears(model: nn.Module, ops: Ops) -> int:
+    """Replace every plain `nn.Linear` that has the dtype of the ops; return how many.
+
+    Subclasses, and layers kept in another dtype on purpose, stay as they are.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.weight.dtype == ops.dtype
+    ]
+    swapped: dict[int, KernelLinear] = {}  # a layer used in two places is prepared once
+    for parent, name, child in found:
+        if id(child) not in swapped:
+            swapped[id(child)] = KernelLinear(child, ops)
+        setattr(parent, name, swapped[id(child)])
+    return len(swapped)

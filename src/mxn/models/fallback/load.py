@@ -1,0 +1,165 @@
+"""From a checkpoint that mxn has no spec for to a `FallbackDecoder`, or to the reason why not.
+
+Start at `load_fallback`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from mxn import env
+from mxn.errors import ConfigError, NotFoundError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mxn.chips.chip import Device
+    from mxn.kernels.registry import Ops
+    from mxn.models.checkpoint import Checkpoint
+    from mxn.models.fallback.decoder import FallbackDecoder
+    from mxn.models.fallback.probe import AttentionCall
+    from mxn.models.load import LoadedModel
+
+log = logging.getLogger("mxn.models.fallback")
+
+# For models whose config names no limit on positions: enough for the engine to plan with.
+_UNNAMED_MAX_POSITIONS = 32_768
+
+
+def load_fallback(
+    checkpoint: Checkpoint, ops: Ops, device: Device, torch_dtype: torch.dtype
+) -> LoadedModel:
+    """Load through transformers, swap attention and linears, compare with the untouched model.
+
+    MXN_FALLBACK_CHECK=off skips the comparison (five short passes through the model).
+    Raises: UnsupportedError with the reason when the model cannot run over a paged cache.
+    """
+    from mxn.models.load import LoadedModel, architecture, eos_ids
+
+    name = architecture(checkpoint.config_json)
+    config, model_class = _resolve(checkpoint, name)
+    model, info = _read(checkpoint, model_class, torch_dtype)
+    model = model.to(ops.device).eval()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    decoder = _swap_and_check(model, config, ops, name)
+    return LoadedModel(
+        model=decoder,
+        kind="decoder",
+        family=f"transformers:{config.model_type}",
+        is_native=False,
+        num_parameters=num_parameters,
+        dtype=str(torch_dtype).removeprefix("torch."),
+        max_context=decoder.max_positions,
+        eos_ids=eos_ids(checkpoint.directory, checkpoint.config_json),
+        kernels=ops.chosen(),
+        unused_tensors=tuple(sorted(info["unexpected_keys"])),
+    )
+
+
+def refused(name: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} has no native spec and cannot run through transformers either: {reason}",
+        hint="docs/reference/fallback.md lists what runs",
+    )
+
+
+def _resolve(checkpoint: Checkpoint, name: str) -> tuple[Any, Any]:
+    """Return the transformers config and class of a checkpoint. Raises: UnsupportedError."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from mxn.models.fallback.reasons import why_not
+
+    model_type = checkpoint.config_json.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise refused(
+            name, f"transformers {transformers.__version__} has no model type {model_type!r}"
+        )
+    config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    if getattr(config, "is_encoder_decoder", False):
+        raise refused(name, "it is an encoder-decoder")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise refused(name, f"transformers has no causal language model of type {model_type!r}")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    reason = why_not(config, model_class)
+    if reason:
+        raise refused(name, reason)
+    return config, model_class
+
+
+def _read(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Read the weights the way transformers does, with its renaming and merging of tensors."""
+    model, info = model_class.from_pretrained(
+        checkpoint.directory,
+        dtype=dtype,
+        attn_implementation="eager",
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise NotFoundError(
+            f"{checkpoint.directory} lacks {len(missing)} tensors of {model_class.__name__}:"
+            f" {missing[:3]}",
+            hint="the checkpoint is incomplete, or its config.json names the wrong architecture",
+        )
+    return model, info
+
+
+def _swap_and_check(model: Any, config: Any, ops: Ops, name: str) -> FallbackDecoder:
+    from mxn.models.fallback.check import check, check_sequences, reference_logits
+    from mxn.models.fallback.decoder import FallbackDecoder
+    from mxn.models.fallback.linear import swap_linears
+
+    sequences = check_sequences(config)
+    is_checked = _is_checked()
+    try:
+        want = reference_logits(model, sequences, ops.device) if is_checked else []
+        calls = _probe(model, sequences[0], ops)
+        swap_linears(model, ops)
+        limit = _max_positions(config, calls)
+        decoder = FallbackDecoder(model, calls, ops, max_positions=limit)
+        error = check(decoder, sequences, want) if is_checked else None
+    except UnsupportedError as why:
+        raise refused(name, why.message) from why
+    except Exception as error:
+        # Code of a model that is not made for flattened tokens can fail in any way; the caller is
+        # told which one, and the cause stays attached.
+        reason = f"its code fails on flattened tokens ({type(error).__name__}: {error})"
+        raise refused(name, reason) from error
+    log.info("%s runs through transformers; error of the load-time check: %s", name, error)
+    return decoder
+
+
+def _is_checked() -> bool:
+    value = env.get("MXN_FALLBACK_CHECK")
+    if value not in ("on", "off"):
+        raise ConfigError(f"MXN_FALLBACK_CHECK must be on or off, got {value!r}")
+    return value == "on"
+
+
+def _probe(model: Any, tokens: list[int], ops: Ops) -> tuple[AttentionCall, ...]:
+    import torch
+
+    from mxn.models.fallback.probe import probe_calls
+
+    with torch.inference_mode():
+        calls, _ = probe_calls(model, torch.tensor(tokens).to(ops.device))
+    if not calls:
+        raise UnsupportedError("it never called attention through the attention interface")
+    return calls
+
+
+def _max_positions(config: Any, calls: tuple[AttentionCall, ...]) -> int:
+    """Return the context that gives exact results: positions, rope switches, chunks."""
+    from mxn.models.fallback.reasons import rope_limit
+
+    text = config.get_text_config(decoder=True)
+    named = getattr(text, "max_position_embeddings", None)
+    limits = [named or _UNNAMED_MAX_POSITIONS, rope_limit(text), *(call.chunk for call in calls)]
+    limit = min(value for value in limits if value)
+    if named and limit < named:
+        log.info("context cut from %d to %d tokens: beyond it results would depend on"
+                 " neighbours, or attention works in chunks", named, limit)  # fmt: skip
+    return limit
