@@ -1,9 +1,9 @@
 """What a kernel may know of a step: which cache pages each sequence owns and which tokens are new.
 
 Shape letters, used throughout `kernels/` and `models/`:
-T tokens of the step (all sequences flattened), S sequences, P pages of the longest sequence, K tokens
-in a page, D hidden size, N query heads, G key/value heads, H head dim, J value head dim, F feed-forward
-size, E experts, V vocabulary.
+T tokens of the step (all sequences flattened), S sequences, P pages of the longest sequence,
+K tokens in a page, D hidden size, N query heads, G key/value heads, H head dim, J value head dim,
+F feed-forward size, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class AttentionBatch:
     last of its context: the first new token of s stands at position
     ``context_lens[s] - (query_starts[s + 1] - query_starts[s])``.
 
-    The lists are on the host so that a kernel never has to wait for the device to learn a shape; the
-    tensors hold the same facts on the device.
+    The lists are on the host so that a kernel never has to wait for the device to learn a shape;
+    the tensors hold the same facts on the device.
     """
 
     query_starts: list[int]  # S + 1

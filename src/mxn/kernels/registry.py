@@ -1,8 +1,8 @@
 """Which implementation of each op runs on this chip, and why. Start at `Ops.bind`.
 
-An op is a folder under `ops/` that declares `OP`; a kernel is a function registered with `@kernel`. The
-choice is made once, when `Ops` is bound (or, for `linear`, when a weight is prepared), never in the hot
-path. Knows no models and no requests. Importing this module loads no torch.
+An op is a folder under `ops/` that declares `OP`; a kernel is a function registered with `@kernel`.
+The choice is made once, when `Ops` is bound (or, for `linear`, when a weight is prepared), never in
+the hot path. Knows no models and no requests. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Kernel:
     """One implementation of an op.
 
     `shapes` sees the arguments of a call (for a prepared op: the weight's in and out features) and
-    says whether the kernel takes them. `missing` gives the reason why it cannot run in this process,
-    or None.
+    says whether the kernel takes them. `missing` is given the dtype and returns the reason why the
+    kernel cannot run in this process, or None.
     """
 
     op: str
@@ -56,7 +56,7 @@ class Kernel:
     dtypes: tuple[str, ...] | None = None  # None: every floating dtype
     shapes: Callable[..., bool] | None = None
     priority: int = 0
-    missing: Callable[[], str | None] | None = None
+    missing: Callable[[str], str | None] | None = None
 
     def reject_reason(self, chip: str, dtype: str) -> str | None:
         """Return why this kernel does not apply, or None when it does."""
@@ -64,7 +64,7 @@ class Kernel:
             return f"is for chips {self.chips!r}, this is {chip!r}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"is for {', '.join(self.dtypes)}, not {dtype}"
-        return self.missing() if self.missing else None
+        return self.missing(dtype) if self.missing else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def kernel(
     dtypes: tuple[str, ...] | None = None,
     shapes: Callable[..., bool] | None = None,
     priority: int = 0,
-    missing: Callable[[], str | None] | None = None,
+    missing: Callable[[str], str | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as kernel `name` of `op`; see `Kernel` for the arguments."""
 
@@ -165,7 +165,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Ops:
-    """The ops of the contract, bound to one device, chip and dtype; attributes are the callables."""
+    """The ops, bound to one device, chip and dtype; the attributes are the chosen callables."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class Ops:
         }
 
     def candidates(self, op: str, dtype: str) -> tuple[list[Kernel], dict[str, str]]:
-        """Return the kernels of `op` that apply here, best priority first, and why others do not."""
+        """Return the kernels that apply here, best priority first, and why the others do not."""
         usable, rejected = [], {}
         for entry in kernels_of(op).values():
             reason = entry.reject_reason(self.chip, dtype) or self._table.off_reason(op, entry.name)

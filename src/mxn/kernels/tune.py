@@ -43,7 +43,7 @@ class Table:
 
     @classmethod
     def open(cls, chip: str) -> Table:
-        """Read the table of `chip`, or start an empty one. A file that cannot be read is replaced."""
+        """Read the table of `chip`, or start an empty one; a broken file is measured anew."""
         import torch
 
         path = env.home() / "kernels" / f"{chip}-{torch.__version__}.json"
@@ -123,7 +123,7 @@ def linear_times(
 def op_times(
     table: Table, op: str, kernels: list[Kernel], device: torch.device, dtype: torch.dtype
 ) -> Times:
-    """Return median microseconds of each kernel of `op` on its typical cases, measured or stored."""
+    """Return median microseconds of each kernel on the typical cases, measured or stored."""
     import torch
 
     from mxn.kernels.parity import typical_cases

@@ -11,7 +11,7 @@ OP = Op(
     meaning=(
         "logits / temperature with -inf for what top-k, top-p and min-p refuse, in this "
         "order. Ties with the last kept value are kept, so the result does not depend on a "
-        "sort's order. top_k 0, top_p 1, min_p 0: off. With num_candidates a row may stay "
+        "sort's order. top_k 0, top_p 1, min_p 0, or None for all rows: off. With num_candidates a row may stay "
         "undecided: is_exact_R says so."
     ),
 )

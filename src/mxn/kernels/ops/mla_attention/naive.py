@@ -1,4 +1,4 @@
-"""The truth of `mla_attention`: grouped attention with one key head whose values are its first dims."""
+"""The truth of `mla_attention`: one key head for all queries; values are its first dims."""
 
 from __future__ import annotations
 

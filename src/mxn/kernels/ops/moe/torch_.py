@@ -1,4 +1,4 @@
-"""`moe` in torch, for any device: tokens sorted by expert, one pair of products for each expert used."""
+"""`moe` in torch, for any device: tokens sorted by expert, two products for each expert used."""
 
 from __future__ import annotations
 

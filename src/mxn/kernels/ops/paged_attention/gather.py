@@ -1,7 +1,7 @@
 """Where the cached rows of a step lie, as device tensors computed once for all layers.
 
-Padding always points at a row of the sequence itself. So no result can depend on what stale pages hold,
-not even on NaN, and nothing has to be cleared.
+Padding always points at a row of the sequence itself. So no result can depend on what stale pages
+hold, not even on NaN, and nothing has to be cleared.
 
 Shape letters: L longest context of the group.
 """
@@ -9,6 +9,7 @@ Shape letters: L longest context of the group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _run(batch: AttentionBatch, s: int, first: int, count: int) -> tuple[int, in
         return None
     size = batch.page_tokens
     pages = batch.page_ids[s][first // size : -(-(first + count) // size)]
-    if any(b - a != 1 for a, b in zip(pages, pages[1:], strict=False)):
+    if any(b - a != 1 for a, b in pairwise(pages)):
         return None
     return pages[0] * size + first % size, count
 

@@ -1,0 +1,312 @@
+"""Turns logits into tokens: penalties, filters, random choice and log-probabilities.
+
+The rules themselves are ops (`penalize`, `filter_logits`, `sample`, `token_logprobs`); here is only
+which row wants which rule, so that nobody pays for what no row asked. Knows no models, pages, text.
+Start at `Sampler.sample`. Shape letters: R rows, V vocabulary, M (row, token) pairs.
+
+A token depends on its own logits, params, seed and position only, never on other rows of a step.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mxn.engine.protocol import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxn.kernels.registry import Ops
+
+GREEDY_BELOW = 1e-5  # temperatures under this would overflow float32 logits, and mean greedy
+_TOP_P_CANDIDATES = 256  # nearly always hold the wanted mass; a row where they do not runs again
+_TIES = 8  # room for ties behind the k-th candidate
+
+
+class TokenCounts:
+    """Distinct tokens of a sequence and how often each was generated; grows by one token a step."""
+
+    __slots__ = ("_counts", "_ids", "_index", "_size")
+
+    def __init__(self, prompt_ids: list[int]) -> None:
+        distinct = list(dict.fromkeys(prompt_ids))
+        self._size = len(distinct)
+        self._ids = np.zeros(max(64, 2 * self._size), dtype=np.int64)
+        self._ids[: self._size] = distinct
+        self._counts = np.zeros(len(self._ids), dtype=np.float32)
+        self._index = {token: i for i, token in enumerate(distinct)}
+
+    def add(self, token_id: int) -> None:
+        """Count one generated token."""
+        at = self._index.setdefault(token_id, self._size)
+        if at == self._size:
+            if self._size == len(self._ids):
+                self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._ids[at] = token_id
+            self._size += 1
+        self._counts[at] += 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self._counts[: self._size]
+
+
+class SamplingState:
+    """What the sampler must remember of one sequence. Call `append` for each token that was kept."""
+
+    __slots__ = ("_counts", "eos_ids", "output_ids", "params", "seed")
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: list[int],
+        *,
+        eos_ids: tuple[int, ...] = (),
+        index: int = 0,
+    ) -> None:
+        """`index` tells apart the `n` answers of one request: each draws its own numbers."""
+        self.params = params
+        self.eos_ids = eos_ids
+        self.output_ids: list[int] = []
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.seed = _mix(seed + index * 0x632BE59BD9B4E019)
+        self._counts: TokenCounts | None = None
+        if self.wants_penalties:
+            # Repetition looks at prompt and output, the other two at the output only.
+            self._counts = TokenCounts(prompt_ids if params.repetition_penalty != 1 else [])
+
+    def append(self, token_id: int) -> None:
+        """Take note that `token_id` became part of the output."""
+        self.output_ids.append(token_id)
+        if self._counts is not None:
+            self._counts.add(token_id)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def wants_penalties(self) -> bool:
+        p = self.params
+        return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+
+    @property
+    def is_plain(self) -> bool:
+        """The logits are used as they are, and only their order counts."""
+        return (
+            self.is_greedy
+            and self._counts is None
+            and not self.params.logit_bias
+            and self.params.logprobs is None
+            and len(self.output_ids) >= self.params.min_tokens
+        )
+
+    def uniform(self) -> float:
+        """Return the random number in [0, 1) of the next token; 24 bits, exact in float32."""
+        return (_mix(self.seed + len(self.output_ids)) >> 40) / (1 << 24)
+
+    def penalties(self) -> tuple[np.ndarray, float, np.ndarray] | None:
+        """Return (token ids, repetition penalty, what to subtract from each), or None."""
+        if self._counts is None:
+            return None
+        p, counts = self.params, self._counts.counts
+        subtract = p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+        return self._counts.ids, p.repetition_penalty, subtract
+
+    def bias(self) -> dict[int, float]:
+        """Return what is added to which logit: `logit_bias`, and -inf for what may not end yet."""
+        p = self.params
+        if len(self.output_ids) >= p.min_tokens:
+            return p.logit_bias
+        return p.logit_bias | dict.fromkeys((*self.eos_ids, *p.stop_token_ids), float("-inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """`token_id` is -1 if the logits were not numbers, or nothing was allowed: fail the request."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+    @property
+    def is_broken(self) -> bool:
+        return self.token_id < 0
+
+
+class Sampler:
+    """Chooses tokens on one device."""
+
+    def __init__(self, ops: Ops, device: torch.device, vocab_size: int) -> None:
+        self._ops = ops
+        self._device = torch.device(device)
+        self._vocab_size = vocab_size
+
+    @torch.inference_mode()
+    def sample(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[SampledToken]:
+        """Return one token for each row. `logits_RV` is float32 and stays as it is."""
+        logits_RV = logits_RV[:, : self._vocab_size]
+        if all(state.is_plain for state in requests):
+            return [SampledToken(token) for token in _argmax(logits_RV).tolist()]
+        changed_RV = self._with_penalties(logits_RV, requests)
+        ids_R = self._choose(changed_RV, requests)
+        return self._with_logprobs(logits_RV, ids_R, requests)
+
+    @torch.inference_mode()
+    def prompt_logprobs(
+        self, logits_TV: Tensor, next_ids: list[int], num_top: int
+    ) -> list[TokenLogprob]:
+        """Return the log-probability of each next token under its row of logits."""
+        ids_T = torch.tensor(next_ids, device=self._device)
+        found = self._ops.token_logprobs(logits_TV[:, : self._vocab_size], ids_T, num_top)
+        return _token_logprobs(next_ids, found, [num_top] * len(next_ids))
+
+    def _with_penalties(self, logits_RV: Tensor, requests: list[SamplingState]) -> Tensor:
+        penalties = [(row, state.penalties()) for row, state in enumerate(requests)]
+        pairs = [(row, *found) for row, found in penalties if found and len(found[0])]
+        biases = [(row, bias) for row, state in enumerate(requests) if (bias := state.bias())]
+        if not pairs and not biases:
+            return logits_RV
+        changed_RV = logits_RV.clone()
+        if pairs:
+            self._penalize(changed_RV, pairs)
+        if biases:
+            self._penalize(
+                changed_RV,
+                [
+                    (row, np.fromiter(bias, np.int64), 1.0, -np.fromiter(bias.values(), np.float32))
+                    for row, bias in biases
+                ],
+            )
+        return changed_RV
+
+    def _penalize(
+        self, logits_RV: Tensor, pairs: list[tuple[int, np.ndarray, float, np.ndarray]]
+    ) -> None:
+        sizes = [len(ids) for _, ids, _, _ in pairs]
+        rows_M = np.repeat([row for row, _, _, _ in pairs], sizes)
+        repetition_M = np.repeat(np.float32([rate for _, _, rate, _ in pairs]), sizes)
+        ids_M = np.concatenate([ids for _, ids, _, _ in pairs])
+        subtract_M = np.concatenate([part for _, _, _, part in pairs]).astype(np.float32)
+        arrays = (rows_M, ids_M, repetition_M, subtract_M)
+        self._ops.penalize(logits_RV, *(torch.from_numpy(a).to(self._device) for a in arrays))
+
+    def _choose(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
+        drawn = [row for row, state in enumerate(requests) if not state.is_greedy]
+        if not drawn:
+            return _argmax(logits_RV).tolist()
+        if len(drawn) == len(requests):
+            return self._draw(logits_RV, requests)
+        ids_R = _argmax(logits_RV).tolist()
+        rows = torch.tensor(drawn, device=self._device)
+        found = self._draw(logits_RV[rows], [requests[row] for row in drawn])
+        for row, token in zip(drawn, found, strict=True):
+            ids_R[row] = token
+        return ids_R
+
+    def _draw(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
+        ids, undecided = self._draw_once(logits_RV, requests, _num_candidates(requests))
+        if undecided:
+            rows = torch.tensor(undecided, device=self._device)
+            again = [requests[row] for row in undecided]
+            found, _ = self._draw_once(logits_RV[rows], again, None)
+            for row, token in zip(undecided, found, strict=True):
+                ids[row] = token
+        return ids
+
+    def _draw_once(
+        self, logits_RV: Tensor, requests: list[SamplingState], num_candidates: int | None
+    ) -> tuple[list[int], list[int]]:
+        """Return a token for each row, and the rows that need more candidates."""
+        params = [state.params for state in requests]
+        numbers = [
+            [p.temperature for p in params],
+            [state.uniform() for state in requests],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+        ]
+        temperature_R, uniform_R, top_p_R, min_p_R = torch.tensor(numbers, device=self._device)
+        has_k, has_p, has_m = _rules(params)
+        if not (has_k or has_p or has_m):
+            scaled_RV = logits_RV / temperature_R.unsqueeze(1)
+            return self._ops.sample(scaled_RV, uniform_R).tolist(), []
+        top_k_R = torch.tensor([p.top_k for p in params], device=self._device) if has_k else None
+        kept_RV, is_exact_R = self._ops.filter_logits(
+            logits_RV,
+            temperature_R,
+            top_k_R,
+            top_p_R if has_p else None,
+            min_p_R if has_m else None,
+            num_candidates,
+        )
+        ids_R = self._ops.sample(kept_RV, uniform_R)
+        ids, is_exact = torch.stack((ids_R, is_exact_R.to(ids_R.dtype))).tolist()
+        return ids, [row for row, exact in enumerate(is_exact) if not exact and ids[row] >= 0]
+
+    def _with_logprobs(
+        self, logits_RV: Tensor, ids: list[int], requests: list[SamplingState]
+    ) -> list[SampledToken]:
+        wanted = [
+            row
+            for row, state in enumerate(requests)
+            if state.params.logprobs is not None and ids[row] >= 0
+        ]
+        if not wanted:
+            return [SampledToken(token) for token in ids]
+        num_tops = [requests[row].params.logprobs or 0 for row in wanted]
+        chosen = [ids[row] for row in wanted]
+        rows_W, ids_W = torch.tensor([wanted, chosen], device=self._device)
+        found = self._ops.token_logprobs(logits_RV[rows_W], ids_W, max(num_tops))
+        by_row = dict(zip(wanted, _token_logprobs(chosen, found, num_tops), strict=True))
+        return [SampledToken(token, by_row.get(row)) for row, token in enumerate(ids)]
+
+
+def _argmax(logits_RV: Tensor) -> Tensor:
+    """Return the best token of each row, -1 where the best logit is no finite number."""
+    values_R, ids_R = logits_RV.max(dim=1)
+    return torch.where(values_R.isfinite(), ids_R, -1)
+
+
+def _rules(params: list[SamplingParams]) -> tuple[bool, bool, bool]:
+    return (
+        any(p.top_k > 0 for p in params),
+        any(p.top_p < 1 for p in params),
+        any(p.min_p > 0 for p in params),
+    )
+
+
+def _num_candidates(requests: list[SamplingState]) -> int:
+    """Return how many of a row's best logits should do to decide its filters."""
+    params = [state.params for state in requests]
+    most = 1 + max(p.top_k for p in params) + _TIES
+    is_open = any(p.top_p < 1 and p.top_k <= 0 for p in params)
+    return max(most, _TOP_P_CANDIDATES) if is_open else most
+
+
+def _token_logprobs(
+    ids: list[int], found: tuple[Tensor, Tensor, Tensor], num_tops: list[int]
+) -> list[TokenLogprob]:
+    chosen, tops, top_ids = (part.tolist() for part in found)
+    return [
+        TokenLogprob(token, logprob, list(zip(best_ids[:n], best[:n], strict=True)))
+        for token, logprob, best, best_ids, n in zip(
+            ids, chosen, tops, top_ids, num_tops, strict=True
+        )
+    ]
+
+
+def _mix(state: int) -> int:
+    """Return 64 well mixed bits of `state`. Source: Steele et al. 2014, SplitMix64."""
+    z = (state + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return z ^ (z >> 31)
