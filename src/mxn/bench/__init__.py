@@ -1,0 +1,1 @@
+"""Benchmarks that ship with mxn: ours and a peer in one run, interleaved, correctness first."""
