@@ -161,7 +161,7 @@ class PageTable:
         return True
 
     def grow(self, seq_id: str, num_tokens: int) -> bool:
-        """Make the pages of a sequence cover `num_tokens`. False, and no change: too few are free."""
+        """Make the pages of a sequence cover `num_tokens`; False, unchanged: too few are free."""
         holding = self._holdings[seq_id]
         num_fresh = -(-num_tokens // self.page_tokens) - len(holding.pages)
         if num_fresh <= 0:
