@@ -11,6 +11,9 @@ import pytest
 # Two cores are the smallest machine the suite must run on: workers of a parallel run must not each
 # start a thread for every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiled extensions survive the run, although each run has a home of its own.
+_home = Path(os.environ.get("MXN_HOME", "~/.mxn")).expanduser()
+os.environ.setdefault("MXN_BUILD_DIR", str(_home / "build"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

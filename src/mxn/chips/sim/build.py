@@ -52,12 +52,12 @@ def has_tested_torch() -> bool:
 
 
 def why_unsupported() -> UnsupportedError | None:
-    """Return why the simulated chip cannot be built here, or None when nothing speaks against it."""
+    """Return why the simulated chip cannot be built here, or None when it can."""
     import torch
 
     if not has_tested_torch():
         return UnsupportedError(
-            f"the simulated chip is written for PyTorch {TESTED_TORCH}, this is {torch.__version__}",
+            f"the simulated chip needs PyTorch {TESTED_TORCH}, this is {torch.__version__}",
             hint=f"pip install 'torch=={TESTED_TORCH}.0'",
         )
     if sys.platform != "linux":
@@ -68,12 +68,12 @@ def why_unsupported() -> UnsupportedError | None:
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         return UnsupportedError(
-            f"the simulated chip is compiled on first use and there is no C++ compiler {compiler!r}",
+            f"the simulated chip is compiled on first use; there is no C++ compiler {compiler!r}",
             hint="install g++ (Debian: apt install g++) or set CXX",
         )
     if not shutil.which("ninja", path=_path_with_scripts()):
         return UnsupportedError(
-            "the simulated chip is compiled on first use and there is no 'ninja'",
+            "the simulated chip is compiled on first use; there is no 'ninja'",
             hint="pip install ninja",
         )
     return None
@@ -143,14 +143,14 @@ def _import(library: Path) -> ModuleType:
 
 
 def _path_with_scripts() -> str:
-    """Return PATH with the folder of this Python first: ninja from pip lies there, venv active or not."""
+    """Return PATH with the folder of this Python first, where pip puts ninja."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def _errors_of(output: str) -> str:
     """Return the first lines with an error in them, or the last lines when none says so."""
     lines = output.strip().splitlines()
-    errors = [line for line in lines if "error:" in line.lower()]
+    errors = [line for line in lines if " error: " in line]
     return "\n".join(errors[:_LINES_OF_COMPILER] or lines[-_LINES_OF_COMPILER:])
 
 

@@ -1,7 +1,6 @@
-"""Make the simulated chip a torch device of this process: after `load()`, ``torch.device("sim:0")``
-works.
+"""Make the simulated chip a torch device of this process: ``load(); torch.device("sim:0")``.
 
-Start at `load`. What a test may turn is in `knobs.py`, what `torch.sim` offers in `torch_module.py`.
+What a test may turn is in `knobs.py`, what `torch.sim` offers in `torch_module.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _extension: ModuleType | None = None
 def load() -> ModuleType:
     """Register the device with torch, once per process, and return the compiled extension.
 
-    The first call on a machine compiles it (about half a minute); later ones import the cached build.
+    The first call on a machine compiles it (about half a minute); later ones import that build.
     The MXN_SIM_* variables are read here; `mxn.chips.sim.knobs` changes them afterwards.
     Raises: UnsupportedError without a compiler, with another PyTorch than tested, or when another
     plug-in has taken torch's one free device type; ConfigError for a variable that makes no sense.

@@ -125,11 +125,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("native_dropout", native_dropout);
   m.impl("_fused_sdp_choice", fused_sdp_choice);
   m.impl("record_stream", record_stream);
-}
-
-// Under torch.autocast("sim") operators keep their dtypes.
-TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
-  m.fallback(torch::CppFunction::makeFallthrough());
+  // torch's own choice for plug-in devices is an error, so these go to the CPU like all others.
+  m.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  m.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 
 }  // namespace

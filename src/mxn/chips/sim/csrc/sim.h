@@ -6,6 +6,7 @@
 //   runtime.cpp      current device, streams, events, generators: what torch asks of a device type
 //   fallback.cpp     runs an operator on the CPU kernels without copying, and checks devices
 //   operators.cpp    the few operators that need code of their own: empty, views, copies
+//   autocast.cpp     dtypes under torch.autocast
 //   collectives.cpp  a collective backend over gloo
 //   bind.cpp         what Python sees
 #pragma once
