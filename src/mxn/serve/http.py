@@ -98,7 +98,10 @@ def _explain(exc: msgspec.ValidationError, body: bytes) -> ApiError:
 
 def _value_at(body: bytes, path: str) -> str | None:
     """Return the JSON of the value at a path such as `.messages[0].role`, or None if it is long."""
-    value: Any = msgspec.json.decode(body)
+    try:
+        value: Any = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None  # the type was wrong before the rest turned out not to be JSON
     for step in _STEP.finditer(path):
         try:
             value = value[step["key"] if step["key"] is not None else int(step["index"])]
