@@ -31,9 +31,7 @@ def tiny_config(engine_device) -> Callable[..., EngineConfig]:
 
     def config(model: str = "tiny", **settings: Any) -> EngineConfig:
         defaults = {"page_tokens": 4, "max_batch_tokens": 64, "max_sequences": 16, "threads": 1}
-        return EngineConfig(
-            model=model, loader=TINY, device=engine_device, **(defaults | settings)
-        )
+        return EngineConfig(model=model, loader=TINY, device=engine_device, **(defaults | settings))
 
     return config
 

@@ -60,7 +60,7 @@ class _Piece:
 
 
 def cut_batches(pieces: list[_Piece], max_tokens: int) -> list[list[_Piece]]:
-    """Return batches of similar lengths, each at most `max_tokens` padded tokens (or one sequence)."""
+    """Return batches of similar lengths, each at most `max_tokens` padded (or one sequence)."""
     batches: list[list[_Piece]] = []
     for piece in sorted(pieces, key=len, reverse=True):
         last = batches[-1] if batches else None

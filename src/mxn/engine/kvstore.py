@@ -1,6 +1,6 @@
 """The tensors of the paged cache, and how many pages fit.
 
-Knows shapes, bytes and devices; which page belongs to whom is the page table's business (`kvcache.py`).
+Knows shapes, bytes and devices; which page belongs to whom is the page table's business.
 Start at `plan_pages`.
 """
 
@@ -82,7 +82,7 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LayerCache]:
-    """Return the zeroed cache of each layer: k [num_pages, K, G, H], v [num_pages, K, G, J] or None.
+    """Return the zeroed cache of each layer, shaped as `LayerCache` says.
 
     Zeroed, not empty: a masked position is multiplied by an exact 0, and 0 × NaN would be NaN.
     Raises: CapacityError when the device refuses.

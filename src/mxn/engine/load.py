@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mxn.engine.config import EngineConfig
+from mxn.engine.detokenize import byte_fallback_ids
 from mxn.engine.kvstore import PagePlan, allocate, page_bytes, plan_pages
 from mxn.engine.protocol import ModelInfo
 from mxn.errors import CapacityError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from mxn.engine.core import EngineCore
     from mxn.engine.encoder import EncoderCore
+    from mxn.kernels.registry import Ops
     from mxn.models.load import LoadedModel
 
 log = logging.getLogger("mxn.engine")
@@ -102,8 +104,10 @@ def context_of(config: EngineConfig, model_context: int, page_bytes: int, fits_t
     if fits_tokens < model_context and fits_tokens > 0:
         log.warning(
             "context cut from %d to %d tokens: %s of cache is all there is memory for",
-            model_context, fits_tokens, format_bytes(fits_tokens // config.page_tokens * page_bytes),
-        )  # fmt: skip
+            model_context,
+            fits_tokens,
+            format_bytes(fits_tokens // config.page_tokens * page_bytes),
+        )
         return fits_tokens
     return model_context
 
@@ -132,9 +136,10 @@ def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
 
 def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> EngineCore:
     from mxn.engine.core import EngineCore
+    from mxn.engine.kvcache import PageTable
     from mxn.engine.runner import Runner
     from mxn.engine.sampler import Sampler
-    from mxn.engine.scheduler import Scheduler
+    from mxn.engine.scheduler import Scheduler, SchedulerConfig
 
     plan, max_context = _plan(config, replica)
     report("cache", 0, plan.total_bytes)
@@ -151,7 +156,48 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         "cache: %d pages of %d tokens, %s, limited by %s",
         plan.num_pages, config.page_tokens, format_bytes(plan.total_bytes), plan.limited_by,
     )  # fmt: skip
-    raise NotImplementedError
+    vocab_size = min(model.vocab_size, getattr(replica.tokenizer, "vocab_size", model.vocab_size))
+    info = _info(config, replica, max_context=max_context)
+    runner = Runner(
+        model,
+        cache,
+        Sampler(replica.ops or _bind_ops(replica), replica.device, vocab_size),
+        page_tokens=config.page_tokens,
+        max_sequences=config.max_sequences,
+        max_pages=-(-max_context // config.page_tokens),
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            max_context=max_context,
+        ),
+        PageTable(plan.num_pages, config.page_tokens, prefix_caching=config.prefix_caching),
+    )
+    return EngineCore(
+        msgspec.structs.replace(
+            info, kv_pages_total=plan.num_pages, page_tokens=config.page_tokens
+        ),
+        scheduler,
+        runner,
+        replica.tokenizer,
+        byte_ids=_byte_ids(replica.tokenizer),
+        max_waiting=config.max_waiting,
+    )
+
+
+def _bind_ops(replica: LoadedReplica) -> Ops:
+    """The sampler's operators; logits are float32 whatever the model computes in."""
+    import torch
+
+    from mxn.kernels.registry import Ops
+
+    return Ops.bind(replica.device, replica.chip, torch.float32)
+
+
+def _byte_ids(tokenizer: Any) -> frozenset[int]:
+    raw = getattr(tokenizer, "raw", None)
+    return byte_fallback_ids(raw.get_vocab(with_added_tokens=True)) if raw else frozenset()
 
 
 def _encoder(config: EngineConfig, replica: LoadedReplica) -> EncoderCore:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,11 +16,9 @@ from mxn.kernels.batch import AttentionBatch, StepBatch
 if TYPE_CHECKING:
     import torch
 
-# Each part of the shared buffer starts on a multiple of 16 int64 (128 bytes): some kernels read whole
-# vectors, and Triton compiles one variant less when pointers are always aligned.
+# Each part of the shared buffer starts on a multiple of 16 int64 (128 bytes): some kernels read
+# whole vectors, and Triton compiles one variant less when pointers are always aligned.
 _ALIGN = 16
-
-Rows = Literal["none", "last", "all"]
 
 
 @dataclass(slots=True)
@@ -30,19 +28,18 @@ class Chunk:
     table_row: int  # its row in `PageRows.table`
     start: int  # position of the first token
     token_ids: Sequence[int]
-    rows: Rows  # whose logits are wanted
+    num_logits: int  # how many of its last rows have their logits wanted
 
     def split(self, at: int) -> tuple[Chunk, Chunk]:
-        """Return the first `at` tokens and the rest; only the rest wants a last row."""
-        first_rows: Rows = "all" if self.rows == "all" else "none"
-        return (
-            Chunk(self.table_row, self.start, self.token_ids[:at], first_rows),
-            Chunk(self.table_row, self.start + at, self.token_ids[at:], self.rows),
+        """Return the first `at` tokens and the rest, which together want the same logits."""
+        num_rest = len(self.token_ids) - at
+        first = Chunk(
+            self.table_row, self.start, self.token_ids[:at], max(0, self.num_logits - num_rest)
         )
-
-    @property
-    def num_logits(self) -> int:
-        return {"none": 0, "last": 1, "all": len(self.token_ids)}[self.rows]
+        rest = Chunk(
+            self.table_row, self.start + at, self.token_ids[at:], min(self.num_logits, num_rest)
+        )
+        return first, rest
 
 
 class PageRows:
@@ -132,12 +129,8 @@ def _wanted_rows(
 ) -> list[int] | None:
     """Return the rows of T whose logits are wanted, or None for all of them."""
     wanted: list[int] = []
-    for chunk, start in zip(chunks, query_starts_S1.tolist(), strict=False):
-        end = start + len(chunk.token_ids)
-        if chunk.rows == "last":
-            wanted.append(end - 1)
-        elif chunk.rows == "all":
-            wanted.extend(range(start, end))
+    for chunk, end in zip(chunks, query_starts_S1[1:].tolist(), strict=True):
+        wanted.extend(range(end - chunk.num_logits, end))
     return None if len(wanted) == num_tokens else wanted
 
 

@@ -1,7 +1,7 @@
-"""Keeps one engine process alive: starts it, watches it, restarts it with a growing delay, gives up.
+"""Keeps one engine process alive: starts, watches and restarts it, later and later, or gives up.
 
-Knows processes and time; what is said over the socket is the business of `client.py`. `RestartPolicy`
-is pure. Start at `Supervisor.start`.
+Knows processes and time; what is said over the socket is the business of `client.py`.
+`RestartPolicy` is pure. Start at `Supervisor.start`.
 """
 
 from __future__ import annotations

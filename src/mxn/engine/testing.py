@@ -1,8 +1,8 @@
 """Test doubles that are real: a tiny model over the paged cache, a byte tokenizer, and faults.
 
-`TinyModel` is a true `CausalLM`: one layer of attention whose keys and values live in the pages it is
-given, so a wrong page, slot, position or row changes its tokens. Its weights come from a seed; it
-needs no checkpoint. Used by the engine's and the server's tests, on any torch device.
+`TinyModel` is a true `CausalLM`: one layer of attention whose keys and values live in the pages it
+is given, so a wrong page, slot, position or row changes its tokens. Its weights come from a seed;
+it needs no checkpoint. Used by the engine's and the server's tests, on any torch device.
 
 Start at `load_tiny`, a loader for `EngineConfig(loader="mxn.engine.testing:load_tiny")`; the model
 "name" carries options: ``tiny?die_at=20&step_s=0.01``.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
@@ -45,7 +45,7 @@ class ByteTokenizer:
         """Return the UTF-8 bytes of `text`, after a 256 if special tokens are wanted."""
         return ([BOS_ID] if add_special_tokens else []) + list(text.encode())
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text; bytes that are no UTF-8 become U+FFFD, as with byte-level BPE."""
         names = {BOS_ID: b"<s>", EOS_ID: b"</s>"}
         special = {} if skip_special_tokens else names

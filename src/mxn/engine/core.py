@@ -1,0 +1,192 @@
+"""The loop of a replica that generates: requests in, one step, deltas out. Single-threaded.
+
+Puts the parts together: the scheduler says who runs, the runner computes, each request turns its
+token into text and says when it is done. Knows no processes and no tensors. Start at `EngineCore.step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+from mxn.engine.counters import Counters
+from mxn.engine.detokenize import TokenDecoder
+from mxn.engine.protocol import (
+    Cancel,
+    Encode,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Generate,
+    GetStats,
+    ModelInfo,
+    ToEngine,
+)
+from mxn.engine.request import Request
+from mxn.engine.validate import problem_of
+from mxn.errors import CapacityError, UserError
+
+if TYPE_CHECKING:
+    from mxn.engine.runner import Runner, StepResult
+    from mxn.engine.scheduler import Scheduler, StepPlan
+
+log = logging.getLogger("mxn.engine")
+
+VALIDATE_EVERY_S = 60.0  # the invariants of pages and queues are checked this often, when idle
+
+
+class EngineCore:
+    """Takes messages with `handle`, works with `step` while `has_work`."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        scheduler: Scheduler,
+        runner: Runner,
+        decoder: TokenDecoder,
+        *,
+        byte_ids: Collection[int] = frozenset(),
+        max_waiting: int = 4096,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`byte_ids` comes from `detokenize.byte_fallback_ids`."""
+        self.info = info
+        self._scheduler = scheduler
+        self._runner = runner
+        self._decoder = decoder
+        self._byte_ids = byte_ids
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._requests: dict[str, Request] = {}
+        self._counters = Counters()
+        self._validated_s = clock()
+
+    @property
+    def has_work(self) -> bool:
+        return not self._scheduler.is_idle
+
+    def handle(self, message: ToEngine) -> list[FromEngine]:
+        """Take a message; return what can be answered at once."""
+        if isinstance(message, Generate):
+            return self._add(message)
+        if isinstance(message, Cancel):
+            return self._cancel(message.request_id)
+        if isinstance(message, GetStats):
+            return [self.stats(message.request_id)]
+        if isinstance(message, Encode):
+            reason = f"this replica runs a {self.info.kind} ({self.info.family}); it cannot embed"
+            return [_refusal(message.request_id, reason, "model_not_supported")]
+        return []
+
+    def step(self) -> list[FromEngine]:
+        """Run one step and return what it brought.
+
+        Raises: ChipError or InternalError when device or bookkeeping can no longer be trusted; the
+        process must then end.
+        """
+        started_s = self._clock()
+        plan = self._scheduler.next(started_s)
+        if plan is None:
+            return []
+        result = self._runner.run(plan, self._requests)
+        out = self._commit(plan, result)
+        self._counters.steps_total += 1
+        ended_s = self._clock()
+        self._counters.busy_s += ended_s - started_s
+        if self._scheduler.is_idle and ended_s - self._validated_s > VALIDATE_EVERY_S:
+            self._scheduler.validate()
+            self._validated_s = ended_s
+        return out
+
+    def stats(self, request_id: str = "") -> EngineStats:
+        """Return totals since the start and what is true now."""
+        now = self._scheduler.stats()
+        self._counters.preemptions_total = now.preemptions_total
+        self._counters.prompt_tokens_total = now.prompt_tokens_total
+        self._counters.cached_tokens_total = now.cached_tokens_total
+        return self._counters.stats(
+            request_id,
+            num_running=now.num_running,
+            num_waiting=now.num_waiting,
+            kv_pages_total=now.pages_total,
+            kv_pages_used=now.pages_used,
+        )
+
+    def abort_all(self, reason: str) -> list[FromEngine]:
+        """Fail everything under way, for the end of the process."""
+        return [self._drop(request_id, reason) for request_id in list(self._requests)]
+
+    def validate(self) -> None:
+        """Check every invariant. Raises: InternalError that names the broken one."""
+        self._scheduler.validate()
+
+    def _add(self, message: Generate) -> list[FromEngine]:
+        request_id = message.request_id
+        if request_id in self._requests:
+            reason = f"request id {request_id!r} is already in use"
+            return [_refusal(request_id, reason, None)]
+        problem = problem_of(message, self.info)
+        if problem:
+            return [_refusal(request_id, *problem)]
+        if self._scheduler.num_waiting >= self._max_waiting:
+            reason = f"{self._scheduler.num_waiting} requests are waiting, which is the limit"
+            return [
+                Failed(
+                    request_id=request_id, message=reason, is_user_error=False, code="overloaded"
+                )
+            ]
+        request = Request(message, self.info, self._decoder, self._byte_ids, self._clock())
+        try:
+            self._scheduler.add(request.sequence)
+        except CapacityError as error:
+            return [_refusal(request_id, str(error), "context_length_exceeded")]
+        except UserError as error:
+            return [_refusal(request_id, str(error), error.code)]
+        self._requests[request_id] = request
+        self._counters.requests_total += 1
+        return []
+
+    def _cancel(self, request_id: str) -> list[FromEngine]:
+        request = self._requests.pop(request_id, None)
+        if request is None:  # it has ended meanwhile
+            return []
+        self._scheduler.cancel(request_id)
+        self._runner.forget(request_id)
+        self._counters.requests_cancelled_total += 1
+        return [request.ended("cancelled")]
+
+    def _drop(self, request_id: str, reason: str) -> Failed:
+        """End a request that cannot be finished, and free what it holds."""
+        del self._requests[request_id]
+        self._scheduler.cancel(request_id)
+        self._runner.forget(request_id)
+        return Failed(request_id=request_id, message=reason, is_user_error=False)
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[FromEngine]:
+        """Enter the results; the failed go first, so that the commit passes them over."""
+        out: list[FromEngine] = [self._drop(*failed) for failed in result.failed.items()]
+        requests = self._requests
+        for request_id, scored in result.prompt_logprobs.items():
+            request = requests.get(request_id)
+            if request and request.prompt_logprobs is not None:
+                request.prompt_logprobs += scored
+        sampled: dict[str, tuple[int, ...]] = {}
+        finished: list[str] = []
+        for request_id, token in result.tokens.items():
+            delta = requests[request_id].advance(token)
+            sampled[request_id] = (token.token_id,)
+            self._counters.generation_tokens_total += len(delta.token_ids)
+            if delta.finish_reason:
+                finished.append(request_id)
+            out.append(delta)
+        self._scheduler.commit(plan, sampled, finished)
+        for request_id in finished:
+            del requests[request_id]
+            self._runner.forget(request_id)
+        return out
+
+
+def _refusal(request_id: str, message: str, code: str | None) -> Failed:
+    return Failed(request_id=request_id, message=message, is_user_error=True, code=code)

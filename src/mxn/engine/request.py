@@ -1,0 +1,125 @@
+"""One generation under way: its sequence, how it samples, the text so far, and when it is done.
+
+Knows no pages, no scheduling and no tensors. Start at `Request.advance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from mxn.engine.detokenize import StreamDetokenizer, TokenDecoder
+from mxn.engine.protocol import Delta, FinishReason, Generate, ModelInfo, TokenLogprob
+from mxn.engine.sampler import SampledToken, SamplingState
+from mxn.engine.sequence import Sequence
+
+
+class Request:
+    """One generation under way: its sequence, how it samples, the text so far."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_end_ids",
+        "num_prompt_logprobs",
+        "prompt_logprobs",
+        "request_id",
+        "sampling",
+        "sampling_state",
+        "sequence",
+    )
+
+    def __init__(
+        self,
+        message: Generate,
+        info: ModelInfo,
+        decoder: TokenDecoder,
+        byte_ids: Collection[int],
+        now_s: float,
+    ) -> None:
+        sampling = self.sampling = message.sampling
+        self.request_id = message.request_id
+        prompt = message.prompt_ids
+        # Not even one token: the last logits of the prompt are computed, their token is dropped.
+        room = None if sampling.max_tokens is None else max(1, sampling.max_tokens)
+        self.num_prompt_logprobs = sampling.prompt_logprobs
+        self.sequence = Sequence(
+            message.request_id,
+            prompt,
+            max_total_tokens=None if room is None else len(prompt) + room,
+            arrival_s=now_s,
+            priority=message.priority,
+            wants_prompt_logits=sampling.prompt_logprobs is not None,
+        )
+        ends = () if sampling.ignore_eos else info.eos_ids
+        self.sampling_state = SamplingState(sampling, prompt, eos_ids=ends)
+        self._end_ids = frozenset((*ends, *sampling.stop_token_ids))
+        self._detokenizer = StreamDetokenizer(
+            decoder,
+            prompt_ids=prompt,
+            skip_special_tokens=sampling.skip_special_tokens,
+            stop=sampling.stop,
+            include_stop_str=sampling.include_stop_str,
+            min_tokens=sampling.min_tokens,
+            byte_ids=byte_ids,
+        )
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if sampling.prompt_logprobs is None else [None]
+        )
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.sampling_state.output_ids)
+
+    def advance(self, token: SampledToken) -> Delta:
+        """Return what `token`, which the scheduler has not appended yet, adds to the answer."""
+        if self.sampling.max_tokens == 0:
+            return self._delta([], "", None, "length", None)
+        self.sampling_state.append(token.token_id)
+        text, finish, stop = self._text_of(token.token_id)
+        logprobs = None if token.logprob is None else [token.logprob]
+        return self._delta([token.token_id], text, logprobs, finish, stop)
+
+    def _text_of(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """Return (new text, how the answer ends here or None, what ended it)."""
+        sampling = self.sampling
+        if token_id in self._end_ids and self.num_output >= sampling.min_tokens:
+            text, found = "", None
+            if sampling.include_stop_str:
+                text, found = self._detokenizer.push((token_id,))
+            rest, found = self._detokenizer.finish() if found is None else ("", found)
+            # The natural end is no stop that the caller asked for.
+            asked = token_id if token_id in sampling.stop_token_ids else None
+            return text + rest, "stop", asked if found is None else found
+        text, found = self._detokenizer.push((token_id,))
+        sequence = self.sequence
+        if found is None and len(sequence.token_ids) + 1 >= (sequence.max_total_tokens or 0):
+            rest, found = self._detokenizer.finish()
+            return text + rest, "length" if found is None else "stop", found
+        return text, None if found is None else "stop", found
+
+    def ended(self, finish: FinishReason) -> Delta:
+        """Return the last delta of a request that ends without a further token."""
+        text, _ = self._detokenizer.finish()
+        return self._delta([], text, None, finish, None)
+
+    def _delta(
+        self,
+        token_ids: list[int],
+        text: str,
+        logprobs: list[TokenLogprob] | None,
+        finish: FinishReason | None,
+        stop: str | int | None,
+    ) -> Delta:
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        return Delta(
+            request_id=self.request_id,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=finish,
+            stop_reason=stop,
+            prompt_tokens=self.sequence.num_prompt,
+            cached_tokens=self.sequence.cached_tokens,
+            completion_tokens=self.num_output,
+        )

@@ -1,0 +1,252 @@
+"""Runs a planned step on the device: tensors in, sampled tokens and log-probabilities out.
+
+The only part of the loop that touches a chip. Knows pages, rows and logits; knows no text, no stop
+rules and no policy. Start at `Runner.run`.
+
+When a forward pass fails, the step is halved until what fails stands alone, so that one request
+that does not fit or that breaks a kernel takes nobody with it. Writing the same keys and values to
+the same slots again is harmless.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from mxn.engine.stepbatch import Chunk, PageRows, pack
+from mxn.errors import ChipError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxn.engine.protocol import TokenLogprob
+    from mxn.engine.sampler import SampledToken, Sampler, SamplingState
+    from mxn.engine.scheduler import ScheduledSequence, StepPlan
+    from mxn.models.base import CausalLM, LayerCache
+
+log = logging.getLogger("mxn.engine")
+
+# Logits of one forward pass, as a count of float32: 64 Mi are 256 MiB. Only the log-probabilities of
+# prompts ever come near it; such a step is then cut into several passes.
+MAX_LOGITS = 64 * 2**20
+# A single prompt that runs out of memory is halved down to this many tokens before it is given up.
+MIN_SPLIT_TOKENS = 16
+
+
+class Sampled(Protocol):
+    """What the runner wants to know of a request: how it samples, whether its prompt is scored."""
+
+    sampling_state: SamplingState
+    num_prompt_logprobs: int | None  # alternatives beside each prompt token; None: not wanted
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step brought, by request id."""
+
+    tokens: dict[str, SampledToken] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # request id -> reason
+
+
+@dataclass(slots=True)
+class _Work:
+    """One sequence's part of a forward pass."""
+
+    scheduled: ScheduledSequence
+    request: Sampled
+    chunk: Chunk
+    samples: bool
+
+
+class Runner:
+    """Owns the cache tensors of one decoder and drives its forward passes."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        cache: list[LayerCache],
+        sampler: Sampler,
+        *,
+        page_tokens: int,
+        max_sequences: int,
+        max_pages: int,
+    ) -> None:
+        """`max_pages` is the longest a sequence can get, `max_sequences` how many hold pages."""
+        self._model = model
+        self._cache = cache
+        self._sampler = sampler
+        self._page_tokens = page_tokens
+        self._pages = PageRows(max_sequences, max_pages)
+        self._row_of: dict[str, int] = {}
+        self._max_rows = max(1, MAX_LOGITS // model.vocab_size)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, requests: Mapping[str, Sampled]) -> StepResult:
+        """Compute `plan`; every sequence of it is then in the result or in its `failed`.
+
+        Raises: ChipError when the device does not work any more.
+        """
+        for seq_id in plan.preempted:
+            self.forget(seq_id)
+        result = StepResult()
+        self._run(self._work(plan, requests), result)
+        return result
+
+    def forget(self, seq_id: str) -> None:
+        """The sequence has given its pages back."""
+        row = self._row_of.pop(seq_id, None)
+        if row is not None:
+            self._pages.release(row)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences whose pages are known here; 0 when idle."""
+        return len(self._row_of)
+
+    def _work(self, plan: StepPlan, requests: Mapping[str, Sampled]) -> list[_Work]:
+        work = []
+        pages, row_of = self._pages, self._row_of
+        for scheduled in plan.sequences:
+            sequence, start, num_tokens, page_ids, samples, num_logits = scheduled
+            row = row_of.get(sequence.seq_id)
+            if row is None:
+                row = row_of[sequence.seq_id] = pages.take()
+            pages.update(row, page_ids)
+            new = sequence.token_ids[start : start + num_tokens]
+            chunk = Chunk(row, start, new, num_logits)
+            work.append(_Work(scheduled, requests[sequence.seq_id], chunk, samples))
+        return work
+
+    def _run(self, work: list[_Work], result: StepResult) -> None:
+        """Run `work` in one pass, or in parts where it is too large or fails as a whole."""
+        work = [part for part in work if part.scheduled.seq_id not in result.failed]
+        if not work:
+            return
+        if sum(part.chunk.num_logits for part in work) > self._max_rows and _can_split(work):
+            self._run_halves(work, result)
+            return
+        try:
+            logits_RV = self._forward(work)
+            self._collect(work, logits_RV, result)
+        except (
+            Exception
+        ) as error:  # whatever a chip throws: the device is checked, then it is halved
+            self._recover(error)
+            if len(work) > 1 or (is_out_of_memory(error) and _can_split(work)):
+                self._run_halves(work, result)
+            else:
+                result.failed[work[0].scheduled.seq_id] = _reason(error, work[0])
+
+    def _run_halves(self, work: list[_Work], result: StepResult) -> None:
+        first, second = _halve(work)
+        self._run(first, result)
+        self._run(second, result)
+
+    def _forward(self, work: list[_Work]) -> Tensor:
+        batch = pack(
+            [part.chunk for part in work], self._pages, self._page_tokens, self._model.device
+        )
+        return self._model.forward(batch, self._cache)
+
+    def _collect(self, work: list[_Work], logits_RV: Tensor, result: StepResult) -> None:
+        """Sample, and score prompt tokens, from the rows that `work` asked for, in its order.
+
+        `result` changes only when nothing can fail any more.
+        """
+        num_rows, rows, sampling = 0, [], []
+        scored: dict[str, list[TokenLogprob]] = {}
+        for part in work:
+            first, num_rows = num_rows, num_rows + part.chunk.num_logits
+            if part.samples:
+                rows.append(num_rows - 1)
+                sampling.append(part)
+            if part.request.num_prompt_logprobs is not None and part.chunk.num_logits:
+                scored[part.scheduled.seq_id] = self._score_prompt(part, logits_RV[first:num_rows])
+        tokens = self._sample(sampling, rows, logits_RV) if sampling else []
+        for seq_id, logprobs in scored.items():
+            result.prompt_logprobs.setdefault(seq_id, []).extend(logprobs)
+        for part, token in zip(sampling, tokens, strict=True):
+            if token.is_broken:
+                result.failed[part.scheduled.seq_id] = "the model gave no finite logit"
+            else:
+                result.tokens[part.scheduled.seq_id] = token
+
+    def _sample(self, work: list[_Work], rows: list[int], logits_RV: Tensor) -> list[SampledToken]:
+        if len(rows) != len(logits_RV):
+            logits_RV = logits_RV[torch.tensor(rows, device=logits_RV.device)]
+        return self._sampler.sample(logits_RV, [part.request.sampling_state for part in work])
+
+    def _score_prompt(self, part: _Work, logits_QV: Tensor) -> list[TokenLogprob]:
+        """Return the log-probability of each prompt token that these rows predict."""
+        sequence, chunk = part.scheduled.sequence, part.chunk
+        first = chunk.start + len(chunk.token_ids) - len(logits_QV) + 1
+        next_ids = sequence.token_ids[first : min(first + len(logits_QV), sequence.num_prompt)]
+        if not next_ids:
+            return []
+        num_top = part.request.num_prompt_logprobs or 0
+        return self._sampler.prompt_logprobs(logits_QV[: len(next_ids)], next_ids, num_top)
+
+    def _recover(self, error: Exception) -> None:
+        """Note a failure and make sure that the device still computes.
+
+        Raises: ChipError when it does not: the process then ends, and a new one begins afresh.
+        """
+        device = self._model.device
+        log.error("forward pass failed: %s: %s", type(error).__name__, _first_line(error))
+        log.debug("where it failed", exc_info=error)
+        if isinstance(error, ChipError):
+            raise error
+        empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
+        try:
+            if empty_cache and is_out_of_memory(error):
+                empty_cache()
+            is_alive = (torch.ones(2, device=device) + 1).sum().item() == 4
+        except Exception as second:
+            raise ChipError(
+                f"{device} stopped working after: {_first_line(error)}", device=str(device)
+            ) from second
+        if not is_alive:
+            raise ChipError(f"{device} computes 1 + 1 wrongly", device=str(device)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a chip said that memory ran out; makers raise different classes for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def _can_split(work: Sequence[_Work]) -> bool:
+    return len(work) > 1 or len(work[0].chunk.token_ids) >= 2 * MIN_SPLIT_TOKENS
+
+
+def _halve(work: list[_Work]) -> tuple[list[_Work], list[_Work]]:
+    """Return two parts to run one after the other: by sequences, or a single one by its tokens."""
+    if len(work) > 1:
+        middle = len(work) // 2
+        return work[:middle], work[middle:]
+    part = work[0]
+    first, second = part.chunk.split(len(part.chunk.token_ids) // 2)
+    return (
+        [_Work(part.scheduled, part.request, first, samples=False)],
+        [_Work(part.scheduled, part.request, second, part.samples)],
+    )
+
+
+def _reason(error: Exception, part: _Work) -> str:
+    if is_out_of_memory(error):
+        context = part.chunk.start + len(part.chunk.token_ids)
+        return f"the device ran out of memory at a context of {context} tokens"
+    return f"the model failed: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
