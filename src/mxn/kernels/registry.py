@@ -226,7 +226,9 @@ class Ops:
         """Return the kernels that apply here, best priority first, and why the others do not."""
         usable, rejected = [], {}
         for entry in kernels_of(op).values():
-            reason = entry.reject_reason(self.chip, dtype) or self._table.off_reason(op, entry.name)
+            reason = entry.reject_reason(self.chip, dtype) or self._table.off_reason(
+                op, entry.name, dtype
+            )
             if reason:
                 rejected[entry.name] = reason
             else:

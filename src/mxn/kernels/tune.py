@@ -39,7 +39,7 @@ class Table:
     path: Path
     chip: str
     times: dict[str, dict[str, Any]] = field(default_factory=dict)
-    off: dict[str, str] = field(default_factory=dict)  # "op/kernel" -> reason
+    off: dict[str, str] = field(default_factory=dict)  # "op/kernel dtype" -> reason
 
     @classmethod
     def open(cls, chip: str) -> Table:
@@ -55,8 +55,8 @@ class Table:
         except (json.JSONDecodeError, KeyError, TypeError):
             return cls(path, chip)
 
-    def off_reason(self, op: str, kernel: str) -> str | None:
-        return self.off.get(f"{op}/{kernel}")
+    def off_reason(self, op: str, kernel: str, dtype: str) -> str | None:
+        return self.off.get(f"{op}/{kernel} {dtype}")
 
     def save(self) -> None:
         """Write atomically: a second process that loads at the same time sees a whole file."""

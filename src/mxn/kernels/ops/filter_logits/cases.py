@@ -1,0 +1,58 @@
+"""Parity cases of `filter_logits`: each rule alone, all together, ties, and few candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxn.kernels.parity import Case, Maker, Outputs
+
+
+def _build(
+    make: Maker, rows: int, vocab: int, rules: str, num_candidates: int | None, ties: bool
+) -> tuple[Any, ...]:
+    logits = make.normal32(rows, vocab, scale=3.0)
+    if ties:
+        logits = logits.round()  # many equal logits, as bfloat16 gives them
+    top_k = make.integers(vocab + 3, rows) if "k" in rules else None
+    top_p = make.uniform32(rows) if "p" in rules else None
+    min_p = make.uniform32(rows) * 0.3 if "m" in rules else None
+    if rows > 2:  # one row that does not ask for the rule
+        for rule, off in ((top_k, 0), (top_p, 1.0), (min_p, 0.0)):
+            if rule is not None:
+                rule[1] = off
+    return logits, make.uniform32(rows) + 0.5, top_k, top_p, min_p, num_candidates
+
+
+def _decided(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> Outputs:
+    """A row may stay undecided if candidates were limited; then it is computed again without."""
+    filtered, is_exact = result
+    if args[5] is None:
+        return {"filtered": filtered, "is_exact": is_exact}
+    again = args[:5]
+    from mxn.kernels.ops.filter_logits.naive import filter_logits
+
+    whole, _ = filter_logits(*(None if a is None else a.cpu() for a in again))
+    return {"filtered": torch.where(is_exact.cpu().unsqueeze(1), filtered.cpu(), whole)}
+
+
+CASES = tuple(
+    Case(
+        name=f"filter_logits R{r} V{v} {rules or 'nothing'} candidates {c}{' ties' if t else ''}",
+        build=lambda make, a=(r, v, rules, c, t): _build(make, *a),
+        outputs=_decided,
+        dtypes=("float32",),
+        is_typical=v == 2000,
+    )
+    for rules in ("", "k", "p", "m", "kpm")
+    for r, v, c, t in (
+        (1, 1, None, False),
+        (5, 61, None, False),
+        (5, 61, None, True),
+        (5, 61, 9, False),
+        (5, 61, 9, True),
+        (4, 2000, 256, False),
+    )
+)
