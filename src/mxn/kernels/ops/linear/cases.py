@@ -50,4 +50,3 @@ CASES = (
     ),
     Case(name="linear strided x", build=_strided, call=_call),
 )
-

@@ -28,7 +28,8 @@ _DECODE_16 = tuple((1, 250 + 3 * i) for i in range(16))
 CASES = (
     *(
         Case(
-            name=f"mla_attention {name} N{v[0]} latent {v[1]}+{v[2]} K{v[3]}",
+            name=f"mla_attention {name} N{v[0]} latent {v[1]}+{v[2]} K{v[3]}"
+            f"{' in order' if v[4] else ''}",
             build=lambda make, a=(step, *v): _build(make, *a),
             slack=2.0,  # probabilities may be rounded before they weigh the values
         )
