@@ -188,3 +188,18 @@ def test_collectives_work_on_device_memory(sim):
     for rank in ranks:
         output, _ = rank.communicate(timeout=90)
         assert rank.returncode == 0, output
+
+
+@pytest.mark.sim
+def test_a_process_may_end_right_after_a_backward_pass(sim):
+    """torch's device threads still held Python objects then, and the process aborted at exit."""
+    code = """
+import torch
+from mxn.chips.sim import device
+device.load()
+net = torch.nn.Linear(2, 1).to("sim")
+net(torch.ones(1, 2, device="sim")).sum().backward()
+"""
+    processes = [_python(code) for _ in range(3)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs

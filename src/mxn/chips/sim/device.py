@@ -9,7 +9,7 @@ import threading
 from types import ModuleType
 
 from mxn import env
-from mxn.chips.sim import build
+from mxn.chips.sim import at_exit, build
 from mxn.errors import ConfigError, UnsupportedError
 from mxn.units import parse_bytes
 
@@ -61,6 +61,7 @@ def _register() -> ModuleType:
         from mxn.chips.sim import collectives
 
         collectives.register(extension)
+    at_exit.register()
     extension.set_fail_after(fail_after, False)  # last, so that registration does not count
     return extension
 
