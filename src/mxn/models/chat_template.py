@@ -141,9 +141,11 @@ def _cut_at_mark(rendered: str, final_text: str) -> str:
     if mark not in rendered or final_text.strip() not in rendered:
         raise UserError("continue_final_message: the template does not keep the final message")
     at = rendered.rindex(mark)
-    head = rendered[:at]
+    is_whole = rendered[at : at + len(_CONTINUE_MARK)] == _CONTINUE_MARK
+    # A template may print the message twice; no mark must stay in the prompt.
+    head = rendered[:at].replace(_CONTINUE_MARK, "").replace(mark, "")
     # A template that trims messages also trimmed the space after the mark.
-    return head if rendered[at : at + len(_CONTINUE_MARK)] == _CONTINUE_MARK else head.rstrip()
+    return head if is_whole else head.rstrip()
 
 
 class ChatTemplates:

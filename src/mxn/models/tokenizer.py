@@ -33,7 +33,7 @@ class Backend(Protocol):
 
     def truncate(self, text: str, num_tokens: int) -> str: ...
 
-    def size(self) -> int: ...
+    def vocab(self) -> dict[str, int]: ...
 
     def special_ids(self) -> frozenset[int]: ...
 
@@ -74,8 +74,8 @@ class _FastBackend:
         offsets = self.raw.encode(text, add_special_tokens=False).offsets
         return text if len(offsets) <= num_tokens else text[: offsets[num_tokens - 1][1]]
 
-    def size(self) -> int:
-        return max(self.raw.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    def vocab(self) -> dict[str, int]:
+        return self.raw.get_vocab(with_added_tokens=True)
 
     def special_ids(self) -> frozenset[int]:
         added = self.raw.get_added_tokens_decoder()
@@ -111,8 +111,8 @@ class _SlowBackend:
         ids = self.encode(text, add_special_tokens=False)
         return text if len(ids) <= num_tokens else self.decode(ids[:num_tokens], False)
 
-    def size(self) -> int:
-        return len(self._tokenizer)
+    def vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
 
     def special_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.all_special_ids)
@@ -135,7 +135,9 @@ class Tokenizer:
         self._backend = backend
         self.special_tokens = dict(special_tokens)  # such as {"bos_token": "<s>"}
         self.templates = templates
-        self.vocab_size = backend.size()  # largest id + 1; a model's matrix may be larger
+        self.vocab_size = (
+            max(backend.vocab().values(), default=-1) + 1
+        )  # largest id + 1; a model's matrix may be larger
         self.special_ids = backend.special_ids()
         self._bytes = ByteTable(byte_scheme, backend.added_ids())
 
@@ -168,7 +170,7 @@ class Tokenizer:
         config = config or {}
         special = _special_tokens(config, folder)
         _add_missing_tokens(raw, config, special)
-        _apply_bos_eos(raw, config, special)
+        _ensure_post_processor(raw)
         cleans = bool(config.get("clean_up_tokenization_spaces"))
         templates = ChatTemplates.load(folder or Path("/nonexistent"), config)
         return cls(
@@ -229,6 +231,10 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         return self.special_id("pad_token")
 
+    def vocab(self) -> dict[str, int]:
+        """Return token → id, as spelled in the vocabulary; built anew on each call."""
+        return self._backend.vocab()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens)
 
@@ -260,9 +266,9 @@ class Tokenizer:
         return self.templates.render(messages, **{**self.special_tokens, **options})
 
     def apply_chat_template(
-        self, messages: Sequence[Message], *, tokenize: bool = True, **options: Any
-    ) -> list[int] | str:
-        """Return a conversation as token ids, or as text when `tokenize` is false."""
+        self, messages: Sequence[Message], *, tokenize: bool = False, **options: Any
+    ) -> str | list[int]:
+        """Return a conversation as text, or as token ids when `tokenize` is true."""
         text = self.render_chat(messages, **options)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
@@ -314,23 +320,14 @@ def _by_id(item: tuple[str, Any]) -> int:
     return int(item[0])
 
 
-def _apply_bos_eos(
-    raw: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """Follow `add_bos_token` / `add_eos_token`, which overrule the file's own post-processor."""
-    explicit = "add_bos_token" in config or "add_eos_token" in config
-    if raw.post_processor is not None and not explicit:
-        return
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    first = [f"{bos}:0"] * (bos is not None) + ["$A:0"] + [f"{eos}:0"] * (eos is not None)
-    second = [f"{bos}:1"] * (bos is not None) + ["$B:1"] + [f"{eos}:1"] * (eos is not None)
-    used = [token for token in dict.fromkeys((bos, eos)) if token is not None]
-    raw.post_processor = TemplateProcessing(
-        single=first,
-        pair=first + second,
-        special_tokens=[(token, raw.token_to_id(token)) for token in used],
-    )
+def _ensure_post_processor(raw: tokenizers.Tokenizer) -> None:
+    """Give pairs their token types where the file has no rule.
+
+    `add_bos_token` of tokenizer_config.json is not read, as in transformers 5: where tokenizer.json
+    exists, its post-processor alone decides about special tokens.
+    """
+    if raw.post_processor is None:
+        raw.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
 
 
 # In the order of transformers: a later rule sees what an earlier one left.

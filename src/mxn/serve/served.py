@@ -113,7 +113,9 @@ class ServedModels:
         self.pending[name] = Pending(name)
 
     def report_progress(self, name: str, progress: Loading) -> None:
-        self.pending[name].progress = progress
+        """Note how far a promised model is; a ready one that restarts is not promised again."""
+        if name in self.pending:
+            self.pending[name].progress = progress
 
     def report_failure(self, name: str, reason: str) -> None:
         self.pending[name].failure = reason

@@ -21,7 +21,7 @@ _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the pause of a client that polls once a minute
 _START_LIMIT_S = 30.0
 
-OnReady = Callable[[str], None]
+OnListening = Callable[[str], None]
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -50,7 +50,9 @@ def url_of(sock: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn with our settings that says when it is listening."""
 
-    def __init__(self, app: ASGIApp, *, drain_s: float, on_ready: OnReady | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, drain_s: float, on_listening: OnListening | None = None
+    ) -> None:
         config = uvicorn.Config(
             app,
             loop="uvloop",
@@ -65,12 +67,12 @@ class Server(uvicorn.Server):
             server_header=False,
         )
         super().__init__(config)
-        self._on_ready = on_ready
+        self._on_listening = on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started and self._on_ready is not None and sockets:
-            self._on_ready(url_of(sockets[0]))
+        if self.started and self._on_listening is not None and sockets:
+            self._on_listening(url_of(sockets[0]))
 
 
 def run(
@@ -79,14 +81,14 @@ def run(
     port: int = 8000,
     *,
     drain_s: float = 30.0,
-    on_ready: OnReady | None = None,
+    on_listening: OnListening | None = None,
 ) -> None:
-    """Serve until a signal, then drain. `on_ready` gets the base URL once requests are taken.
+    """Serve until a signal, then drain. `on_listening` gets the base URL once requests are taken.
 
     Raises: ConfigError when the address cannot be had.
     """
     sock = bind(host, port)
-    Server(app, drain_s=drain_s, on_ready=on_ready).run(sockets=[sock])
+    Server(app, drain_s=drain_s, on_listening=on_listening).run(sockets=[sock])
 
 
 async def serve(
@@ -95,11 +97,11 @@ async def serve(
     port: int = 8000,
     *,
     drain_s: float = 30.0,
-    on_ready: OnReady | None = None,
+    on_listening: OnListening | None = None,
 ) -> None:
     """Like `run`, inside a running event loop."""
     sock = bind(host, port)
-    await Server(app, drain_s=drain_s, on_ready=on_ready).serve(sockets=[sock])
+    await Server(app, drain_s=drain_s, on_listening=on_listening).serve(sockets=[sock])
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def running(app: ASGIApp, *, drain_s: float = 1.0) -> Iterator[str]:
     """
     sock = bind("127.0.0.1", 0)
     is_up = threading.Event()
-    server = Server(app, drain_s=drain_s, on_ready=lambda _: is_up.set())
+    server = Server(app, drain_s=drain_s, on_listening=lambda _: is_up.set())
 
     def work() -> None:
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:

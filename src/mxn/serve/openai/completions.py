@@ -71,7 +71,9 @@ class CompletionRoutes:
                 if is_text
                 else value
             )
-            check_prompt(ids, model.info, max_tokens=self._max_tokens(body), param="prompt")
+            # A replica keeps room for one token also where only the prompt is scored.
+            wanted = max(1, self._max_tokens(body))
+            check_prompt(ids, model.info, max_tokens=wanted, param="prompt")
             text = ""
             if body.echo:
                 text = value if is_text else model.tokenizer.decode(ids, not _shows_special(body))
