@@ -1,7 +1,8 @@
 """The loop of a replica that generates: requests in, one step, deltas out. Single-threaded.
 
 Puts the parts together: the scheduler says who runs, the runner computes, each request turns its
-token into text and says when it is done. Knows no processes and no tensors. Start at `EngineCore.step`.
+token into text and says when it is done. Knows no processes and no tensors. Start at
+`EngineCore.step`.
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mxn.engine")
 
-# Logits of one forward pass, as a count of float32: 64 Mi are 256 MiB. Only the log-probabilities of
+# Logits of one forward pass, as a count of float32: 64 Mi are 256 MiB. Only log-probabilities of
 # prompts ever come near it; such a step is then cut into several passes.
 MAX_LOGITS = 64 * 2**20
 # A single prompt that runs out of memory is halved down to this many tokens before it is given up.
-MIN_SPLIT_TOKENS = 16
+MIN_SPLIT_TOKENS = 8
 
 
 class Sampled(Protocol):
