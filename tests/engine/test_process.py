@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.engine.conftest import run
 
 from mxn.engine.client import ProcessEngine
 from mxn.engine.local import LocalEngine
 from mxn.engine.protocol import Encode, Generate, SamplingParams
 from mxn.engine.supervisor import RestartPolicy
 from mxn.errors import CapacityError, EngineDiedError, NotFoundError, UserError
-from tests.engine.conftest import run
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
@@ -62,7 +62,7 @@ def test_it_loads_generates_counts_refuses_and_stops(tiny_config):
             assert caught.value.code == "context_length_exceeded"
             with pytest.raises(UserError, match="token id 999"):
                 await answer(engine, "bad", [999])
-            with pytest.raises(UserError, match="Expected `int`, got `str`"):
+            with pytest.raises(UserError, match=r"Expected `int`, got `str`"):
                 await answer(engine, "malformed", [1, "x"])
             with pytest.raises(UserError, match="cannot embed"):
                 await engine.encode(Encode(request_id="e", sequences=[[1]]))
@@ -170,7 +170,7 @@ def test_a_loader_that_crashes_shows_the_end_of_its_log(tiny_config):
     broken = type(config)(model="x", loader="mxn.engine.nowhere:load")
 
     async def check() -> None:
-        with pytest.raises(Exception, match="No module named 'mxn.engine.nowhere'"):
+        with pytest.raises(Exception, match=r"No module named 'mxn.engine.nowhere'"):
             await ProcessEngine.start(broken)
 
     run(check())

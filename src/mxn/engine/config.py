@@ -13,6 +13,8 @@ import msgspec
 
 from mxn.errors import ConfigError
 
+KV_FRACTION = 0.85  # of what the weights leave free on a device with memory of its own
+KV_FRACTION_HOST = 0.3  # main memory belongs to everybody on the machine
 DEFAULT_LOADER = "mxn.engine.load:load_checkpoint"
 
 
@@ -26,7 +28,7 @@ class EngineConfig:
     threads: int = 0  # CPU threads; 0 = all cores this process may use
     page_tokens: int = 16
     kv_bytes: int | None = None  # memory of the page pool; None = kv_fraction of what is free
-    kv_fraction: float = 0.85
+    kv_fraction: float | None = None  # None = KV_FRACTION, or KV_FRACTION_HOST of main memory
     max_batch_tokens: int = 2048  # new tokens in one step
     max_sequences: int = 64  # sequences in one step
     max_waiting: int = 4096  # requests in the queue before new ones are refused
@@ -42,7 +44,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if self.threads < 0:
             raise ConfigError(f"threads must be 0 (all cores) or more, got {self.threads!r}")
-        if not 0 < self.kv_fraction <= 1:
+        if self.kv_fraction is not None and not 0 < self.kv_fraction <= 1:
             raise ConfigError(f"kv_fraction must be in (0, 1], got {self.kv_fraction!r}")
         if self.max_context is not None and self.max_context < 1:
             raise ConfigError(f"max_context must be at least 1, got {self.max_context!r}")

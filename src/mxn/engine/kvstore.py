@@ -6,6 +6,7 @@ Start at `plan_pages`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from mxn.models.spec import KvShape
+
+
+_ALIGN = 64  # a cache line, and the widest vector of any CPU
 
 
 def page_bytes(kv_shapes: Sequence[KvShape], page_tokens: int, item_bytes: int) -> int:
@@ -91,6 +95,8 @@ def allocate(
 
     def tensor(shape: KvShape, dim: int) -> torch.Tensor:
         size = (num_pages, page_tokens, shape.num_heads, dim)
+        if device.type == "cpu":
+            return _lazy_zeros(size, dtype)
         return torch.zeros(size, dtype=dtype, device=device)
 
     try:
@@ -106,3 +112,18 @@ def allocate(
             f"{device} refused {format_bytes(wanted)} for the cache: {str(error).splitlines()[0]}",
             hint="set a smaller --kv-memory or --max-context",
         ) from error
+
+
+def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros in main memory that costs nothing until it is written.
+
+    numpy asks the operating system for zeroed pages, torch.zeros writes them: the pool would take
+    its whole size at once, on a machine that others use too.
+    """
+    import numpy as np
+    import torch
+
+    num_bytes = math.prod(size) * dtype.itemsize
+    raw = np.zeros(num_bytes + _ALIGN, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGN
+    return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).view(size)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mxn.engine.config import EngineConfig
+from mxn.engine.config import KV_FRACTION, KV_FRACTION_HOST, EngineConfig
 from mxn.engine.detokenize import byte_fallback_ids
 from mxn.engine.kvstore import PagePlan, allocate, page_bytes, plan_pages
 from mxn.engine.protocol import ModelInfo
@@ -43,6 +43,7 @@ class LoadedReplica:
     chip: str
     device: torch.device
     free_bytes: int | None = None  # memory left on the device for the cache; None: it does not tell
+    is_host_memory: bool = False  # the device computes in the machine's main memory
     ops: Any = None  # the bound operators, for the sampler; None: bind here
 
 
@@ -83,12 +84,14 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
         allow_fallback=config.allow_fallback,
         prefer_fallback=config.prefer_fallback,
     )
+    torch_device = torch.device(device.torch_device)
     return LoadedReplica(
         loaded=loaded,
         tokenizer=Tokenizer.load(directory),
         chip=device.chip.name,
-        device=torch.device(device.torch_device),
+        device=torch_device,
         free_bytes=free_memory(device),
+        is_host_memory=torch_device.type == "cpu",
     )
 
 
@@ -118,7 +121,8 @@ def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
     size = page_bytes(model.kv_shapes, config.page_tokens, model.dtype.itemsize)
     available = config.kv_bytes
     if available is None and replica.free_bytes is not None:
-        available = int(replica.free_bytes * config.kv_fraction)
+        default = KV_FRACTION_HOST if replica.is_host_memory else KV_FRACTION
+        available = int(replica.free_bytes * (config.kv_fraction or default))
     model_context = replica.loaded.max_context
     fits = model_context if available is None else available // size * config.page_tokens
     max_context = context_of(config, model_context, size, fits)
