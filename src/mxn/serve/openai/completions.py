@@ -39,7 +39,7 @@ class CompletionRoutes:
     async def create(self, request: Request) -> Response:
         body, model = await self._state.read(request, CompletionRequest)
         require_kind(model, "decoder")
-        _check(body)
+        _check(body, is_lenient=self._state.settings.is_lenient)
         prompts = await self._prompts(body, model)
         job_id = new_id("cmpl")
         num_choices = max(body.n or 1, body.best_of or 1)
@@ -107,7 +107,7 @@ def _shows_special(body: CompletionRequest) -> bool:
     return body.skip_special_tokens is False
 
 
-def _check(body: CompletionRequest) -> None:
+def _check(body: CompletionRequest, *, is_lenient: bool) -> None:
     if body.suffix:
         raise not_supported("suffix", "suffix (filling in the middle)")
     if body.best_of is not None and body.best_of < (body.n or 1):
@@ -117,7 +117,7 @@ def _check(body: CompletionRequest) -> None:
         )
     if body.stream and body.best_of is not None and body.best_of > (body.n or 1):
         raise ApiError("best_of above n cannot be streamed.", param="best_of")
-    if body.max_tokens == 0 and not body.echo:
+    if body.max_tokens == 0 and not body.echo and not is_lenient:
         raise ApiError("max_tokens 0 makes sense only with echo.", param="max_tokens")
 
 
