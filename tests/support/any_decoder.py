@@ -57,7 +57,30 @@ SMALL: dict[str, int] = {
 _TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 # What the names cannot tell, by model type.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {
+            "ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 64
+        },
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "max_window_layers": 2, "use_sliding_window": True,
+    },
+    "inkling_text": {"swa_num_key_value_heads": 2},
+    "inkling2_text": {"swa_num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "xmod": {"default_language": "en_XX"},
+}  # fmt: skip
 
 
 def model_types() -> list[str]:
@@ -109,12 +132,20 @@ def _shrink(default: Any) -> dict[str, Any]:
             fields[name] = min(SMALL[name], value) if value else value
         elif isinstance(value, list) and depth and len(value) == depth:
             fields[name] = _short_list(value)
-    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if isinstance(kv_heads, int) and isinstance(heads, int):
-        fields["num_key_value_heads"] = 4 if kv_heads == heads else 2
+    _shrink_heads(values, fields)
     if "is_decoder" in values:
         fields["is_decoder"] = True
     return fields
+
+
+def _shrink_heads(values: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Make key/value heads and head dim fit 4 query heads; grouped stays grouped."""
+    is_latent = "kv_lora_rank" in values
+    if "num_key_value_heads" in values:
+        is_grouped = values["num_key_value_heads"] != values.get("num_attention_heads")
+        fields["num_key_value_heads"] = 2 if is_grouped and not is_latent else 4
+    if "head_dim" in values:
+        fields["head_dim"] = SMALL["qk_rope_head_dim" if is_latent else "head_dim"]
 
 
 def _short_list(values: list[Any]) -> list[Any]:
@@ -126,9 +157,11 @@ def _short_list(values: list[Any]) -> list[Any]:
 def build(model_type: str, *, seed: int = 0) -> torch.nn.Module:
     """Return a random model in float32, eval mode, whose logits depend visibly on every part."""
     torch.manual_seed(seed)
-    config = tiny_config(model_type)
+    cls, config = model_class(model_type), tiny_config(model_type)
+    if cls.config_class is not type(config):  # the language model of a model with several parts
+        config = config.get_text_config(decoder=True)
     config._attn_implementation = "eager"
-    model = model_class(model_type)(config).float().eval()
+    model = cls(config).float().eval()
     _randomize(model)
     return model
 
