@@ -1,7 +1,8 @@
 """Two baselines for the shipped models: a unigram and an interpolated Kneser-Ney 5-gram.
 
-Over the same tokens and the same split as the models, so a neural model that does not beat them has
-learnt nothing. Knows ids, no text. Run it: `python recipes/baselines.py models/mxn-shakespeare-llama`.
+Over the same tokens and the same split as the models, so a neural model that does not beat them
+has learnt nothing. Knows ids, no text. Run it: `python recipes/baselines.py
+models/mxn-shakespeare-llama`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python recipes/train_small.py --shape llama --steps 3000 --out models/mxn-shakespeare-llama
 
-Needs a CPU and the packages that mxn itself needs. Interrupted runs continue when the same command is
-given again; their state lies in the `--work` folder, outside the repository. The last line on stdout
-with `--json` is the content of training.json. Start at `main`.
+Needs a CPU and the packages that mxn itself needs. Interrupted runs continue when the same
+command is given again; their state lies in the `--work` folder, outside the repository. The last
+line on stdout with `--json` is the content of training.json. Start at `main`.
 """
 
 from __future__ import annotations
@@ -113,6 +113,16 @@ def sample(folder: Path, tokenizer: Tokenizer, heldout: str) -> dict[str, str]:
     return {"prompt": prompt.rstrip("\n"), "continuation": continuation}
 
 
+def command_line(args: argparse.Namespace) -> str:
+    """Return the command that gives this checkpoint; the work folder does not matter for it."""
+    words = ["python", "recipes/train_small.py"]
+    for name in ("shape", "steps", "seed", "threads", "vocab", "lr", "dropout", "out"):
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -134,7 +144,7 @@ def export(
     scores = score_baselines(tokenizer, split) | {folder.name: score}
     facts = {
         "shape": args.shape,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(args),
         "parameters": sum(p.numel() for p in network.parameters()),
         "active_parameters": active_parameters(network),
         "weight_bytes": (folder / "model.safetensors").stat().st_size,
@@ -150,6 +160,7 @@ def export(
         "best_step": trainer.state.best_step,
         "best_valid_nats": round(trainer.state.best_nats, 4),
         "training_seconds": round(trainer.state.seconds, 1),
+        "training_cpu_seconds": round(trainer.state.cpu_seconds, 1),
         "threads": args.threads,
         "cpu": cpu_name(),
         "torch": torch.__version__,

@@ -1,1 +1,1 @@
-"""The parts of `recipes/train_small.py`: text, tokenizer, networks, training, export, model card."""
+"""The parts of `recipes/train_small.py`: text, tokenizer, networks, training, export, card."""

@@ -1,9 +1,10 @@
-"""Which tokens a training step sees. A function of (seed, step) alone, so a resumed run sees the same.
+"""Which tokens a training step sees. A function of (seed, step) alone, so a resumed run sees the
+same.
 
-Two forms of the same text are mixed. *Raw*: the file as it is; a blank line ends a speech and the next
-begins. *Dialogue*: `<|bos|>`, then speeches that each end with `<|eos|>` in place of the blank line,
-which is what the chat template writes. So the model stops after a speech in a chat, and goes on with
-the next speaker when it continues plain text.
+Two forms of the same text are mixed. *Raw*: the file as it is; a blank line ends a speech and the
+next begins. *Dialogue*: `<|bos|>`, then speeches that each end with `<|eos|>` in place of the
+blank line, which is what the chat template writes. So the model stops after a speech in a chat,
+and goes on with the next speaker when it continues plain text.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 class Batches:
     """Rows of tokens for each step of a run."""
 
-    def __init__(self, tokenizer: Tokenizer, text: str, *, seed: int, dialogue_share: float) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, text: str, *, seed: int, dialogue_share: float
+    ) -> None:
         self._raw = encode(tokenizer, text)
         self._bos = tokenizer.token_to_id(BOS)
         parts = speeches(text)

@@ -1,7 +1,8 @@
 """Byte-level BPE with two special tokens, and the chat template. Knows no network.
 
-Every byte is in the alphabet, so any UTF-8 text is kept exactly. A run of line ends is a piece of its
-own: the blank line between two speeches is then one token, and `<|eos|>` can stand in its place.
+Every byte is in the alphabet, so any UTF-8 text is kept exactly. A run of line ends is a piece of
+its own: the blank line between two speeches is then one token, and `<|eos|>` can stand in its
+place.
 """
 
 from __future__ import annotations

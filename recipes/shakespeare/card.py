@@ -19,8 +19,9 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A small language model in {family} shape ({detail}) that ships with mxn, so that `mxn up` has a real
-model to serve on any machine. It writes in the manner of Shakespeare's plays; it knows nothing else.
+A small language model in {family} shape ({detail}) that ships with mxn, so that `mxn up` has a
+real model to serve on any machine. It writes in the manner of Shakespeare's plays; it knows
+nothing else.
 
 | | |
 |---|---|
@@ -32,17 +33,20 @@ model to serve on any machine. It writes in the manner of Shakespeare's plays; i
 
 ## Held-out perplexity
 
-The last tenth of the file (the end of *The Taming of the Shrew* and *The Tempest*), {heldout_tokens}
-tokens, {heldout_bytes} bytes, never seen in training. Bits per byte do not depend on the tokenizer.
+The last tenth of the file (the end of *The Taming of the Shrew* and *The Tempest*),
+{heldout_tokens} tokens, {heldout_bytes} bytes, never seen in training. Bits per byte do not
+depend on the tokenizer.
 
 | model | perplexity per token | bits per byte |
 |---|---:|---:|
 {score_rows}
 
-Rule: windows of {context} tokens that overlap by half, a token is scored once with at least half a
-window before it, the first token of the text is not scored, no start token. The checkpoint's bfloat16
-weights, computed in float32 by `transformers`. The baselines are trained on the same tokens of the
-same training text (`recipes/baselines.py`). The figures are also in `training.json`.
+Rule: windows of {context} tokens that overlap by half, a token is scored once with at least half
+a window before it, the first token of the text is not scored, no start token. The checkpoint's
+bfloat16 weights, computed in float32 by `transformers`. The baselines are trained on the same
+tokens of the same training text (`recipes/baselines.py`). The 3 % of the file between the two pieces chose the
+step at which training was best. The figures are also in
+`training.json`.
 
 ## A continuation of held-out text
 
@@ -71,8 +75,8 @@ goes on as
 How both work at once: a part of the training rows ({dialogue_percent} %) is dialogue, where
 `<|bos|>` opens and every speech ends with `<|eos|>` instead of the blank line, exactly as the chat
 template writes it; the other rows are the plain file, where no special token occurs. After a chat
-template the model therefore ends its speech with `<|eos|>`, which stops generation; in plain text it
-never says `<|eos|>`. No start token is added to plain text.
+template the model therefore ends its speech with `<|eos|>`, which stops generation; in plain text
+it never says `<|eos|>`. No start token is added to plain text.
 
 ## Training
 
@@ -81,10 +85,11 @@ never says `<|eos|>`. No start token is added to plain text.
 ```
 
 {steps} steps of {batch_tokens} tokens ({epochs} passes over the text), best validation at step
-{best_step}, {minutes} minutes on {threads} thread(s) of {cpu}. {check}
+{best_step}. {minutes} minutes on {threads} thread(s) of {cpu}, of which the run had the CPU for
+{cpu_minutes}. {check}
 
-Not reproducible to the bit between machines (matrix products differ), but the data order and the seed
-are fixed. Licence of the weights: Apache-2.0, like mxn; the text is in the public domain.
+Not reproducible to the bit between machines (matrix products differ), but the data order and the
+seed are fixed. Licence of the weights: Apache-2.0, like mxn; the text is in the public domain.
 """
 
 
@@ -110,6 +115,7 @@ def write_card(folder: Path, facts: dict[str, Any]) -> None:
         continuation=facts["sample"]["continuation"],
         dialogue_percent=round(100 * settings["dialogue_share"]),
         minutes=round(facts["training_seconds"] / 60, 1),
+        cpu_minutes=round(facts["training_cpu_seconds"] / 60, 1),
         check=f"Against `transformers` in float32 the largest relative error of the logits is "
         f"{facts['export_relative_error']:.1e}.",
         steps=settings["steps"],

@@ -1,8 +1,8 @@
 """Perplexity by one written rule, for any callable that maps ids [1, T] to logits.
 
-Rule: windows of `context` tokens that overlap by half; a token is scored once, with at least half a
-window before it (except at the start of the text); the first token of the text is not scored; no
-start token. Baselines score the same tokens (recipes/baselines.py).
+Rule: windows of `context` tokens that overlap by half; a token is scored once, with at least half
+a window before it (except at the start of the text); the first token of the text is not scored;
+no start token. Baselines score the same tokens (recipes/baselines.py).
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The two networks as they are trained; parameter names are those of Hugging Face checkpoints.
 
-They exist beside the classes of `transformers` for two reasons: dropout on the residual stream, which
-decides how well a model of a megabyte of text generalizes, and experts that are fast on a CPU. The
-export is compared with `transformers` (export.py), so a difference between the two is found.
+They exist beside the classes of `transformers` for two reasons: dropout on the residual stream,
+which decides how well a model of a megabyte of text generalizes, and experts that are fast on a
+CPU. The export is compared with `transformers` (export.py), so a difference between the two is
+found.
 
-Shape letters: B rows, T tokens of a row, D hidden, N heads, G key/value heads, H head dim, E experts,
-K chosen experts, S = B * T.
+Shape letters: B rows, T tokens of a row, D hidden, N heads, G key/value heads, H head dim, E
+experts, K chosen experts, S = B * T.
 """
 
 from __future__ import annotations
@@ -233,7 +234,9 @@ class Network(nn.Module):
         residual_scale = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                scale = residual_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                scale = (
+                    residual_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                )
                 fan_in = parameter.shape[1]
                 std = 0.02 if "embed_tokens" in name else 0.5 * fan_in**-0.5
                 nn.init.normal_(parameter, std=std * scale)

@@ -1,7 +1,9 @@
 """The training loop: Muon for matrices, AdamW for the rest, linear decay, best validation kept.
 
-Resumable: the state is written to a work folder, and the same settings continue from it. Knows the
-networks only as modules. Start at `train`.
+Resumable: the state is written to a work folder, and the same settings continue from it. Until
+the decay begins nothing depends on the number of steps, so a run may also be continued with
+another one: the result is that of a straight run. Knows the networks only as modules. Start at
+`train`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ class Settings:
     row_tokens: int = 256
     long_row_tokens: int = 1024
     long_share: float = 0.2  # the last part of the steps sees long rows
+    decay_share: float = 0.45  # the last part of the steps, over which the rate falls to zero
     dialogue_share: float = 0.25
-    dropout: float = 0.1
+    dropout: float = 0.05
     matrix_lr: float = 4e-3
     other_lr: float = 4e-3
     weight_decay: float = 0.1
@@ -42,14 +45,28 @@ class Settings:
     balance_rate: float = 2e-3  # of the expert bias, per step
     valid_every: int = 100
 
+    @property
+    def steady_steps(self) -> int:
+        """Steps before the first that depends on `steps`."""
+        return int(self.steps * (1 - max(self.decay_share, self.long_share)))
+
     def row_tokens_at(self, step: int) -> int:
         is_long = step >= self.steps * (1 - self.long_share)
         return self.long_row_tokens if is_long else self.row_tokens
 
     def lr_factor(self, step: int) -> float:
-        """Return the share of the learning rate: short warm-up, then a line down to zero."""
-        rise = (step + 1) / self.warmup_steps
-        return min(1.0, rise, (self.steps - step) / (self.steps - self.warmup_steps + 1))
+        """Return the share of the learning rate: warm-up, steady, then a line down to zero."""
+        return min(
+            1.0,
+            (step + 1) / self.warmup_steps,
+            (self.steps - step) / (self.steps * self.decay_share),
+        )
+
+    def can_continue(self, older: Settings, step: int) -> bool:
+        """Return whether `step` steps under `older` are also the first steps under these."""
+        if step > min(self.steady_steps, older.steady_steps):
+            return self == older
+        return self == replace(older, steps=self.steps)
 
 
 @dataclass(slots=True)
@@ -58,10 +75,12 @@ class RunState:
 
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     best_nats: float = math.inf
     best_step: int = 0
 
 
+SAVE_EVERY = 25
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -111,10 +130,11 @@ class Trainer:
         if not self._last.exists():
             return False
         stored = torch.load(self._last, weights_only=True)
-        if stored["settings"] != asdict(self.settings):
+        step = stored["state"]["step"]
+        if not self.settings.can_continue(Settings(**stored["settings"]), step):
             raise ValueError(
-                f"{self._last} was made with other settings: {stored['settings']}; "
-                "give another --work folder or remove it"
+                f"{self._last} is at step {step} of a run with other settings: "
+                f"{stored['settings']}; give another --work folder or remove it"
             )
         self.network.load_state_dict(stored["network"])
         for optimizer, moments in zip(self.optimizers, stored["optimizers"], strict=True):
@@ -176,7 +196,7 @@ def train(trainer: Trainer, valid_ids: Tensor, report: Report) -> RunState:
     settings, state = trainer.settings, trainer.state
     trainer.network.train()
     while state.step < settings.steps:
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), time.process_time()
         event: dict[str, Any] = {"loss": trainer.step(), "step": state.step}
         loads = [r.balance(settings.balance_rate) for r in trainer.network.routers()]
         if loads:
@@ -185,7 +205,8 @@ def train(trainer: Trainer, valid_ids: Tensor, report: Report) -> RunState:
         if is_due:
             event["valid_nats"] = trainer.validate(valid_ids)
         state.seconds += time.monotonic() - started
-        if is_due:
+        state.cpu_seconds += time.process_time() - cpu_started
+        if is_due or state.step % SAVE_EVERY == 0:
             trainer.save()
         report(event | {"seconds": state.seconds})
     return state
