@@ -29,7 +29,7 @@ def paged_batch(
 ) -> tuple[AttentionBatch, int]:
     """Return the batch of a step and the number of pages of the cache it needs.
 
-    `is_in_order`: pages lie one behind the other and the host knows it.
+    `is_in_order`: the pages of a sequence lie one behind the other, and the host knows it.
     """
     num_pages = [-(-context // page_tokens) for _, context in step]
     total = sum(num_pages) + 3
@@ -53,7 +53,7 @@ def paged_batch(
         query_starts_S1=torch.tensor(starts),
         slots_T=torch.tensor(slots, dtype=torch.int64),
         page_tokens=page_tokens,
-        page_ids=page_ids if is_in_order else None,
+        run_starts=[ids[0] * page_tokens for ids in page_ids] if is_in_order else None,
     )
     return batch, total
 
@@ -105,7 +105,8 @@ _VARIANTS = (
 )
 
 _TYPICAL = (
-    ("decode 16", tuple((1, 250 + 3 * i) for i in range(16))),
+    ("decode 1", ((1, 500),)),
+    ("decode 16", tuple((1, 200 + 20 * i) for i in range(16))),
     ("prefill 256", ((256, 256),)),
 )
 
@@ -125,7 +126,7 @@ CASES = (
         Case(
             name=f"paged_attention {name} typical",
             build=lambda make, step=step: _build(
-                make, step, 16, 8, (128, 128), 16, False, None, None
+                make, step, 16, 8, (128, 128), 16, True, None, None
             ),
             dtypes=(),  # too large for the loops of the truth
             is_typical=True,

@@ -9,7 +9,6 @@ Shape letters: L longest context of the group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,16 +21,18 @@ class DecodeRows:
     """The sequences with one new token, and where their cached rows lie."""
 
     rows_S: Tensor  # rows of T
-    slots_SL: Tensor | None  # None: the one sequence lies at `run`
-    run: tuple[int, int]  # first slot and number of slots
-    mask_S11L: Tensor | None  # True inside the context; None: no padding
     is_all: bool  # every sequence of the step is in this group
+    runs: list[tuple[int, int]] | None  # (first slot, slots) of each; None: some lie in pieces
+    slots_SL: Tensor | None = None  # None: there is one sequence, and it has a run
+    mask_S11L: Tensor | None = None  # True inside the context; None: no padding
 
     def gather(self, cache: Tensor) -> Tensor:
         """Return the rows [S, L, G, H] of a cache [num_pages, K, G, H]."""
         flat = cache.flatten(0, 1)
         if self.slots_SL is None:
-            return flat[self.run[0] : self.run[0] + self.run[1]].unsqueeze(0)
+            assert self.runs is not None
+            first, count = self.runs[0]
+            return flat[first : first + count].unsqueeze(0)
         return flat.index_select(0, self.slots_SL.flatten()).unflatten(0, self.slots_SL.shape)
 
 
@@ -53,10 +54,10 @@ def _decode_rows(batch: AttentionBatch, window: int | None) -> DecodeRows | None
     sizes = [lens[s] - f for s, f in zip(members, first, strict=True)]
     rows_S = torch.tensor([starts[s] for s in members], device=device)
     is_all = len(members) == len(lens)
-    if len(members) == 1:
-        run = _run(batch, members[0], first[0], sizes[0])
-        if run is not None:
-            return DecodeRows(rows_S, None, run, None, is_all)
+    runs = [_run(batch, *part) for part in zip(members, first, sizes, strict=True)]
+    known_runs = None if None in runs else runs
+    if known_runs and len(members) == 1:
+        return DecodeRows(rows_S, is_all, known_runs)
     longest = max(sizes)
     offsets_L = torch.arange(longest, device=device)
     sizes_S1 = torch.tensor(sizes, device=device).unsqueeze(1)
@@ -68,7 +69,7 @@ def _decode_rows(batch: AttentionBatch, window: int | None) -> DecodeRows | None
         table_SP = table_SP[torch.tensor(members, device=device)]
     slots_SL = _slots(table_SP, positions_SL, batch.page_tokens)
     mask = None if min(sizes) == longest else inside_SL[:, None, None, :]
-    return DecodeRows(rows_S, slots_SL, (0, 0), mask, is_all)
+    return DecodeRows(rows_S, is_all, known_runs, slots_SL, mask)
 
 
 def rows_of_sequence(cache: Tensor, batch: AttentionBatch, s: int) -> Tensor:
@@ -96,13 +97,9 @@ def visible(num_new: int, context: int, window: int | None, device: torch.device
 
 def _run(batch: AttentionBatch, s: int, first: int, count: int) -> tuple[int, int] | None:
     """Return (first slot, count) if the pages of these positions lie one behind the other."""
-    if batch.page_ids is None:
+    if batch.run_starts is None or batch.run_starts[s] < 0:
         return None
-    size = batch.page_tokens
-    pages = batch.page_ids[s][first // size : -(-(first + count) // size)]
-    if any(b - a != 1 for a, b in pairwise(pages)):
-        return None
-    return pages[0] * size + first % size, count
+    return batch.run_starts[s] + first, count
 
 
 def _slots(table_SP: Tensor, positions_SL: Tensor, page_tokens: int) -> Tensor:

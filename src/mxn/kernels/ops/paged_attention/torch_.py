@@ -34,38 +34,93 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    out_TNJ = q_TNH.new_empty(*q_TNH.shape[:2], v_cache.shape[-1])
     group = decode_rows(batch, window)
+    if group is not None and group.is_all:
+        return _decode(q_TNH, k_cache, v_cache, group, scale, softcap)
+    out_TNJ = q_TNH.new_empty(*q_TNH.shape[:2], v_cache.shape[-1])
     if group is not None:
-        mixed = _decode(q_TNH, k_cache, v_cache, group, scale, softcap)
-        if group.is_all:
-            return mixed
-        out_TNJ[group.rows_S] = mixed
-    starts = batch.query_starts
-    for s in range(batch.num_sequences):
-        if starts[s + 1] - starts[s] > 1:
-            q = q_TNH[starts[s] : starts[s + 1]]
-            k = rows_of_sequence(k_cache, batch, s)
-            v = rows_of_sequence(v_cache, batch, s)
-            out_TNJ[starts[s] : starts[s + 1]] = _prefill(q, k, v, scale, window, softcap)
+        rows = group.rows_S
+        out_TNJ[rows] = _decode(q_TNH[rows], k_cache, v_cache, group, scale, softcap)
+    _prefill_chunks(out_TNJ, q_TNH, k_cache, v_cache, batch, scale, window, softcap)
+    return out_TNJ
+
+
+@kernel("paged_attention", name="torch_runs", priority=-1)
+def paged_attention_runs(
+    q_TNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `torch`, but sequences whose pages lie in a row are read where they lie, one by one.
+
+    Saves copying the cache, costs a call for each sequence: pays where calls are cheap.
+    """
+    group = decode_rows(batch, window)
+    if group is None or group.runs is None:
+        return paged_attention(q_TNH, k_cache, v_cache, batch, scale, window, softcap)
+    q_SNH = q_TNH if group.is_all else q_TNH[group.rows_S]
+    mixed = _decode_runs(q_SNH, k_cache, v_cache, group.runs, scale, softcap)
+    if group.is_all:
+        return mixed
+    out_TNJ = q_TNH.new_empty(*q_TNH.shape[:2], v_cache.shape[-1])
+    out_TNJ[group.rows_S] = mixed
+    _prefill_chunks(out_TNJ, q_TNH, k_cache, v_cache, batch, scale, window, softcap)
     return out_TNJ
 
 
 def _decode(
-    q_TNH: Tensor,
+    q_SNH: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     group: DecodeRows,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    num_groups = k_cache.shape[2]
-    q_SNH = q_TNH if group.is_all else q_TNH[group.rows_S]
-    q_SGUH = q_SNH.unflatten(1, (num_groups, -1))
+    q_SGUH = q_SNH.unflatten(1, (k_cache.shape[2], -1))
     k_SGLH = group.gather(k_cache).transpose(1, 2)
     v_SGLJ = group.gather(v_cache).transpose(1, 2)
-    mixed = _attend(q_SGUH, k_SGLH, v_SGLJ, group.mask_S11L, scale, softcap)
-    return mixed.flatten(1, 2)
+    return _attend(q_SGUH, k_SGLH, v_SGLJ, group.mask_S11L, scale, softcap).flatten(1, 2)
+
+
+def _decode_runs(
+    q_SNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    runs: list[tuple[int, int]],
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    q_SGUH = q_SNH.unflatten(1, (k_cache.shape[2], -1))
+    k_flat, v_flat = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    parts = []
+    for s, (first, count) in enumerate(runs):
+        k_1GLH = k_flat.narrow(0, first, count).transpose(0, 1).unsqueeze(0)
+        v_1GLJ = v_flat.narrow(0, first, count).transpose(0, 1).unsqueeze(0)
+        parts.append(_attend(q_SGUH[s : s + 1], k_1GLH, v_1GLJ, None, scale, softcap))
+    return torch.cat(parts).flatten(1, 2)
+
+
+def _prefill_chunks(
+    out_TNJ: Tensor,
+    q_TNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Fill the rows of all sequences that have more than one new token."""
+    starts = batch.query_starts
+    for s in range(batch.num_sequences):
+        if starts[s + 1] - starts[s] > 1:
+            rows = slice(starts[s], starts[s + 1])
+            k, v = (rows_of_sequence(cache, batch, s) for cache in (k_cache, v_cache))
+            out_TNJ[rows] = _prefill(q_TNH[rows], k, v, scale, window, softcap)
 
 
 def _prefill(
