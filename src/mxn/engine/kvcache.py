@@ -272,7 +272,7 @@ def _require(is_true: bool, message: str) -> None:
         raise InternalError(f"page table: {message}")
 
 
-def pages_touched(pages: Iterable[int]) -> int:
+def num_runs(pages: Iterable[int]) -> int:
     """Return how many contiguous runs a page list consists of; 1 lets a kernel use a view."""
     runs, previous = 0, None
     for page in pages:
