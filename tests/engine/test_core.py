@@ -177,6 +177,8 @@ def test_prompt_logprobs_in_chunks_are_those_of_one_piece(make):
     engine.generate([prompt], GREEDY)  # its pages are in the cache now, and must not be used
     chunked = engine.generate([prompt], scored)[0].prompt_logprobs
     assert whole[0] is None
+    plain = engine.generate([prompt], GREEDY)[0]
+    assert engine.generate([prompt], scored)[0].token_ids == plain.token_ids[:2]
     assert [entry.token_id for entry in whole[1:]] == prompt[1:]
     assert chunked == whole
 

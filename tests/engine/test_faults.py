@@ -69,6 +69,23 @@ def test_out_of_memory_fails_only_the_request_that_does_not_fit(tiny_config, wan
     assert answers(engine) == wanted, "the engine goes on"
 
 
+def test_a_prompt_whose_first_half_does_not_fit_is_failed_once(tiny_config, wanted):
+    engine = engine_of(tiny_config())
+    model = engine.core._runner._model
+    real = model.forward
+
+    def no_room_at_the_beginning(batch, cache):
+        if batch.positions_T[0] == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(batch, cache)
+
+    model.forward = no_room_at_the_beginning
+    got = answers(engine, {"b": PROMPTS["b"]})
+    assert isinstance(got["b"], Failed)
+    model.forward = real
+    assert answers(engine) == wanted
+
+
 def test_a_request_that_breaks_a_kernel_fails_alone(tiny_config, wanted):
     engine = engine_of(tiny_config())
     model = engine.core._runner._model

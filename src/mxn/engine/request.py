@@ -82,7 +82,7 @@ class Request:
     def _text_of(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
         """Return (new text, how the answer ends here or None, what ended it)."""
         sampling = self.sampling
-        if token_id in self._end_ids and self.num_output >= sampling.min_tokens:
+        if token_id in self._end_ids:  # never before min_tokens: the sampler does not choose it
             text, found = "", None
             if sampling.include_stop_str:
                 text, found = self._detokenizer.push((token_id,))
