@@ -17,8 +17,8 @@ from typing import Protocol
 from mxn.errors import InternalError, UserError
 
 _BROKEN = "\ufffd"  # what decoders put in place of bytes that are no character (yet)
-_WINDOW_MAX = 24  # tokens decoded together; then the window is cut to ...
-_WINDOW_KEPT = 8  # ... these. Both measured, see docs/design/0004
+_WINDOW_MAX = 16  # tokens decoded together; then the window is cut to ...
+_WINDOW_KEPT = 4  # ... these. Both measured, see docs/design/0004
 _UNSURE_CHARS = 4  # at the start of a window: a stripped space or up to 3 bytes of a cut character
 
 
