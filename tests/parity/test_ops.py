@@ -1,4 +1,4 @@
-"""Every kernel of this machine's chip against `naive.py`, and the same ops on the simulated chip."""
+"""Every kernel that this machine can run against `naive.py`."""
 
 from __future__ import annotations
 

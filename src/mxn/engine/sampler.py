@@ -62,7 +62,7 @@ class TokenCounts:
 
 
 class SamplingState:
-    """What the sampler must remember of one sequence. Call `append` for each token that was kept."""
+    """What the sampler remembers of one sequence. Call `append` for each token that was kept."""
 
     __slots__ = ("_counts", "eos_ids", "output_ids", "params", "seed")
 

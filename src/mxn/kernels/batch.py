@@ -34,7 +34,7 @@ class AttentionBatch:
     query_starts_S1: Tensor  # int64, S + 1
     slots_T: Tensor  # int64, page * page_tokens + offset: where each new token is written
     page_tokens: int
-    # First slot of each sequence whose pages lie one behind the other, -1 for others; None: unknown.
+    # First slot of each sequence whose pages lie one behind the other, else -1; None: unknown.
     run_starts: list[int] | None = None
     # What kernels computed from this batch and every layer needs again: masks, gather indices.
     derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -1,9 +1,9 @@
-"""Compares every kernel with `naive.py`, on any device. New kernels and vendors' plug-ins need only
-register: their op's cases are already there.
+"""Compares every kernel with `naive.py`, on any device. New kernels and vendors' plug-ins need
+only register: their op's cases are already there.
 
-Each op folder has `cases.py` with `CASES`. Inputs come from a seeded float64 master, rounded once to the
-dtype under test, so all dtypes and devices see the same numbers. The truth is computed on the CPU.
-Start at `check`; `verify` runs all kernels of a chip and turns those off that fail.
+Each op folder has `cases.py` with `CASES`. Inputs come from a seeded float64 master, rounded once
+to the dtype under test, so all dtypes and devices see the same numbers; the truth is computed on
+the CPU. Start at `check`; `verify` runs all kernels of a chip and turns those off that fail.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mxn.kernels import registry
 from mxn.kernels.registry import Kernel
 from mxn.kernels.tune import Table, synchronize
 
-# RMS of the error over RMS of the truth. A rounding to the dtype costs half a unit in the last place;
-# sums of products in another order cost a few of float32's.
+# RMS of the error over RMS of the truth. A rounding to the dtype costs half a unit in the last
+# place; sums of products in another order cost a few of float32's.
 TOLERANCES = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 6e-3}
 
 Outputs = dict[str, Tensor]
@@ -66,7 +66,7 @@ def _name_outputs(_args: tuple[Any, ...], result: Any) -> Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One set of inputs of an op. `build` makes the arguments; the other hooks are rarely needed."""
+    """One set of inputs of an op. `build` makes the arguments; other hooks are rarely needed."""
 
     name: str
     build: Callable[[Maker], tuple[Any, ...]]

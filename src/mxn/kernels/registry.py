@@ -208,8 +208,38 @@ class Ops:
         The result owns the weight; drop your own reference, so that one copy stays alive.
         """
         out_features, in_features = weight_FD.shape
-        name = self._choose_linear(in_features, out_features, dtype_name(weight_FD.dtype))
+        name = self.choose_linear(in_features, out_features, dtype_name(weight_FD.dtype))
         return kernels_of("linear")[name].fn(weight_FD, bias_F)
+
+    def choose_linear(self, in_features: int, out_features: int, dtype: str) -> str:
+        """Return the kernel for weights of this shape; measured on first sight, then remembered."""
+        shape = f"{in_features}x{out_features} {dtype}"
+        known = self._choices.get(("linear", shape))
+        if known:
+            return known.kernel
+        usable, rejected = self.candidates("linear", dtype)
+        usable = [k for k in usable if k.shapes is None or k.shapes(in_features, out_features)]
+        contenders = [entry for entry in usable if entry.priority > NAIVE_PRIORITY]
+        times: dict[str, dict[str, float]] = {}
+        if "linear" in self._pins:
+            name, reason = (
+                self._pick_pinned("linear", usable, rejected).name,
+                "pinned by MXN_KERNELS",
+            )
+        elif len(contenders) == 1:
+            name, reason = contenders[0].name, "the only kernel for this chip and dtype"
+        elif env.get("MXN_KERNEL_TUNING") == "off":
+            name, reason = contenders[0].name, "priority (MXN_KERNEL_TUNING=off)"
+        else:
+            from mxn.kernels import tune
+
+            times = tune.linear_times(
+                self._table, contenders, in_features, out_features, dtype, self.device
+            )
+            name, reason = tune.fastest(times), "fastest measured here over M = 1, 16, 256"
+        names = tuple(entry.name for entry in usable)
+        self._note(Choice("linear", name, reason, names, times, rejected, shape))
+        return name
 
     def explain(self) -> list[Choice]:
         """Return every choice made so far, with its reason, candidates and measured times."""
@@ -276,35 +306,6 @@ class Ops:
         times = tune.op_times(self._table, op, contenders, self.device, self.dtype)
         name = tune.fastest(times)
         return next(e for e in contenders if e.name == name), "fastest measured here", times
-
-    def _choose_linear(self, in_features: int, out_features: int, dtype: str) -> str:
-        shape = f"{in_features}x{out_features} {dtype}"
-        known = self._choices.get(("linear", shape))
-        if known:
-            return known.kernel
-        usable, rejected = self.candidates("linear", dtype)
-        usable = [k for k in usable if k.shapes is None or k.shapes(in_features, out_features)]
-        contenders = [entry for entry in usable if entry.priority > NAIVE_PRIORITY]
-        times: dict[str, dict[str, float]] = {}
-        if "linear" in self._pins:
-            name, reason = (
-                self._pick_pinned("linear", usable, rejected).name,
-                "pinned by MXN_KERNELS",
-            )
-        elif len(contenders) == 1:
-            name, reason = contenders[0].name, "the only kernel for this chip and dtype"
-        elif env.get("MXN_KERNEL_TUNING") == "off":
-            name, reason = contenders[0].name, "priority (MXN_KERNEL_TUNING=off)"
-        else:
-            from mxn.kernels import tune
-
-            times = tune.linear_times(
-                self._table, contenders, in_features, out_features, dtype, self.device
-            )
-            name, reason = tune.fastest(times), "fastest measured here over M = 1, 16, 256"
-        names = tuple(entry.name for entry in usable)
-        self._note(Choice("linear", name, reason, names, times, rejected, shape))
-        return name
 
     def _note(self, choice: Choice) -> None:
         self._choices[choice.op, choice.shape] = choice

@@ -34,7 +34,7 @@ _CASE_BUDGET_S = 0.25
 
 @dataclass
 class Table:
-    """The stored measurements of one chip. `validate` is the schema: times and reasons only."""
+    """The stored measurements of one chip."""
 
     path: Path
     chip: str
@@ -65,6 +65,11 @@ class Table:
         scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
         scratch.write_text(text)
         scratch.replace(self.path)
+
+    def forget(self) -> None:
+        """Drop all measured times; what parity turned off stays off."""
+        self.times.clear()
+        self.save()
 
     def known(self, key: str, names: set[str]) -> Times | None:
         """Return stored times of `key` if they cover exactly the kernels `names`."""

@@ -258,7 +258,7 @@ def test_broken_logits_break_their_own_row_only(
 
 
 def test_penalty_counts_grow_past_their_first_size() -> None:
-    state = state_of([1, 2], list(range(500)) + [7], frequency_penalty=1.0, repetition_penalty=1.1)
+    state = state_of([1, 2], [*range(500), 7], frequency_penalty=1.0, repetition_penalty=1.1)
     found = state.penalties()
     assert found is not None
     ids, _, subtract = found

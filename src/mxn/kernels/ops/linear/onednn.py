@@ -1,8 +1,8 @@
 """`linear` through oneDNN with a weight packed once, for x86.
 
-`torch.nn.functional.linear` packs (bfloat16) or walks (float32, MKL) the plain weight at every call.
-One packing serves every number of rows: packed for 256 rows it was the fastest, or within noise of it,
-from 1 to 256 rows on Zen 4 (docs/design/0002-operator-contract.md has the table).
+`torch.nn.functional.linear` packs (bfloat16) or walks (float32, MKL) the plain weight at every
+call. One packing serves every number of rows: packed for 256 rows it was the fastest, or within
+noise of it, from 1 to 256 rows on Zen 4 (table in docs/design/0002-operator-contract.md).
 """
 
 from __future__ import annotations

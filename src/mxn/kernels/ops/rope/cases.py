@@ -1,4 +1,4 @@
-"""Parity cases of `rope`: whole and partial heads, both pairings, queries sliced from a wider tensor."""
+"""Parity cases of `rope`: whole and partial heads, both pairings, heads of a wider tensor."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def _rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> Te
         rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
         a, b = wide[..., :half], wide[..., half:]
-        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        rotated = torch.empty_like(wide)
+        torch.mul(a, cos, out=rotated[..., :half]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=rotated[..., half:]).addcmul_(a, sin)
     rotated = rotated.to(x_TNH.dtype)
     if 2 * half == x_TNH.shape[-1]:
         return rotated

@@ -1,4 +1,4 @@
-"""Parity cases of `route`; the order of a token's experts is free, so weights are compared by expert."""
+"""Parity cases of `route`; the order of experts is free, so weights are compared by expert."""
 
 from __future__ import annotations
 

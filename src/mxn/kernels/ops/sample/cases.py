@@ -33,7 +33,7 @@ CASES = (
             (7, 61, 0.0),
             (7, 61, 0.9),
             (16, 2000, 0.5),
-        )  # fmt: skip
+        )
     ),
     Case(
         name="sample one token left",
