@@ -30,6 +30,12 @@ class TransformersPeer:
         """Answer all in one left-padded batch that runs until the longest answer is complete."""
         return self._generate(list(requests))
 
+    def logits(self, prompt_ids: tuple[int, ...]) -> Any:
+        """Return the logits behind a prompt: [V], float32."""
+        with self._torch.inference_mode():
+            ids = self._torch.tensor([list(prompt_ids)], device=self._device)
+            return self._model(ids, logits_to_keep=1).logits[0, -1].float().cpu()
+
     def _generate(self, requests: list[Request]) -> list[list[int]]:
         torch = self._torch
         width = max(len(request.prompt_ids) for request in requests)

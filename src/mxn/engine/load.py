@@ -42,6 +42,7 @@ class LoadedReplica:
     tokenizer: Any  # mxn.models.tokenizer.Tokenizer, or one with the same `decode`
     chip: str
     device: torch.device
+    device_id: str = ""  # as `mxn chips` prints it, such as cpu:0
     free_bytes: int | None = None  # memory left on the device for the cache; None: it does not tell
     is_host_memory: bool = False  # the device computes in the machine's main memory
     ops: Any = None  # the bound operators, for the sampler; None: bind here
@@ -69,13 +70,18 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
     import torch
 
     from mxn.chips import default_dtype, find_device, free_memory
+    from mxn.models.checkpoint import read_json
     from mxn.models.hub import resolve
-    from mxn.models.load import load_model
+    from mxn.models.load import checkpoint_dtype, load_model
     from mxn.models.tokenizer import Tokenizer
 
     directory = resolve(config.model)
     device = find_device(config.device)
-    dtype = default_dtype(device) if config.dtype == "auto" else config.dtype
+    dtype, reason = config.dtype, "asked for"
+    if dtype == "auto":
+        stored = checkpoint_dtype(read_json(directory / "config.json"))
+        dtype, reason = default_dtype(device, stored)
+    log.info("%s on %s in %s: %s", directory.name, device.id, dtype, reason)
     loaded = load_model(
         directory,
         device,
@@ -88,8 +94,9 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
     return LoadedReplica(
         loaded=loaded,
         tokenizer=Tokenizer.load(directory),
-        chip=device.chip.name,
+        chip=device.chip,
         device=torch_device,
+        device_id=device.id,
         free_bytes=free_memory(device),
         is_host_memory=torch_device.type == "cpu",
     )
@@ -217,7 +224,7 @@ def _info(config: EngineConfig, replica: LoadedReplica, *, max_context: int) -> 
         kind=loaded.kind,
         family=loaded.family,
         path=config.model,
-        device=str(replica.device),
+        device=replica.device_id or str(replica.device),
         chip=replica.chip,
         dtype=loaded.dtype,
         max_context=max_context,

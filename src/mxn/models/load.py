@@ -81,6 +81,13 @@ def architecture(config_json: dict[str, Any]) -> str:
     return names[0] if names else str(config_json.get("model_type", "unknown"))
 
 
+def checkpoint_dtype(config_json: dict[str, Any]) -> str:
+    """Return the dtype a checkpoint says it is stored in; float32 when it does not say."""
+    text = config_json.get("text_config") or {}
+    name = config_json.get("dtype") or config_json.get("torch_dtype") or text.get("dtype")
+    return str(name or "float32").removeprefix("torch.")
+
+
 def eos_ids(directory: Path, config_json: dict[str, Any]) -> tuple[int, ...]:
     """Return the token ids that end a sequence: generation_config.json first, then config.json."""
     for source in (read_json(directory / "generation_config.json"), config_json):
