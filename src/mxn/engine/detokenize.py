@@ -17,8 +17,8 @@ from typing import Protocol
 from mxn.errors import InternalError, UserError
 
 _BROKEN = "\ufffd"  # what decoders put in place of bytes that are no character (yet)
-_WINDOW_MAX = 16  # tokens decoded together; then the window is cut to ...
-_WINDOW_KEPT = 4  # ... these. Both measured, see docs/design/0004
+_WINDOW_MAX = 24  # tokens decoded together; then the window is cut to ...
+_WINDOW_KEPT = 8  # ... these. Both measured, see docs/design/0004
 _UNSURE_CHARS = 4  # at the start of a window: a stripped space or up to 3 bytes of a cut character
 
 
@@ -167,7 +167,8 @@ class _TextWindow:
 
     def _shorten(self) -> None:
         """Drop the oldest tokens if the text of the rest can be laid over the text of all."""
-        rest = self._ids[-_WINDOW_KEPT:]
+        # Half of a window that grew: tokens of single bytes give too few characters to compare.
+        rest = self._ids[-max(_WINDOW_KEPT, len(self._ids) // 2) :]
         text = self._decoder.decode(rest, self._skip)
         sure = text[_UNSURE_CHARS:]
         shown = len(text) - (len(self._text) - self._shown)
