@@ -132,7 +132,7 @@ def test_impossible_sizes_are_refused(monkeypatch, name, value):
 
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=name):
-        device._read_size()
+        device.configured_size()
 
 
 @pytest.mark.parametrize("name", ["MXN_SIM_LAUNCH_US", "MXN_SIM_FAIL_AFTER"])
@@ -200,6 +200,6 @@ device.load()
 net = torch.nn.Linear(2, 1).to("sim")
 net(torch.ones(1, 2, device="sim")).sum().backward()
 """
-    processes = [_python(code) for _ in range(3)]
+    processes = [_python(code) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs

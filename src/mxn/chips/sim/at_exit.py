@@ -1,9 +1,9 @@
 """Let autograd's device threads come to rest before Python shuts down.
 
 torch runs the backward pass of a device in a thread of its own, which drops Python objects a moment
-after `backward()` has returned. When the process ends in that moment, Python kills the thread while it
-waits for the interpreter lock and the process aborts ("terminate called without an active exception").
-Real chips rarely end so fast after a backward pass; a test on the simulated chip does.
+after `backward()` has returned. When the process ends in that moment, Python kills the thread while
+it waits for the interpreter lock, and the process aborts ("terminate called without an active
+exception"). Real chips rarely end so fast; a test on the simulated chip does.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def is_loaded() -> bool:
 def _register() -> ModuleType:
     import torch
 
-    num_devices, memory_bytes = _read_size()
+    num_devices, memory_bytes = configured_size()
     launch_us, fail_after = _read_faults()
     _refuse_other_backend(torch._C._get_privateuse1_backend_name())
     extension = build.load_extension()
@@ -74,7 +74,11 @@ def _refuse_other_backend(name: str) -> None:
         )
 
 
-def _read_size() -> tuple[int, int]:
+def configured_size() -> tuple[int, int]:
+    """Return the number of devices and the bytes of each that the environment asks for.
+
+    Raises: ConfigError for a variable that makes no sense.
+    """
     num_devices = env.get_int("MXN_SIM_DEVICES")
     if not 1 <= num_devices <= MAX_DEVICES:
         raise ConfigError(f"MXN_SIM_DEVICES must be 1 to {MAX_DEVICES}, got {num_devices}")
