@@ -1,7 +1,7 @@
 """Small random checkpoints, one for each native family, made by `transformers` itself.
 
-Each entry builds the reference model; `write` saves it as a Hugging Face directory. Families whose code
-is not part of transformers are made from one whose mathematics is the same, with renamed weights.
+Each entry builds the reference model; `write` saves it as a Hugging Face directory. Families whose
+code is not part of transformers are made from one whose mathematics is the same, with renamed weights.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ CASES: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def write(case: str, directory: Path, *, seed: int = 0) -> torch.nn.Module:
-    """Save the checkpoint of `case` into `directory` and return the reference model, in eval mode."""
+    """Save the checkpoint of `case` and return the reference model, in eval mode."""
     torch.manual_seed(seed)
     model = CASES[case]().eval()
     _randomize(model)
@@ -144,7 +144,8 @@ def _rewrite(
 def _internlm2_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     out = {}
     renames = (
-        ("embed_tokens", "tok_embeddings"), ("lm_head", "output"), ("input_layernorm", "attention_norm"),
+        ("embed_tokens", "tok_embeddings"), ("lm_head", "output"),
+        ("input_layernorm", "attention_norm"),
         ("post_attention_layernorm", "ffn_norm"), ("self_attn.o_proj", "attention.wo"),
         ("mlp.gate_proj", "feed_forward.w1"), ("mlp.up_proj", "feed_forward.w3"),
         ("mlp.down_proj", "feed_forward.w2"),
@@ -152,7 +153,9 @@ def _internlm2_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     for name, tensor in weights.items():
         if "q_proj" in name:
             q = tensor.view(2, 2, 12, 48)
-            k, v = (weights[name.replace("q_proj", p)].view(2, 1, 12, 48) for p in ("k_proj", "v_proj"))
+            k, v = (
+                weights[name.replace("q_proj", p)].view(2, 1, 12, 48) for p in ("k_proj", "v_proj")
+            )
             new = name.replace("self_attn.q_proj", "attention.wqkv")
             out[new] = torch.cat((q, k, v), 1).reshape(-1, 48).contiguous()
         elif "k_proj" not in name and "v_proj" not in name:

@@ -91,7 +91,9 @@ def compare(directory: Path, shape: str, plan: Plan, note: Note) -> Report:
     note("loading mxn")
     ours = LocalEngine.load(config)
     note("loading transformers")
-    peer = TransformersPeer(directory, ours.core.info.dtype, ours.core.info.device.removesuffix(":0"))
+    peer = TransformersPeer(
+        directory, ours.core.info.dtype, ours.core.info.device.removesuffix(":0")
+    )
     contenders: dict[str, Callable[[tuple[Request, ...]], list[list[int]]]] = {
         "mxn": lambda requests: _ours(ours, requests),
         "transformers": peer.one_by_one,

@@ -1,8 +1,8 @@
 """Checkpoints with random weights in the shapes of real models, for benchmarks without downloads.
 
 The recipe: the published config, weights from a normal distribution with the config's
-`initializer_range`, norms at one, seed 0, stored as bfloat16; a word-level tokenizer with a word for
-each token id. Speed does not depend on what the weights say.
+`initializer_range`, norms at one, seed 0, stored as bfloat16; a word-level tokenizer with a word
+for each token id. Speed does not depend on what the weights say.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests that are all there at the start. `what` says what is counted: new or prompt tokens."""
+    """Requests that are all there at the start; `what` is counted: new or prompt tokens."""
 
     name: str
     requests: tuple[Request, ...]
@@ -50,9 +50,7 @@ def mixed(vocab_size: int, concurrency: int, longest: int, seed: int = 2) -> Wor
     return Workload(f"mixed {low}..{high} × {concurrency}", requests, "new")
 
 
-def _requests(
-    vocab_size: int, lengths: list[tuple[int, int]], seed: int
-) -> tuple[Request, ...]:
+def _requests(vocab_size: int, lengths: list[tuple[int, int]], seed: int) -> tuple[Request, ...]:
     rng = random.Random(seed)
     return tuple(
         Request(tuple(rng.randrange(3, vocab_size) for _ in range(prompt)), new)

@@ -142,29 +142,37 @@ def _print_kernels(ops: Ops, dtype: str, as_json: bool) -> None:
 
 
 def _print_choices(choices: list[Choice], as_json: bool) -> None:
-    rows: list[dict[str, Any]] = []
+    if as_json:
+        typer.echo(json.dumps([_choice_row(choice) for choice in choices], indent=2))
+        return
+    from mxn.units import format_seconds
+
+    if not choices:
+        typer.echo("nothing to show: no op here has more than one kernel", err=True)
     for choice in choices:
-        row: dict[str, Any] = {
-            "op": choice.op,
-            "shape": choice.shape,
-            "kernel": choice.kernel,
-            "reason": choice.reason,
-        }
-        if as_json:
-            row |= {
-                "candidates": list(choice.candidates),
-                "times_us": choice.times_us,
-                "basis": "measured" if choice.times_us else None,
-                "rejected": choice.rejected,
-            }
-        else:
-            row["measured"] = "\n".join(
-                f"{name}: " + ", ".join(f"{case} {us:.0f} us" for case, us in times.items())
-                for name, times in choice.times_us.items()
+        name = f"{choice.op} {choice.shape}".rstrip()
+        typer.echo(f"{name}: {choice.kernel} ({choice.reason})")
+        for kernel, times in choice.times_us.items():
+            cells = (
+                f"{case.removeprefix(choice.op).strip()} {format_seconds(us / 1e6)}"
+                for case, us in times.items()
             )
-            row["rejected"] = "; ".join(f"{name} {why}" for name, why in choice.rejected.items())
-        rows.append(row)
-    _print(rows, as_json)
+            typer.echo(f"    {kernel}: {', '.join(cells)}")
+        for kernel, why in choice.rejected.items():
+            typer.echo(f"    not {kernel}: {why}")
+
+
+def _choice_row(choice: Choice) -> dict[str, Any]:
+    return {
+        "op": choice.op,
+        "shape": choice.shape,
+        "kernel": choice.kernel,
+        "reason": choice.reason,
+        "candidates": list(choice.candidates),
+        "times_us": choice.times_us,
+        "basis": "measured" if choice.times_us else None,
+        "rejected": choice.rejected,
+    }
 
 
 def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -174,9 +182,6 @@ def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    if not rows:
-        Console(stderr=True).print("nothing to show: no op here has more than one kernel")
-        return
     table = Table(*rows[0], box=None, header_style="bold")
     for row in rows:
         cells = (f"{v:.1e}" if isinstance(v, float) else str(v) for v in row.values())

@@ -1,4 +1,4 @@
-"""The `mxn` command. Each command is a file beside this one; heavy imports wait inside functions."""
+"""The `mxn` command. A command is a file beside this one; heavy imports wait inside functions."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's if the chip computes it."),
+    typer.Option(
+        help="float32, bfloat16, float16; auto: the checkpoint's if the chip computes it."
+    ),
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0: all cores this process may use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

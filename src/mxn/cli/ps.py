@@ -32,7 +32,16 @@ def _rows(server: Any) -> list[dict[str, Any]]:
         load = httpx.get(f"{server.url}/load", timeout=2.0).json()
     except (httpx.HTTPError, ValueError) as error:
         return [base | {"model": "-", "state": f"does not answer: {error}"}]
-    return [base | row for row in load.get("models", [])]
+    models = load.get("models", {})
+    if not models:
+        return [base | {"model": ", ".join(server.models), "state": "loading"}]
+    return [base | _row(name, stats) for name, stats in models.items()]
+
+
+def _row(name: str, stats: dict[str, Any] | None) -> dict[str, Any]:
+    if stats is None:
+        return {"model": name, "state": "dead"}
+    return {"model": name, "state": "ready", **stats}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -123,6 +123,4 @@ async def start_replica(config: EngineConfig) -> LocalReplica:
             f"{name!r} is a {client.info.kind}: it makes vectors or scores, not text",
             hint=f"serve it with `mxn serve {config.model}` and call /v1/embeddings or /v1/rerank",
         )
-    return LocalReplica(
-        client, Tokenizer.load(config.model), GenerationDefaults.load(config.model)
-    )
+    return LocalReplica(client, Tokenizer.load(config.model), GenerationDefaults.load(config.model))

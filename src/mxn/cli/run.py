@@ -36,12 +36,8 @@ def run(
     text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
     from mxn.cli.replica import config_for
 
-    config = config_for(
-        model, device=device, dtype=dtype, threads=threads, max_context=max_context
-    )
-    asyncio.run(
-        _run(config, text, max_tokens, temperature, seed, is_chat=chat, as_json=as_json)
-    )
+    config = config_for(model, device=device, dtype=dtype, threads=threads, max_context=max_context)
+    asyncio.run(_run(config, text, max_tokens, temperature, seed, is_chat=chat, as_json=as_json))
 
 
 async def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -52,9 +53,12 @@ def up(
 def _first_request(host: str, port: int, model: str, api_key: str | None) -> str:
     url = f"http://{host}:{port}/v1"
     header = f' -H "Authorization: Bearer {api_key}"' if api_key else ""
+    body = json.dumps(
+        {"model": model, "messages": [{"role": "user", "content": "Who goes there?"}]}
+    )
     return f"""
   address  {url}
   key      {api_key or "none needed"}
   request  curl {url}/chat/completions{header} -H "Content-Type: application/json" \\
-             -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Who goes there?"}}]}}'
+             -d '{body}'
 """

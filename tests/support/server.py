@@ -1,0 +1,88 @@
+"""A real `mxn serve` process on a free loopback port, for tests from the outside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+START_LIMIT_S = 120.0
+
+
+@contextmanager
+def serving(model: Path, home: Path, *options: str, name: str = "tiny") -> Iterator[str]:
+    """Serve `model` under `name`; yield the base URL when it is ready."""
+    command = [
+        sys.executable, "-m", "mxn.cli.main", "serve", str(model), "--name", name, "--port", "0",
+        "--threads", "1", *options,
+    ]  # fmt: skip
+    log = home / "serve.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=os.environ | {"MXN_HOME": str(home)}
+        )
+    try:
+        yield _wait_until_ready(process, log)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait_until_ready(process: subprocess.Popen, log: Path) -> str:
+    deadline_s = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline_s:
+        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
+        url = _announced(log)
+        if url and _is_ready(url):
+            return url
+        time.sleep(0.1)
+    raise AssertionError(f"the server was not ready in {START_LIMIT_S} s:\n{log.read_text()}")
+
+
+def _announced(log: Path) -> str | None:
+    for line in log.read_text().splitlines():
+        if line.startswith("listening on "):
+            return line.removeprefix("listening on ")
+    return None
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Write a byte-level tokenizer, whose tokens can be parts of characters, and a template."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<s>", "</s>"]
+    # Fewer tokens than bytes: the model's vocabulary is small, so text is limited to these.
+    vocab = {token: i for i, token in enumerate([*special, *letters][:vocab_size])}
+    tokenizer = Tokenizer(BPE(vocab, [], unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "chat_template": (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
+        ),
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
