@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-IDS = [64, 65, 66]  # "abc" for the byte tokenizer
+IDS = [97, 98, 99]  # "abc" for the byte tokenizer
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ IDS = [64, 65, 66]  # "abc" for the byte tokenizer
         ("abc", ["abc"]),
         (["abc", "b"], ["abc", "bbb"]),
         (IDS, ["abc"]),
-        ([IDS, [65]], ["abc", "bbb"]),
+        ([IDS, [98]], ["abc", "bbb"]),
     ],
 )
 def test_all_four_prompt_shapes(api, prompt, texts):
@@ -156,8 +156,8 @@ def test_infinite_logprobs_become_a_number(api):
     from mxn.engine.protocol import TokenLogprob
     from mxn.serve.openai.logprobs import CompletionLogprobsBuilder, chat_logprobs
 
-    entry = TokenLogprob(64, -math.inf, [(65, -0.5), (64, -math.inf)])
-    block = CompletionLogprobsBuilder(api.engine.tokenizer).build([64], [entry])
+    entry = TokenLogprob(97, -math.inf, [(98, -0.5), (97, -math.inf)])
+    block = CompletionLogprobsBuilder(api.engine.tokenizer).build([97], [entry])
     assert block.token_logprobs == [-9999.0]
     assert block.top_logprobs == [{"b": -0.5, "a": -9999.0}]
     assert chat_logprobs(api.engine.tokenizer, [entry]).content[0].logprob == -9999.0

@@ -200,6 +200,7 @@ def test_bug_is_500_without_details(make_api, caplog):
         assert_error(response, 500, "internal_error", type="server_error")
         assert "secret" not in response.text
     assert "secret path" in caplog.text, "the log has what the client does not"
+    assert response.headers["x-request-id"] in caplog.text
     assert from_exception(InternalError("x")).status == 500
 
 

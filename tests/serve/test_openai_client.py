@@ -58,7 +58,7 @@ def test_logprobs(client):
 
 
 def test_completions(client):
-    answer = client.completions.create(model="echo", prompt=[64, 65], max_tokens=2, logprobs=1)
+    answer = client.completions.create(model="echo", prompt=[97, 98], max_tokens=2, logprobs=1)
     assert answer.choices[0].text == "ab"
     assert len(answer.choices[0].logprobs.tokens) == 2
     stream = client.completions.create(model="echo", prompt="ab", max_tokens=4, stream=True)

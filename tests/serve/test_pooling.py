@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-IDS = [64, 65, 66]
+IDS = [97, 98, 99]
 
 
 def embed(api, value, **fields):
@@ -16,7 +16,7 @@ def embed(api, value, **fields):
 
 
 @pytest.mark.parametrize(
-    ("value", "count"), [("abc", 1), (["abc", "b"], 2), (IDS, 1), ([IDS, [65]], 2)]
+    ("value", "count"), [("abc", 1), (["abc", "b"], 2), (IDS, 1), ([IDS, [98]], 2)]
 )
 def test_all_four_input_shapes(api, value, count):
     body = embed(api, value).json()

@@ -29,6 +29,7 @@ from mxn.engine.protocol import (
     TokenLogprob,
 )
 from mxn.errors import CapacityError, EngineDiedError, UserError
+from mxn.models.token_bytes import BYTE_LEVEL
 from mxn.models.tokenizer import Tokenizer
 
 PAGE_TOKENS = 16
@@ -41,15 +42,13 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
-    """Return a tokenizer with one token for each byte, and `<|end|>` as its end of text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {char: position for position, char in enumerate(alphabet)}
-    raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    """Return a tokenizer where token i is byte i, 256 begins and 257 ends a text."""
+    raw = tokenizers.Tokenizer(models.BPE(vocab=BYTE_LEVEL, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
-    names = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|pad|>")
+    names = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
     raw.add_special_tokens([AddedToken(name, special=True) for name in names])
-    config = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "chat_template": chat_template}
+    config = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": chat_template}
     return Tokenizer.from_tokenizers(raw, config=config)
 
 

@@ -24,7 +24,7 @@ def _byte_level_alphabet() -> dict[str, int]:
     return table
 
 
-_BYTE_LEVEL = _byte_level_alphabet()
+BYTE_LEVEL = _byte_level_alphabet()
 
 
 def detect_scheme(raw: tokenizers.Tokenizer) -> str:
@@ -65,8 +65,8 @@ class ByteTable:
         if token_id in self._verbatim_ids:
             return piece.encode()
         if self._scheme == "byte_level":
-            if all(char in _BYTE_LEVEL for char in piece):
-                return bytes(_BYTE_LEVEL[char] for char in piece)
+            if all(char in BYTE_LEVEL for char in piece):
+                return bytes(BYTE_LEVEL[char] for char in piece)
             return piece.encode()
         if self._scheme == "wordpiece":
             return piece[2:].encode() if piece.startswith("##") else f" {piece}".encode()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mxn.serve.openai.errors import ApiError, from_exception
+from mxn.serve.openai.errors import ApiError, from_exception, request_id
 
 # Probes and scrapers have no key, and what they see holds nothing of a user.
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
@@ -34,14 +34,15 @@ class Gateway:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = _request_id(headers)
+        own_id = _request_id(headers)
+        request_id.set(own_id.decode("ascii"))
         has_started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", own_id)]
             await send(message)
 
         try:

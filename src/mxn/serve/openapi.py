@@ -59,7 +59,9 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
 
 
 def _entry(op: Operation, schemas: dict[type, dict[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {op.media_type: {"schema": schemas.get(op.response, {})}}
+    content: dict[str, Any] = {
+        op.media_type: {"schema": schemas[op.response] if op.response else {}}
+    }
     if op.chunk is not None:
         content["text/event-stream"] = {"schema": schemas[op.chunk]}
     error = {"application/json": {"schema": schemas[ErrorBody]}}

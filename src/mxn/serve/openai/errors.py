@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -16,6 +17,9 @@ from starlette.responses import Response
 from mxn.errors import CapacityError, EngineDiedError, MxnError, NotFoundError, UserError
 
 log = logging.getLogger("mxn.serve")
+
+request_id: ContextVar[str] = ContextVar("request_id", default="?")
+"""The `x-request-id` of the request that the current task works for."""
 
 RETRY_AFTER_S = 2  # an engine restarts or finishes loading in seconds, not minutes
 
@@ -128,7 +132,7 @@ def from_exception(exc: BaseException) -> ApiError:
         return ApiError(_one_line(exc), status=status, code=exc.code)
     if isinstance(exc, EngineDiedError):
         return engine_died(exc)
-    log.error("request failed", exc_info=exc)
+    log.error("request %s failed", request_id.get(), exc_info=exc)
     return ApiError(
         "The server had an internal error; its log has the details under the x-request-id.",
         status=500,
