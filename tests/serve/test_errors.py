@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
@@ -189,7 +190,10 @@ def test_retry_advice_follows_the_replica():
     assert never.headers["x-should-retry"] == "false"
 
 
-def test_bug_is_500_without_details(make_api, caplog):
+def test_bug_is_500_without_details(make_api, caplog, monkeypatch):
+    # import-linter, which another test runs in this process, switches existing loggers off.
+    monkeypatch.setattr(logging.getLogger("mxn.serve"), "disabled", False)
+
     class Broken(EchoEngine):
         def generate(self, request):
             raise RuntimeError("secret path /etc/x")
