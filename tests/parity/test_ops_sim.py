@@ -10,13 +10,6 @@ from mxn.kernels import parity, registry
 pytestmark = pytest.mark.sim
 
 
-@pytest.fixture(scope="module")
-def sim() -> torch.device:
-    device = pytest.importorskip("mxn.chips.sim.device")
-    device.load()
-    return torch.device("sim:0")
-
-
 @pytest.mark.parametrize("op", registry.all_ops())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=registry.dtype_name)
 def test_torch_kernel_runs_on_the_simulated_chip(

@@ -186,8 +186,13 @@ def check_kernel(entry: Kernel, device: torch.device, dtype: torch.dtype) -> Res
     for case in cases_of(entry.op):
         if name not in case.dtypes:
             continue
-        ratio, mismatches = check(entry, case, device, dtype)
-        worst, count = max(worst, ratio), count + 1
+        count += 1
+        try:
+            ratio, mismatches = check(entry, case, device, dtype)
+        except Exception as error:  # a kernel that raises has failed this case, whatever it raised
+            failures.append(f"{case}: raised {type(error).__name__}: {error}")
+            continue
+        worst = max(worst, ratio)
         failures += [f"{case}: {mismatch}" for mismatch in mismatches]
     return Result(entry.op, entry.name, name, count, worst, tuple(failures))
 
