@@ -10,7 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+from mxn.kernels.params import Activation, RouterSpec
+
+__all__ = [
+    "Activation",
+    "AttentionSpec",
+    "DecoderSpec",
+    "EncoderSpec",
+    "KvShape",
+    "LayerSpec",
+    "MlaSpec",
+    "MlpSpec",
+    "MoeSpec",
+    "RopeSpec",
+    "RouterSpec",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,20 +91,6 @@ class MlpSpec:
     intermediate: int
     activation: Activation
     is_gated: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterSpec:
-    """How a token picks its experts."""
-
-    num_experts: int
-    top_k: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
-    normalize: bool = False  # the chosen weights sum to one
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int = 1
-    group_score: Literal["max", "top2_sum"] = "max"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from mxn.kernels.params import RouterSpec
 from mxn.kernels.registry import kernels_of
-from mxn.models.spec import RouterSpec
 
 HIDDEN = 64
 CASES = {

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxn.kernels.params import RouterSpec
 from mxn.kernels.parity import Case, Maker, Outputs
-from mxn.models.spec import RouterSpec
 
 ROUTERS = {
     "mixtral": RouterSpec(num_experts=8, top_k=2, normalize=True),

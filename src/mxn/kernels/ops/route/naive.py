@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mxn.models.spec import RouterSpec
+    from mxn.kernels.params import RouterSpec
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, router: RouterSpec) -> tuple[Tensor, Tensor]:

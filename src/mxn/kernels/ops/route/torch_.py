@@ -10,7 +10,7 @@ from torch import Tensor
 from mxn.kernels.registry import kernel
 
 if TYPE_CHECKING:
-    from mxn.models.spec import RouterSpec
+    from mxn.kernels.params import RouterSpec
 
 
 @kernel("route", name="torch")
