@@ -19,6 +19,7 @@ from transformers.masking_utils import (
 
 from mxn.errors import ConfigError, NotFoundError, UnsupportedError
 from mxn.models.fallback import probe
+from mxn.models.fallback.linear import KernelLinear, swap_linears
 from mxn.models.fallback.reasons import rope_limit
 from mxn.models.load import load_model
 from support import any_decoder
@@ -36,6 +37,7 @@ RUNS = (
     "ernie4_5_moe",
     "exaone4",
     "seed_oss",
+    "roberta",  # positions that begin behind the padding index
 )
 
 
@@ -157,6 +159,34 @@ def test_context_ends_where_rope_frequencies_would_switch_for_the_whole_step():
     )  # fmt: skip
     assert rope_limit(config) == 128
     assert rope_limit(transformers.LlamaConfig(hidden_size=32, num_attention_heads=4)) is None
+
+
+class Router(torch.nn.Module):
+    """Like some routers, reads the weight of one layer and the dtype of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = torch.nn.Linear(8, 4)
+        self.read = torch.nn.Linear(8, 4)
+        self.kept = torch.nn.Linear(8, 4, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.used.weight.dtype)
+        return self.used(x) + torch.nn.functional.linear(x, self.read.weight)
+
+
+def test_layers_whose_weight_is_read_or_kept_in_another_dtype_are_not_swapped(device):
+    from mxn.kernels.registry import Ops
+
+    router, x = Router(), torch.randn(2, 3, 8)
+    want = router(x)
+    router = router.to(device.torch_device)
+    ops = Ops.bind(device.torch_device, device.chip, torch.float32)
+    assert swap_linears(router, ops) == 1
+    assert isinstance(router.used, KernelLinear)
+    assert type(router.read) is type(router.kept) is torch.nn.Linear
+    got = router(x.to(device.torch_device)).cpu()
+    assert (got - want).abs().max().item() < 1e-6
 
 
 def chunks_of(size: int):

@@ -37,6 +37,9 @@ def measure(model_type: str, directory: Path, device: Any) -> Outcome:
     name = any_decoder.model_class(model_type).__name__
     try:
         reference = any_decoder.build(model_type)
+        probe = reference_logits(reference, random_tokens(9, seed=0))
+        if not probe.isfinite().all():
+            return Outcome(model_type, name, "failed", "the tiny checkpoint gives no finite logits")
         reference.save_pretrained(directory)
         loaded = load_model(directory, device, "float32", prefer_fallback=True)
     except UnsupportedError as refusal:

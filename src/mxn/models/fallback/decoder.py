@@ -22,7 +22,13 @@ class FallbackDecoder:
     """Drives the code of transformers one step at a time. Implements `CausalLM`."""
 
     def __init__(
-        self, model: Any, calls: tuple[AttentionCall, ...], ops: Ops, *, max_positions: int
+        self,
+        model: Any,
+        calls: tuple[AttentionCall, ...],
+        ops: Ops,
+        *,
+        max_positions: int,
+        position_offset: int = 0,
     ) -> None:
         register()
         model.set_attn_implementation(PAGED)
@@ -34,6 +40,7 @@ class FallbackDecoder:
         self.max_positions = max_positions
         self.dtype = ops.dtype
         self.device = ops.device
+        self._position_offset = position_offset
         self._selects_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
@@ -46,7 +53,7 @@ class FallbackDecoder:
         with torch.inference_mode(), running(step):
             output = self.model(
                 input_ids=batch.token_ids_T[None],
-                position_ids=batch.positions_T[None],
+                position_ids=(batch.positions_T + self._position_offset)[None],
                 use_cache=False,
                 **options,
             )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,8 +19,8 @@ class KernelLinear(nn.Module):
     """Does what an `nn.Linear` does, through a prepared kernel.
 
     `weight` is an empty tensor with the dtype and device of the real one: model code may ask for
-    these. Code that multiplies by it fails on the shape, which the load-time check turns into a
-    refusal.
+    these. Layers whose weight is used as a matrix are not swapped (`reads_weight`); should one slip
+    through, its code fails on the shape and the load-time check refuses the model.
     """
 
     def __init__(self, linear: nn.Linear, ops: Ops) -> None:
@@ -36,13 +39,16 @@ class KernelLinear(nn.Module):
 def swap_linears(model: nn.Module, ops: Ops) -> int:
     """Replace every plain `nn.Linear` that has the dtype of the ops; return how many.
 
-    Subclasses, and layers kept in another dtype on purpose, stay as they are.
+    Subclasses, layers kept in another dtype on purpose, and layers whose weight other code reads
+    stay as they are.
     """
     found = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.weight.dtype == ops.dtype
+        if type(child) is nn.Linear
+        and child.weight.dtype == ops.dtype
+        and not reads_weight(type(parent), name)
     ]
     swapped: dict[int, KernelLinear] = {}  # a layer used in two places is prepared once
     for parent, name, child in found:
@@ -50,3 +56,13 @@ def swap_linears(model: nn.Module, ops: Ops) -> int:
             swapped[id(child)] = KernelLinear(child, ops)
         setattr(parent, name, swapped[id(child)])
     return len(swapped)
+
+
+@cache
+def reads_weight(parent: type, name: str) -> bool:
+    """Does the code of class `parent` use the weight of its layer `name` as a tensor of its own?"""
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):  # a class made at run time has no source to look at
+        return False
+    return bool(re.search(rf"self\.{re.escape(name)}\.weight\b(?!\.(dtype|device)\b)", source))

@@ -9,7 +9,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from mxn import env
-from mxn.errors import ConfigError, NotFoundError, UnsupportedError
+from mxn.errors import ConfigError, MxnError, NotFoundError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mxn.kernels.registry import Ops
     from mxn.models.checkpoint import Checkpoint
     from mxn.models.fallback.decoder import FallbackDecoder
-    from mxn.models.fallback.probe import AttentionCall
+    from mxn.models.fallback.probe import Probe
     from mxn.models.load import LoadedModel
 
 log = logging.getLogger("mxn.models.fallback")
@@ -67,7 +67,6 @@ def refused(name: str, reason: str) -> UnsupportedError:
 def _resolve(checkpoint: Checkpoint, name: str) -> tuple[Any, Any]:
     """Return the transformers config and class of a checkpoint. Raises: UnsupportedError."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from mxn.models.fallback.reasons import why_not
 
@@ -79,13 +78,28 @@ def _resolve(checkpoint: Checkpoint, name: str) -> tuple[Any, Any]:
     config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise refused(name, "it is an encoder-decoder")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    model_class = _causal_class(config, name)
+    if model_class is None:
         raise refused(name, f"transformers has no causal language model of type {model_type!r}")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     reason = why_not(config, model_class)
     if reason:
         raise refused(name, reason)
     return config, model_class
+
+
+def _causal_class(config: Any, name: str) -> Any | None:
+    """Return the class that config.json names, if it is a decoder, else the one of the config."""
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return getattr(transformers, name)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return None
 
 
 def _read(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -116,13 +130,20 @@ def _swap_and_check(model: Any, config: Any, ops: Ops, name: str) -> FallbackDec
     is_checked = _is_checked()
     try:
         want = reference_logits(model, sequences, ops.device) if is_checked else []
-        calls = _probe(model, sequences[0], ops)
+        probe = _probe(model, sequences[0], ops)
         swap_linears(model, ops)
-        limit = _max_positions(config, calls)
-        decoder = FallbackDecoder(model, calls, ops, max_positions=limit)
+        decoder = FallbackDecoder(
+            model,
+            probe.calls,
+            ops,
+            max_positions=_max_positions(config, probe),
+            position_offset=probe.position_offset,
+        )
         error = check(decoder, sequences, want) if is_checked else None
     except UnsupportedError as why:
         raise refused(name, why.message) from why
+    except MxnError:
+        raise
     except Exception as error:
         # Code of a model that is not made for flattened tokens can fail in any way; the caller is
         # told which one, and the cause stays attached.
@@ -139,26 +160,27 @@ def _is_checked() -> bool:
     return value == "on"
 
 
-def _probe(model: Any, tokens: list[int], ops: Ops) -> tuple[AttentionCall, ...]:
+def _probe(model: Any, tokens: list[int], ops: Ops) -> Probe:
     import torch
 
-    from mxn.models.fallback.probe import probe_calls
+    from mxn.models.fallback.probe import probe_model
 
     with torch.inference_mode():
-        calls, _ = probe_calls(model, torch.tensor(tokens).to(ops.device))
-    if not calls:
+        probe = probe_model(model, torch.tensor(tokens).to(ops.device))
+    if not probe.calls:
         raise UnsupportedError("it never called attention through the attention interface")
-    return calls
+    return probe
 
 
-def _max_positions(config: Any, calls: tuple[AttentionCall, ...]) -> int:
+def _max_positions(config: Any, probe: Probe) -> int:
     """Return the context that gives exact results: positions, rope switches, chunks."""
     from mxn.models.fallback.reasons import rope_limit
 
     text = config.get_text_config(decoder=True)
     named = getattr(text, "max_position_embeddings", None)
-    limits = [named or _UNNAMED_MAX_POSITIONS, rope_limit(text), *(call.chunk for call in calls)]
-    limit = min(value for value in limits if value)
+    chunks = (call.chunk for call in probe.calls)
+    limits = [named or _UNNAMED_MAX_POSITIONS, rope_limit(text), *chunks]
+    limit = min(value for value in limits if value) - probe.position_offset
     if named and limit < named:
         log.info("context cut from %d to %d tokens: beyond it results would depend on"
                  " neighbours, or attention works in chunks", named, limit)  # fmt: skip

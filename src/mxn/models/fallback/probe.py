@@ -3,7 +3,7 @@ code.
 
 The pass runs under a registered attention function that computes plain masked attention, with a
 mask function that classifies what the model asked for: transformers describes masks as functions
-of indices, so they can be asked about positions far beyond the probe. Start at `probe_calls`.
+of indices, so they can be asked about positions far beyond the probe. Start at `probe_model`.
 """
 
 from __future__ import annotations
@@ -47,29 +47,51 @@ class AttentionCall:
 @dataclass(slots=True)
 class _Recorder:
     calls: list[AttentionCall] = field(default_factory=list)
-    masks: dict[int, tuple[Mask, Tensor]] = field(default_factory=dict)  # by storage
+    # By storage. Models may make masks that no layer uses, so an odd one waits for its first use.
+    masks: dict[int, tuple[Mask | UnsupportedError, Tensor]] = field(default_factory=dict)
 
 
 _recorder = _Recorder()
 
 
-def probe_calls(model: Any, token_ids_T: Tensor) -> tuple[tuple[AttentionCall, ...], Tensor]:
-    """Return the attention calls of `model` in order, and its logits [T, V] for the probe tokens.
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one pass through the model showed."""
+
+    calls: tuple[AttentionCall, ...]
+    position_offset: int  # of the first token; RoBERTa counts from padding_idx + 1
+
+
+def probe_model(model: Any, token_ids_T: Tensor) -> Probe:
+    """Return the attention calls of `model` in order, and where its positions begin.
 
     Leaves the model set to the probe's attention.
     Raises: UnsupportedError when a call does what paged attention cannot.
     """
-    global _recorder
     register()
-    _recorder = _Recorder()
     model.set_attn_implementation(PROBE)
-    positions = torch.arange(len(token_ids_T), device=token_ids_T.device)
+    calls, by_itself = _run(model, token_ids_T, None)
+    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    for offset in (0, (padding or 0) + 1):
+        _, told = _run(model, token_ids_T, offset)
+        if torch.allclose(told, by_itself, rtol=1e-3, atol=1e-3 * by_itself.abs().max().item()):
+            return Probe(calls, offset)
+    raise UnsupportedError("it does not take the positions of its tokens as an input")
+
+
+def _run(model: Any, token_ids_T: Tensor, offset: int | None) -> tuple[Any, Tensor]:
+    """One pass with positions from `offset`, or with those the model makes itself (None)."""
+    global _recorder
+    _recorder = _Recorder()
+    options = {}
+    if offset is not None:
+        positions = torch.arange(len(token_ids_T), device=token_ids_T.device) + offset
+        options["position_ids"] = positions[None]
     try:
-        output = model(input_ids=token_ids_T[None], position_ids=positions[None], use_cache=False)
-        calls = tuple(_recorder.calls)
+        output = model(input_ids=token_ids_T[None], use_cache=False, **options)
+        return tuple(_recorder.calls), output.logits[0].float()
     finally:
         _recorder = _Recorder()
-    return calls, output.logits[0].float()
 
 
 def register() -> None:
@@ -92,7 +114,10 @@ def probe_mask(
     **_: Any,
 ) -> Tensor:
     """Return an additive mask [B, 1, Q, K] and remember what kind it is."""
-    kind = classify(mask_function)
+    try:
+        kind: Mask | UnsupportedError = classify(mask_function)
+    except UnsupportedError as odd:
+        kind = odd
     query = torch.arange(q_offset, q_offset + q_length)[:, None]
     key = torch.arange(kv_offset, kv_offset + kv_length)[None, :]
     allowed = _ask(mask_function, query, key).to(device)
@@ -181,6 +206,8 @@ def _mask_of_call(module: Any, attention_mask: Tensor | None, kwargs: dict[str, 
         found = _recorder.masks.get(attention_mask.untyped_storage().data_ptr())
         if found is None:
             raise UnsupportedError("it computes an attention mask of its own")
+        if isinstance(found[0], UnsupportedError):
+            raise found[0]
         return found[0]
     is_causal = kwargs.get("is_causal")
     if is_causal is None:

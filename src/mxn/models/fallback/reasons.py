@@ -5,6 +5,7 @@ Knows transformers' configs and model classes; loads no weights. Start at `why_n
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 STATEFUL_LAYERS = {
@@ -58,6 +59,10 @@ def _class_reason(model_class: Any) -> str | None:
         return "it keeps a recurrent state beside the attention cache"
     if not model_class._can_set_attn_implementation():
         return "its code does not call attention through transformers' attention interface"
+    parameters = inspect.signature(model_class.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "position_ids" not in parameters and not takes_any:
+        return "it does not take the positions of its tokens as an input"
     return None
 
 
