@@ -24,6 +24,7 @@ VARIABLES = (
     Variable("MXN_KERNELS", "", "pin kernels, such as `linear=torch,rms_norm=naive`"),
     Variable("MXN_KERNEL_TUNING", "on", "measure kernels at model load: on, off (priority decides)"),
     Variable("MXN_FALLBACK_CHECK", "on", "compare a fallback model with transformers at load: on, off"),
+    Variable("MXN_API_KEY", "", "key that callers of `mxn serve` must send"),
     Variable("MXN_LOG", "info", "log level of engine and server: debug, info, warning, error"),
     Variable("MXN_BUILD_DIR", "", "where compiled extensions are cached; empty: MXN_HOME/build"),
     Variable("MXN_SIM", "0", "simulated chip: 1 lists its devices in detection"),

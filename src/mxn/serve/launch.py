@@ -58,11 +58,18 @@ async def _load(served: ServedModels, request: ModelRequest, on_progress: Progre
         if on_progress:
             on_progress(request.name, loading)
 
+    client: ProcessEngine | None = None
     try:
         client = await ProcessEngine.start(request.config, on_progress=report)
+        folder = request.config.model
+        # In a thread: reading a large tokenizer must not hold up the models that are ready.
+        model = await asyncio.to_thread(
+            ServedModel.load, request.name, client, folder, aliases=request.aliases
+        )
+        served.add(model)
     except MxnError as error:
         log.error("%s cannot be served: %s", request.name, error)
         served.report_failure(request.name, str(error))
+        if client:
+            await client.close()
         raise
-    folder = request.config.model
-    served.add(ServedModel.load(request.name, client, folder, aliases=request.aliases))
