@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mxn.engine.config import EngineConfig
+from mxn.engine.testing import torch_device
 
 TINY = "mxn.engine.testing:load_tiny"
 
@@ -17,12 +18,7 @@ TINY = "mxn.engine.testing:load_tiny"
 @pytest.fixture(scope="session")
 def engine_device() -> str:
     """The torch device string of the device under test, its backend loaded."""
-    name = os.environ.get("MXN_TEST_DEVICE", "cpu")
-    if name == "cpu":
-        return name
-    from mxn.chips import find_device
-
-    return str(find_device(name).torch_device)
+    return torch_device(os.environ.get("MXN_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture

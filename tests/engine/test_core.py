@@ -47,6 +47,12 @@ def test_a_batch_gives_each_request_the_tokens_it_gets_alone(make):
     assert_empty(engine)
 
 
+def test_the_cache_lies_on_the_device_under_test(make, engine_device):
+    engine = make()
+    assert str(engine.core._runner._cache[0].k.device) == engine_device
+    assert engine.core.info.device == engine_device
+
+
 def test_a_prompt_in_chunks_gives_the_same_tokens(make):
     some = prompts(5, longest=100)
     chunked = make(max_batch_tokens=16, max_sequences=4).generate(some, GREEDY)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mxn.engine")
 
+SAMPLER_OPS = ("penalize", "filter_logits", "sample", "token_logprobs")
+
 Report = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -203,7 +205,7 @@ def _bind_ops(replica: LoadedReplica) -> Ops:
 
     from mxn.kernels.registry import Ops
 
-    return Ops.bind(replica.device, replica.chip, torch.float32)
+    return Ops.bind(replica.device, replica.chip, torch.float32, only=SAMPLER_OPS)
 
 
 def _byte_ids(tokenizer: Any) -> frozenset[int]:

@@ -202,6 +202,15 @@ class TinyEncoder:
         return torch.stack(rows)
 
 
+def torch_device(name: str) -> str:
+    """Return the torch device of a device id, its backend loaded; ``auto`` is the CPU here."""
+    if name in ("auto", "cpu"):
+        return "cpu"
+    from mxn.chips import find_device
+
+    return find_device(name).torch_device
+
+
 def load_tiny(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> LoadedReplica:
     """Load `TinyModel` (or `TinyEncoder` for a model named ``tiny-encoder``) as the engine does."""
     from mxn.engine.load import LoadedReplica
@@ -213,7 +222,7 @@ def load_tiny(config: EngineConfig, on_progress: Callable[[str, int, int], None]
         from mxn.errors import NotFoundError
 
         raise NotFoundError(f"no model at {config.model!r}", hint="this is a test")
-    device = "cpu" if config.device == "auto" else config.device
+    device = torch_device(config.device)
     on_progress("weights", 1, 2)
     is_encoder = name == "tiny-encoder"
     whole = {key: value if key == "step_s" else int(value) for key, value in options.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -183,8 +183,14 @@ class Ops:
         self._choices: dict[tuple[str, str], Choice] = {}
 
     @classmethod
-    def bind(cls, torch_device: str | torch.device, chip: str, dtype: torch.dtype) -> Ops:
-        """Choose a kernel for every op.
+    def bind(
+        cls,
+        torch_device: str | torch.device,
+        chip: str,
+        dtype: torch.dtype,
+        only: Collection[str] | None = None,
+    ) -> Ops:
+        """Choose a kernel for every op, or for those named in `only`.
 
         Raises: UnsupportedError when MXN_KERNELS pins a kernel that is not available here.
         """
@@ -194,7 +200,7 @@ class Ops:
 
         ops = cls(torch.device(torch_device), chip, dtype, Table.open(chip), pinned())
         for op in all_ops().values():
-            if not op.is_prepared:
+            if not op.is_prepared and (only is None or op.name in only):
                 setattr(ops, op.name, ops._choose(op.name))
         return ops
 
