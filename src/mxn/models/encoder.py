@@ -89,16 +89,16 @@ class Encoder:
         self._check(sequences, token_types)
         if not sequences:
             return torch.empty(0, self.output_dim, device=self.device)
-        order, parts = [], []
+        order: list[int] = []
+        parts = []
         for chosen in length_buckets([len(ids) for ids in sequences], PASS_TOKENS):
             order.extend(chosen)
             parts.append(
                 self._pass([sequences[i] for i in chosen], [token_types[i] for i in chosen])
             )
-        result = torch.cat(parts)
-        return torch.empty_like(result).index_copy_(
-            0, torch.tensor(order, device=self.device), result
-        )
+        rank = {index: row for row, index in enumerate(order)}
+        rows = torch.tensor([rank[i] for i in range(len(order))]).to(self.device)
+        return torch.cat(parts)[rows]
 
     @property
     def output_dim(self) -> int:
@@ -125,7 +125,7 @@ class Encoder:
 
     def _pass(self, sequences: list[list[int]], token_types: list[list[int]]) -> Tensor:
         lengths = [len(ids) for ids in sequences]
-        lengths_B = torch.tensor(lengths, device=self.device)
+        lengths_B = torch.tensor(lengths).to(self.device)
         x_BLD = self._embed(sequences, token_types, max(lengths))
         for layer in self._weights.layers:
             x_BLD = self._layer(x_BLD, layer, lengths_B)
