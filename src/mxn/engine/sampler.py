@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from mxn.kernels.registry import Ops
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow float32 logits, and mean greedy
-_TOP_P_CANDIDATES = 256  # nearly always hold the wanted mass; a row where they do not runs again
+_FEW_CANDIDATES = 256  # nearly always hold all that top-p or min-p keep
+_MANY_CANDIDATES = 8192
 _TIES = 8  # room for ties behind the k-th candidate
 
 
@@ -214,43 +215,67 @@ class Sampler:
         return ids_R
 
     def _draw(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
-        ids, undecided = self._draw_once(logits_RV, requests, _num_candidates(requests))
-        if undecided:
-            rows = torch.tensor(undecided, device=self._device)
-            again = [requests[row] for row in undecided]
-            found, _ = self._draw_once(logits_RV[rows], again, None)
-            for row, token in zip(undecided, found, strict=True):
+        """Return a random token for each row; rows without a filter need no candidates."""
+        is_open = [not any(_rules([state.params])) for state in requests]
+        if all(is_open):
+            return self._draw_open(logits_RV, requests)
+        if not any(is_open):
+            return self._draw_filtered(logits_RV, requests)
+        ids = [-1] * len(requests)
+        for wanted, draw in ((True, self._draw_open), (False, self._draw_filtered)):
+            rows = [row for row, found in enumerate(is_open) if found is wanted]
+            some_RV = logits_RV[torch.tensor(rows, device=self._device)]
+            for row, token in zip(rows, draw(some_RV, [requests[r] for r in rows]), strict=True):
                 ids[row] = token
+        return ids
+
+    def _draw_open(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
+        numbers = [[state.params.temperature, state.uniform()] for state in requests]
+        temperature_R, uniform_R = torch.tensor(numbers, device=self._device).unbind(1)
+        return self._ops.sample(logits_RV / temperature_R.unsqueeze(1), uniform_R).tolist()
+
+    def _draw_filtered(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
+        """Try with few candidates; the rare row that needs more runs again with more."""
+        ids = [-1] * len(requests)
+        rows = list(range(len(requests)))
+        for num_candidates in (_num_candidates(requests), _MANY_CANDIDATES, None):
+            found, is_exact = self._draw_once(
+                logits_RV, [requests[row] for row in rows], num_candidates
+            )
+            for row, token in zip(rows, found, strict=True):
+                ids[row] = token
+            again = [i for i, exact in enumerate(is_exact) if not exact]
+            if not again:
+                break
+            rows = [rows[i] for i in again]
+            logits_RV = logits_RV[torch.tensor(again, device=self._device)]
         return ids
 
     def _draw_once(
         self, logits_RV: Tensor, requests: list[SamplingState], num_candidates: int | None
     ) -> tuple[list[int], list[int]]:
-        """Return a token for each row, and the rows that need more candidates."""
+        """Return a token for each row, and for which rows the candidates were enough."""
         params = [state.params for state in requests]
         numbers = [
-            [p.temperature for p in params],
-            [state.uniform() for state in requests],
-            [p.top_p for p in params],
-            [p.min_p for p in params],
+            [p.temperature, s.uniform(), p.top_p, p.min_p]
+            for p, s in zip(params, requests, strict=True)
         ]
-        temperature_R, uniform_R, top_p_R, min_p_R = torch.tensor(numbers, device=self._device)
+        packed = torch.tensor(numbers, device=self._device)
+        temperature_R, uniform_R, top_p_R, min_p_R = packed.unbind(1)
         has_k, has_p, has_m = _rules(params)
-        if not (has_k or has_p or has_m):
-            scaled_RV = logits_RV / temperature_R.unsqueeze(1)
-            return self._ops.sample(scaled_RV, uniform_R).tolist(), []
-        top_k_R = torch.tensor([p.top_k for p in params], device=self._device) if has_k else None
-        kept_RV, is_exact_R = self._ops.filter_logits(
+        kept_RC, ids_RC, is_exact_R = self._ops.filter_logits(
             logits_RV,
             temperature_R,
-            top_k_R,
+            torch.tensor([p.top_k for p in params], device=self._device) if has_k else None,
             top_p_R if has_p else None,
             min_p_R if has_m else None,
             num_candidates,
         )
-        ids_R = self._ops.sample(kept_RV, uniform_R)
+        picked_R = self._ops.sample(kept_RC, uniform_R)
+        ids_R = ids_RC.gather(1, picked_R.clamp_min(0).unsqueeze(1)).squeeze(1)
+        ids_R = torch.where(picked_R < 0, -1, ids_R)
         ids, is_exact = torch.stack((ids_R, is_exact_R.to(ids_R.dtype))).tolist()
-        return ids, [row for row, exact in enumerate(is_exact) if not exact and ids[row] >= 0]
+        return ids, is_exact
 
     def _with_logprobs(
         self, logits_RV: Tensor, ids: list[int], requests: list[SamplingState]
@@ -288,8 +313,7 @@ def _num_candidates(requests: list[SamplingState]) -> int:
     """Return how many of a row's best logits should do to decide its filters."""
     params = [state.params for state in requests]
     most = 1 + max(p.top_k for p in params) + _TIES
-    is_open = any(p.top_p < 1 and p.top_k <= 0 for p in params)
-    return max(most, _TOP_P_CANDIDATES) if is_open else most
+    return max(most, _FEW_CANDIDATES) if any(p.top_k <= 0 for p in params) else most
 
 
 def _token_logprobs(

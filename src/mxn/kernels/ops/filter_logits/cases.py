@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxn.kernels.ops.filter_logits.naive import filter_logits
 from mxn.kernels.parity import Case, Maker, Outputs
 
 
@@ -26,16 +27,18 @@ def _build(
     return logits, make.uniform32(rows) + 0.5, top_k, top_p, min_p, num_candidates
 
 
-def _decided(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> Outputs:
-    """A row may stay undecided if candidates were limited; then it is computed again without."""
-    filtered, is_exact = result
-    if args[5] is None:
-        return {"filtered": filtered, "is_exact": is_exact}
-    again = args[:5]
-    from mxn.kernels.ops.filter_logits.naive import filter_logits
-
-    whole, _ = filter_logits(*(None if a is None else a.cpu() for a in again))
-    return {"filtered": torch.where(is_exact.cpu().unsqueeze(1), filtered.cpu(), whole)}
+def _decided(args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> Outputs:
+    """Spread the candidates over the vocabulary; rows that stayed undecided take the truth."""
+    kept, ids, is_exact = (part.cpu() for part in result)
+    logits = args[0].cpu()
+    spread = torch.full_like(logits, float("-inf")).scatter(1, ids, kept)
+    whole, _, _ = filter_logits(logits, *(None if a is None else a.cpu() for a in args[1:5]))
+    in_order = (ids.diff(dim=1) > 0).all()
+    return {
+        "filtered": torch.where(is_exact.unsqueeze(1), spread, whole),
+        "ids are in order": in_order,
+        "all exact": is_exact.all() if args[5] is None else torch.tensor(True),
+    }
 
 
 CASES = tuple(

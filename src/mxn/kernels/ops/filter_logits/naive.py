@@ -16,7 +16,7 @@ def filter_logits(
     top_p_R: Tensor | None,
     min_p_R: Tensor | None,
     num_candidates: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     out_RV = logits_RV.float() / temperature_R.unsqueeze(1)
     for r, row_V in enumerate(out_RV):
         top_k = 0 if top_k_R is None else int(top_k_R[r])
@@ -31,4 +31,5 @@ def filter_logits(
             row_V[row_V < best_V[num_kept - 1]] = float("-inf")
         probability_V = row_V.softmax(0)
         row_V[probability_V < min_p * probability_V.max()] = float("-inf")
-    return out_RV, torch.ones(len(out_RV), dtype=torch.bool, device=out_RV.device)
+    ids_RV = torch.arange(out_RV.shape[1], device=out_RV.device).expand_as(out_RV)
+    return out_RV, ids_RV, torch.ones(len(out_RV), dtype=torch.bool, device=out_RV.device)

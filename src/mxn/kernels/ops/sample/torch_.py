@@ -11,7 +11,7 @@ from mxn.kernels.registry import kernel
 @kernel("sample", name="torch")
 def sample(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
     peak_R1, best_R1 = logits_RV.max(dim=1, keepdim=True)
-    mass_RV = (logits_RV - peak_R1).exp()
+    mass_RV = (logits_RV - peak_R1).exp_()
     reached_RV = mass_RV.cumsum(1)
     total_R1 = reached_RV[:, -1:]
     target_R1 = uniform_R.unsqueeze(1) * total_R1
