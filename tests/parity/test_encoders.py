@@ -249,12 +249,17 @@ def test_minilm_embeds_like_the_recipe_of_sentence_transformers(device, record_p
     assert difference < MINILM_ERROR
 
 
-def test_minilm_embeds_like_the_package_sentence_transformers(device, tmp_path):
+@pytest.mark.parametrize("files", ["as shipped", "saved again by the package of today"])
+def test_minilm_embeds_like_the_package_sentence_transformers(files, device, tmp_path):
     package = pytest.importorskip("sentence_transformers", reason="sentence-transformers is absent")
     directory = tmp_path / "model"
     shutil.copytree(minilm_directory(), directory)  # the package wants to write beside it
     judge = package.SentenceTransformer(str(directory), device="cpu")
     want = judge.encode(SENTENCES, convert_to_tensor=True)
+    if files != "as shipped":
+        directory = tmp_path / "again"
+        judge.save(str(directory))
     model = load_model(directory, device, "float32").model
     ids = [judge.tokenizer(text)["input_ids"] for text in SENTENCES]
+    assert model.max_positions == 256
     assert (model.encode(ids).cpu() - want).abs().max().item() < MINILM_ERROR

@@ -51,7 +51,7 @@ def read_recipe(directory: Path) -> SentenceRecipe:
     That default is the one of sentence-transformers itself.
     Raises: UnsupportedError, with the module or pooling, for a recipe outside the ops of mxn.
     """
-    max_tokens = read_json(directory / "sentence_bert_config.json").get("max_seq_length")
+    max_tokens = _max_tokens(directory)
     modules = _modules(directory)
     if not modules:
         return SentenceRecipe(max_tokens=max_tokens)
@@ -76,6 +76,18 @@ def read_recipe(directory: Path) -> SentenceRecipe:
     return SentenceRecipe(
         pooling=pooling, is_normalized=is_normalized, dense=tuple(dense), max_tokens=max_tokens
     )
+
+
+def _max_tokens(directory: Path) -> int | None:
+    """Version 6 keeps the limit with the tokenizer, older ones in a file of their own."""
+    for file, key in (
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
+        limit = read_json(directory / file).get(key)
+        if limit:  # tokenizers without a limit store a number like 1e30, which limits nothing
+            return int(limit)
+    return None
 
 
 def _modules(directory: Path) -> list[dict[str, Any]]:
