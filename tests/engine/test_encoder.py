@@ -103,16 +103,25 @@ def test_a_cancelled_request_is_not_computed(model):
     assert core.stats().requests_cancelled_total == 1
 
 
-def test_a_failing_batch_fails_its_requests_and_nothing_else(model):
+def test_a_sequence_that_fails_takes_only_its_request_with_it(model):
     core = make_core(model, max_batch_tokens=10)
-    real, model.encode = model.encode, lambda *_: 1 / 0
-    core.handle(Encode(request_id="a", sequences=[[1] * 9]))
-    core.handle(Encode(request_id="b", sequences=[[2] * 8]))
-    [failed] = core.step()
-    model.encode = real
-    assert (failed.request_id, failed.is_user_error) == ("a", False)
-    assert "ZeroDivisionError" in failed.message
-    assert isinstance(run_dry(core)["b"], Encoded)
+    real = model.encode
+
+    def fails_for_two(sequences, token_types):
+        if any(2 in sequence for sequence in sequences):
+            raise ZeroDivisionError("two")
+        return real(sequences, token_types)
+
+    model.encode = fails_for_two
+    for i, sequence in enumerate([[1], [2], [3], [4]]):
+        core.handle(Encode(request_id=f"r{i}", sequences=[sequence, [5]]))
+    replies = run_dry(core)
+    failed = replies.pop("r1")
+    assert (failed.message, failed.is_user_error) == (
+        "the model failed: ZeroDivisionError: two",
+        False,
+    )
+    assert [type(replies[i]) for i in ("r0", "r2", "r3")] == [Encoded] * 3
 
 
 def test_no_sequences_give_no_rows(model):

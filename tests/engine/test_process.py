@@ -259,3 +259,12 @@ def _name(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
+
+
+def test_the_client_loads_nothing_heavy():
+    code = (
+        "import sys, mxn.engine.client; "
+        "print(*[m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -7,7 +7,6 @@ Start at `EncoderCore.step`.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -29,8 +28,6 @@ from mxn.engine.protocol import (
 
 if TYPE_CHECKING:
     from mxn.models.base import TextEncoder
-
-log = logging.getLogger("mxn.engine")
 
 # Sorting by length reaches this many batches ahead: further would make early requests wait.
 WINDOW_BATCHES = 8
@@ -119,11 +116,8 @@ class EncoderCore:
         started_s = time.perf_counter()
         try:
             rows = self._encode(batch)
-        except (
-            Exception
-        ) as error:  # whatever a chip throws: those of this batch fail, with a reason
-            log.exception("encoding a batch of %d sequences failed", len(batch))
-            return self._fail(batch, f"the model failed: {type(error).__name__}: {error}")
+        except Exception as error:  # whatever a chip throws
+            return self._retry(batch, error)
         self._counters.steps_total += 1
         self._counters.busy_s += time.perf_counter() - started_s
         return self._deliver(batch, rows)
@@ -208,11 +202,23 @@ class EncoderCore:
                 )
         return out
 
-    def _fail(self, batch: list[_Piece], reason: str) -> list[FromEngine]:
-        hit = {piece.job.request.request_id for piece in batch}
-        for request_id in hit:
-            del self._jobs[request_id]
-        return [Failed(request_id=i, message=reason, is_user_error=False) for i in sorted(hit)]
+    def _retry(self, batch: list[_Piece], error: Exception) -> list[FromEngine]:
+        """Halve a batch that failed; a sequence that fails alone ends its request.
+
+        Raises: ChipError when the device does not work any more.
+        """
+        from mxn.engine.runner import check_device
+
+        check_device(self._model.device, error)
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            self._batches.extendleft((batch[middle:], batch[:middle]))
+            return []
+        request_id = batch[0].job.request.request_id
+        del self._jobs[request_id]
+        first_line = (str(error).splitlines() or [""])[0]
+        reason = f"the model failed: {type(error).__name__}: {first_line}"
+        return [Failed(request_id=request_id, message=reason, is_user_error=False)]
 
 
 def _refuse(request_id: str, message: str, code: str | None) -> Failed:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import logging
 import os
@@ -157,6 +158,9 @@ def engine_main(config: EngineConfig, endpoint: str) -> int:
         if engine is None:
             return EXIT_LOAD_FAILED
         signal.signal(signal.SIGTERM, stop.set)
+        # What was loaded lives as long as the process: the collector need not walk through it.
+        gc.collect()
+        gc.freeze()
         link.send([engine.info])
         serve(engine, link, stop)
         return 0

@@ -133,10 +133,8 @@ class Runner:
         try:
             logits_RV = self._forward(work)
             self._collect(work, logits_RV, result)
-        except (
-            Exception
-        ) as error:  # whatever a chip throws: the device is checked, then it is halved
-            self._recover(error)
+        except Exception as error:  # whatever a chip throws
+            check_device(self._model.device, error)
             if len(work) > 1 or (is_out_of_memory(error) and _can_split(work)):
                 self._run_halves(work, result)
             else:
@@ -191,27 +189,27 @@ class Runner:
         num_top = part.request.num_prompt_logprobs or 0
         return self._sampler.prompt_logprobs(logits_QV[: len(next_ids)], next_ids, num_top)
 
-    def _recover(self, error: Exception) -> None:
-        """Note a failure and make sure that the device still computes.
 
-        Raises: ChipError when it does not: the process then ends, and a new one begins afresh.
-        """
-        device = self._model.device
-        log.error("forward pass failed: %s: %s", type(error).__name__, _first_line(error))
-        log.debug("where it failed", exc_info=error)
-        if isinstance(error, ChipError):
-            raise error
-        empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
-        try:
-            if empty_cache and is_out_of_memory(error):
-                empty_cache()
-            is_alive = (torch.ones(2, device=device) + 1).sum().item() == 4
-        except Exception as second:
-            raise ChipError(
-                f"{device} stopped working after: {_first_line(error)}", device=str(device)
-            ) from second
-        if not is_alive:
-            raise ChipError(f"{device} computes 1 + 1 wrongly", device=str(device)) from error
+def check_device(device: torch.device, error: Exception) -> None:
+    """Note a failure and make sure that the device still computes.
+
+    Raises: ChipError when it does not: the process then ends, and a new one begins afresh.
+    """
+    log.error("forward pass failed: %s: %s", type(error).__name__, _first_line(error))
+    log.debug("where it failed", exc_info=error)
+    if isinstance(error, ChipError):
+        raise error
+    empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
+    try:
+        if empty_cache and is_out_of_memory(error):
+            empty_cache()
+        is_alive = (torch.ones(2, device=device) + 1).sum().item() == 4
+    except Exception as second:
+        raise ChipError(
+            f"{device} stopped working after: {_first_line(error)}", device=str(device)
+        ) from second
+    if not is_alive:
+        raise ChipError(f"{device} computes 1 + 1 wrongly", device=str(device)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
