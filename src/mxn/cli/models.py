@@ -50,10 +50,13 @@ def models(
 
 def _print_families(as_json: bool) -> None:
     from mxn.models.families import decoder_families
-    from mxn.models.families.encoders import encoder_families
+    from mxn.models.families.encoders import ENCODER_FAMILIES
 
     rows = [(f.name, "decoder", ", ".join(f.architectures)) for f in decoder_families()]
-    rows += [(f.name, "encoder", ", ".join(f.architectures)) for f in encoder_families()]
+    rows += [
+        (f.name, "encoder", ", ".join(f"{prefix}*" for prefix in f.class_prefixes))
+        for f in ENCODER_FAMILIES
+    ]
     if as_json:
         fields = ("family", "kind", "architectures")
         typer.echo(json.dumps([dict(zip(fields, row, strict=True)) for row in rows], indent=2))
