@@ -44,9 +44,8 @@ depend on the tokenizer.
 Rule: windows of {context} tokens that overlap by half, a token is scored once with at least half
 a window before it, the first token of the text is not scored, no start token. The checkpoint's
 bfloat16 weights, computed in float32 by `transformers`. The baselines are trained on the same
-tokens of the same training text (`recipes/baselines.py`). The 3 % of the file between the two pieces chose the
-step at which training was best. The figures are also in
-`training.json`.
+tokens of the same training text (`recipes/baselines.py`). The 3 % of the file between the two
+pieces chose the step at which the weights were best. The figures are also in `training.json`.
 
 ## A continuation of held-out text
 

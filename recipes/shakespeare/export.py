@@ -44,7 +44,10 @@ def write_checkpoint(network: Network, tokenizer: Tokenizer, folder: Path) -> No
     """Write weights, configuration, generation defaults and tokenizer into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = weights_for_file(network)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    part = folder / "model.safetensors.part"
+    save_file(weights, part, metadata={"format": "pt"})
+    part.chmod(0o644)
+    part.replace(folder / "model.safetensors")  # a server that maps the older file keeps it
     config = network.config
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
