@@ -33,7 +33,7 @@ class KernelLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._kernel(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self._kernel(x)
 
 
 def swap_linears(model: nn.Module, ops: Ops) -> int:

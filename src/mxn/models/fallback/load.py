@@ -40,7 +40,7 @@ def load_fallback(
     name = architecture(checkpoint.config_json)
     config, model_class = _resolve(checkpoint, name)
     model, info = _read(checkpoint, model_class, torch_dtype)
-    model = model.to(ops.device).eval()
+    model = _place(model, ops.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     decoder = _swap_and_check(model, config, ops, name)
     return LoadedModel(
@@ -119,6 +119,18 @@ def _read(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> tuple
             hint="the checkpoint is incomplete, or its config.json names the wrong architecture",
         )
     return model, info
+
+
+def _place(model: Any, device: torch.device) -> Any:
+    """Move the model to the device, with experts in a form that the device can compute."""
+    has_choice = type(model)._can_set_experts_implementation()
+    if has_choice and device.type not in ("cpu", "cuda"):
+        # torch has grouped products for these two; a loop over experts runs anywhere.
+        log.info(
+            "experts run one after the other: device type %r has no grouped product", device.type
+        )
+        model.set_experts_implementation("eager")
+    return model.to(device).eval()
 
 
 def _swap_and_check(model: Any, config: Any, ops: Ops, name: str) -> FallbackDecoder:
