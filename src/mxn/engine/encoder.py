@@ -159,7 +159,7 @@ class EncoderCore:
             if len(ids) > limit:
                 reason = f"sequence {i} has {len(ids)} tokens, the model takes at most {limit}"
                 return reason, "context_length_exceeded"
-            if vocab_size and not 0 <= min(ids) <= max(ids) < vocab_size:
+            if not 0 <= min(ids) <= max(ids) < vocab_size:
                 bad = next(i for i in ids if not 0 <= i < vocab_size)
                 return f"token id {bad} is outside the vocabulary of {vocab_size}", None
         if request.token_types is not None and list(map(len, request.token_types)) != list(

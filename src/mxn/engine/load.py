@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mxn.engine.core import EngineCore
     from mxn.engine.encoder import EncoderCore
     from mxn.kernels.registry import Ops
+    from mxn.models.base import CausalLM, TextEncoder
     from mxn.models.load import LoadedModel
 
 log = logging.getLogger("mxn.engine")
@@ -48,6 +49,16 @@ class LoadedReplica:
     free_bytes: int | None = None  # memory left on the device for the cache; None: it does not tell
     is_host_memory: bool = False  # the device computes in the machine's main memory
     ops: Any = None  # the bound operators, for the sampler; None: bind here
+
+    @property
+    def decoder(self) -> CausalLM:
+        """The model, when `loaded.kind` says that it is one."""
+        return cast("CausalLM", self.loaded.model)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The model, when `loaded.kind` says that it embeds or scores."""
+        return cast("TextEncoder", self.loaded.model)
 
 
 def build_engine(config: EngineConfig, report: Report) -> EngineCore | EncoderCore:
@@ -126,7 +137,7 @@ def context_of(config: EngineConfig, model_context: int, page_bytes: int, fits_t
 
 def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
     """Return the page pool and the context it can serve."""
-    model = replica.loaded.model
+    model = replica.decoder
     size = page_bytes(model.kv_shapes, config.page_tokens, model.dtype.itemsize)
     available = config.kv_bytes
     if available is None and replica.free_bytes is not None:
@@ -156,7 +167,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
 
     plan, max_context = _plan(config, replica)
     report("cache", 0, plan.total_bytes)
-    model = replica.loaded.model
+    model = replica.decoder
     cache = allocate(
         model.kv_shapes,
         num_pages=plan.num_pages,
@@ -217,7 +228,7 @@ def _encoder(config: EngineConfig, replica: LoadedReplica) -> EncoderCore:
     from mxn.engine.encoder import EncoderCore
 
     info = _info(config, replica, max_context=replica.loaded.max_context)
-    return EncoderCore(replica.loaded.model, info, max_batch_tokens=config.max_batch_tokens)
+    return EncoderCore(replica.encoder, info, max_batch_tokens=config.max_batch_tokens)
 
 
 def _info(config: EngineConfig, replica: LoadedReplica, *, max_context: int) -> ModelInfo:
@@ -230,7 +241,7 @@ def _info(config: EngineConfig, replica: LoadedReplica, *, max_context: int) -> 
         chip=replica.chip,
         dtype=loaded.dtype,
         max_context=max_context,
-        vocab_size=getattr(loaded.model, "vocab_size", 0),
+        vocab_size=loaded.model.vocab_size,
         num_parameters=loaded.num_parameters,
         eos_ids=loaded.eos_ids,
         native=loaded.is_native,

@@ -41,6 +41,7 @@ class CausalLM(Protocol):
 class TextEncoder(Protocol):
     """An encoder that turns token sequences into vectors or scores."""
 
+    vocab_size: int
     max_positions: int
     dtype: dtype
     device: device

@@ -70,6 +70,7 @@ class Encoder:
         self.spec = spec
         self.ops = ops
         self.max_positions = spec.max_positions
+        self.vocab_size = spec.vocab_size
         self.dtype = ops.dtype
         self.device = ops.device
         self._weights = weights
