@@ -69,7 +69,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which kernel an op got. `times_us` are measured medians; empty when nothing was measured."""
+    """Which kernel an op got. `times_us` are measured, the least of each; empty if none were."""
 
     op: str
     kernel: str
@@ -237,12 +237,7 @@ class Ops:
         elif env.get("MXN_KERNEL_TUNING") == "off":
             name, reason = contenders[0].name, "priority (MXN_KERNEL_TUNING=off)"
         else:
-            from mxn.kernels import tune
-
-            times = tune.linear_times(
-                self._table, contenders, in_features, out_features, dtype, self.device
-            )
-            name, reason = tune.fastest(times), "fastest measured here over M = 1, 16, 256"
+            name, reason, times = self._fastest_linear(contenders, in_features, out_features, dtype)
         names = tuple(entry.name for entry in usable)
         self._note(Choice("linear", name, reason, names, times, rejected, shape))
         return name
@@ -309,9 +304,26 @@ class Ops:
             return contenders[0], "priority (MXN_KERNEL_TUNING=off)", {}
         from mxn.kernels import tune
 
-        times = tune.op_times(self._table, op, contenders, self.device, self.dtype)
-        name = tune.fastest(times)
+        try:
+            times = tune.op_times(self._table, op, contenders, self.device, self.dtype)
+        except tune.Busy as busy:
+            return contenders[0], f"priority: not measured, machine busy ({busy})", {}
+        name = tune.fastest(times, [entry.name for entry in contenders])
         return next(e for e in contenders if e.name == name), "fastest measured here", times
+
+    def _fastest_linear(
+        self, contenders: list[Kernel], in_features: int, out_features: int, dtype: str
+    ) -> tuple[str, str, dict[str, dict[str, float]]]:
+        from mxn.kernels import tune
+
+        try:
+            times = tune.linear_times(
+                self._table, contenders, in_features, out_features, dtype, self.device
+            )
+        except tune.Busy as busy:
+            return contenders[0].name, f"priority: not measured, machine busy ({busy})", {}
+        name = tune.fastest(times, [entry.name for entry in contenders])
+        return name, "fastest measured here over M = 1, 16, 256", times
 
     def _note(self, choice: Choice) -> None:
         self._choices[choice.op, choice.shape] = choice

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from mxn.kernels.registry import Kernel, Linear
 
 LINEAR_ROWS = (1, 16, 256)
-Times = dict[str, dict[str, float]]  # kernel -> case -> median microseconds
+Times = dict[str, dict[str, float]]  # kernel -> case -> least microseconds
 
 _COLD_BYTES = 96 << 20  # weights are cycled through so many bytes, so that no cache holds them
 _MAX_OUT_FEATURES = 16384  # beyond, time grows in proportion; a slice is measured
 _CASE_BUDGET_S = 0.25
+_MARGIN = math.log(1.05)
+_QUIET = 2.0  # medians over this many times the best sample mean a busy machine
+_BUSY_LOAD = 1.5  # runnable threads for each core
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Table:
         return entry["us"] if entry and set(entry["us"]) == names else None
 
     def store(self, key: str, times: Times) -> None:
+        """Keep the times of `key` for all later loads."""
         self.times[key] = {
             "us": times,
             "basis": "measured",
@@ -85,13 +89,30 @@ class Table:
         self.save()
 
 
-def fastest(times: Times) -> str:
-    """Return the kernel with the smallest geometric mean over its cases."""
+class Busy(Exception):
+    """The machine has other work: times would say nothing of the kernels. Priority decides."""
+
+
+def busy_reason() -> str | None:
+    """Return why this is no moment to measure, or None."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} cores" if load > _BUSY_LOAD * cores else None
+
+
+def fastest(times: Times, by_priority: list[str]) -> str:
+    """Return the kernel with the smallest geometric mean over its cases.
+
+    A kernel must beat those of higher priority by 5 %, so that noise does not change the choice.
+    """
 
     def score(name: str) -> float:
         return sum(math.log(us) for us in times[name].values()) / len(times[name])
 
-    return min(times, key=score)
+    best = by_priority[0]
+    for name in by_priority[1:]:
+        if score(name) < score(best) - _MARGIN:
+            best = name
+    return best
 
 
 def linear_times(
@@ -102,13 +123,18 @@ def linear_times(
     dtype: str,
     device: torch.device,
 ) -> Times:
-    """Return median microseconds of each kernel for a weight of this shape, measured or stored."""
+    """Return the microseconds of each kernel for a weight of this shape, measured or stored.
+
+    Raises: Busy when the machine is too busy to measure.
+    """
     import torch
 
     key = f"linear {in_features}x{out_features} {dtype} {device.type} t{torch.get_num_threads()}"
     stored = table.known(key, {kernel.name for kernel in kernels})
     if stored:
         return stored
+    if busy := busy_reason():
+        raise Busy(busy)
     rows = min(out_features, _MAX_OUT_FEATURES)
     torch_dtype = getattr(torch, dtype)
     weight = _pattern(rows, in_features, torch_dtype, device)
@@ -119,7 +145,7 @@ def linear_times(
         for num_rows in LINEAR_ROWS:
             x = _pattern(num_rows, in_features, torch_dtype, device)
             runs = {name: _cycle(weights, x) for name, weights in packed.items()}
-            for name, us in interleaved_medians(runs, device).items():
+            for name, us in interleaved_best(runs, device).items():
                 times[name][f"M={num_rows}"] = us * out_features / rows
     table.store(key, times)
     return times
@@ -128,7 +154,10 @@ def linear_times(
 def op_times(
     table: Table, op: str, kernels: list[Kernel], device: torch.device, dtype: torch.dtype
 ) -> Times:
-    """Return median microseconds of each kernel on the typical cases, measured or stored."""
+    """Return the microseconds of each kernel on the typical cases, measured or stored.
+
+    Raises: Busy when the machine is too busy to measure.
+    """
     import torch
 
     from mxn.kernels.parity import typical_cases
@@ -137,38 +166,46 @@ def op_times(
     stored = table.known(key, {kernel.name for kernel in kernels})
     if stored:
         return stored
+    if busy := busy_reason():
+        raise Busy(busy)
     times: Times = {kernel.name: {} for kernel in kernels}
     with torch.inference_mode():
         for case in typical_cases(op):
             args = case.arguments(device, dtype)
             runs = {k.name: _call(k.fn, args) for k in kernels}
-            for name, us in interleaved_medians(runs, device).items():
+            for name, us in interleaved_best(runs, device).items():
                 times[name][str(case)] = us
     table.store(key, times)
     return times
 
 
-def interleaved_medians(
-    runs: dict[str, Callable[[], object]], device: torch.device, budget_s: float = _CASE_BUDGET_S
+def interleaved_best(
+    runs: dict[str, Callable[[], object]], device: torch.device, budget_s: float | None = None
 ) -> dict[str, float]:
-    """Return median microseconds of each run.
+    """Return the least microseconds of each run.
 
-    The runs take turns, so that a neighbour's load or a clock change hits all of them alike.
+    The runs take turns, so that a neighbour's load or a clock change hits all of them alike. The
+    least, not the median: what is over it measures who else wanted the cores.
+    Raises: Busy when that was most of the time.
     """
     for run in runs.values():  # warm-up: first calls allocate and compile
         run()
     synchronize(device)
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    budget_s = _CASE_BUDGET_S if budget_s is None else budget_s
     deadline = time.perf_counter() + budget_s * len(runs)
     rounds = 0
-    while rounds < 3 or (rounds < 50 and time.perf_counter() < deadline):
+    while rounds < 3 or (rounds < 100 and time.perf_counter() < deadline):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             synchronize(device)
             samples[name].append((time.perf_counter() - start) * 1e6)
         rounds += 1
-    return {name: statistics.median(values) for name, values in samples.items()}
+    for part in samples.values():
+        if statistics.median(part) > _QUIET * min(part):
+            raise Busy(f"times vary from {min(part):.0f} to {max(part):.0f} us")
+    return {name: min(part) for name, part in samples.items()}
 
 
 def synchronize(device: torch.device) -> None:

@@ -24,6 +24,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MXN_KERNEL_TUNING", "on")
     monkeypatch.setattr(tune, "_CASE_BUDGET_S", 0.0)
     monkeypatch.setattr(tune, "_COLD_BYTES", 0)
+    monkeypatch.setattr(tune, "_QUIET", 1e9)  # the machine that runs tests may be busy
+    monkeypatch.setattr(tune, "_BUSY_LOAD", 1e9)
     return tmp_path
 
 
@@ -107,8 +109,27 @@ def test_faster_kernel_is_chosen_and_measured_once(
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(tune, "interleaved_medians", refuse)
+    monkeypatch.setattr(tune, "interleaved_best", refuse)
     assert choice(bind(), "softcap").times_us == times
+
+
+@pytest.mark.parametrize("limit", ["_QUIET", "_BUSY_LOAD"])
+def test_on_a_busy_machine_priority_decides_and_nothing_is_stored(
+    limit: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, limit, -1.0)
+    ops = bind(torch.bfloat16)
+    assert choice(ops, "paged_attention").kernel == "torch_runs"
+    assert "machine busy" in choice(ops, "paged_attention").reason
+    assert ops.choose_linear(64, 64, "bfloat16") == "onednn"
+    assert not (home / "kernels").exists()
+
+
+def test_a_kernel_must_beat_a_higher_priority_clearly() -> None:
+    times = {"high": {"a": 100.0, "b": 10.0}, "low": {"a": 97.0, "b": 9.9}}
+    assert tune.fastest(times, ["high", "low"]) == "high"
+    times["low"] = {"a": 80.0, "b": 9.9}
+    assert tune.fastest(times, ["high", "low"]) == "low"
 
 
 def test_without_tuning_priority_decides(

@@ -45,7 +45,7 @@ def paged_attention(
     return out_TNJ
 
 
-@kernel("paged_attention", name="torch_runs", priority=-1)
+@kernel("paged_attention", name="torch_runs", chips="x86*", priority=5)
 def paged_attention_runs(
     q_TNH: Tensor,
     k_cache: Tensor,
