@@ -88,7 +88,7 @@ class Link:
         self._decoder = msgspec.msgpack.Decoder(list[FromEngine])
         self._waiting: dict[str, asyncio.Queue[FromEngine | MxnError]] = {}
         self._loop = asyncio.get_running_loop()
-        self._fd = self._socket.getsockopt(zmq.FD)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self.drain)
         self.on_progress: Progress | None = None
         self.ready: asyncio.Future[ModelInfo] = self._loop.create_future()

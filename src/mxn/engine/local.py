@@ -96,14 +96,12 @@ class LocalEngine:
         try:
             while not is_finished:
                 for reply in self.core.step():
-                    if reply.request_id != request_id:
+                    if not isinstance(reply, Delta | Failed) or reply.request_id != request_id:
                         continue
+                    is_finished = isinstance(reply, Failed) or reply.finish_reason is not None
                     if isinstance(reply, Failed):
-                        is_finished = True
                         raise error_of(reply)
-                    if isinstance(reply, Delta):
-                        is_finished = reply.finish_reason is not None
-                        yield reply
+                    yield reply
         finally:
             if not is_finished:
                 self.core.handle(Cancel(request_id=request_id))

@@ -186,6 +186,7 @@ class TinyEncoder:
         self.vocab_size = 258
         generator = torch.Generator().manual_seed(seed)
         self.embedding_VD = torch.randn(258, hidden, generator=generator).to(self.device)
+        self.num_parameters = self.embedding_VD.numel()
         self.batches: list[list[int]] = []  # the lengths of each batch it was given
 
     def encode(
@@ -224,18 +225,26 @@ def load_tiny(config: EngineConfig, on_progress: Callable[[str, int, int], None]
         raise NotFoundError(f"no model at {config.model!r}", hint="this is a test")
     device = torch_device(config.device)
     on_progress("weights", 1, 2)
-    is_encoder = name == "tiny-encoder"
-    whole = {key: value if key == "step_s" else int(value) for key, value in options.items()}
-    model = TinyEncoder(device) if is_encoder else TinyModel(device, faults=Faults(**whole))
+    model = (
+        TinyEncoder(device)
+        if name == "tiny-encoder"
+        else TinyModel(device, faults=_faults(options))
+    )
+    is_decoder = isinstance(model, TinyModel)
     on_progress("weights", 2, 2)
     loaded = LoadedModel(
         model=model,
-        kind="embedder" if is_encoder else "decoder",
+        kind="decoder" if is_decoder else "embedder",
         family="tiny",
         is_native=True,
-        num_parameters=0 if is_encoder else model.num_parameters,
+        num_parameters=model.num_parameters,
         dtype="float32",
         max_context=model.max_positions,
-        eos_ids=() if is_encoder else (EOS_ID,),
+        eos_ids=(EOS_ID,) if is_decoder else (),
     )
     return LoadedReplica(loaded=loaded, tokenizer=ByteTokenizer(), chip="test", device=model.device)
+
+
+def _faults(options: dict[str, float]) -> Faults:
+    step_s = options.pop("step_s", 0.0)
+    return Faults(step_s=step_s, **{key: int(value) for key, value in options.items()})
