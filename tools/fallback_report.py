@@ -40,9 +40,13 @@ def main() -> int:
     start = time.perf_counter()
     outcomes = run_all(chosen, options.workers)
     print(summary(outcomes), f"in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if options.only and options.json and options.json.is_file():
+        fresh = {outcome["model_type"]: outcome for outcome in outcomes}
+        known = json.loads(options.json.read_text())
+        outcomes = [fresh.get(outcome["model_type"], outcome) for outcome in known]
     if options.json:
         options.json.write_text(json.dumps(outcomes, indent=1) + "\n")
-    if not options.only:
+    if not options.only or len(outcomes) > len(chosen):
         PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(page(outcomes))
     return 0
@@ -50,8 +54,8 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="model types, separated by commas; writes no page")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help="model types, separated by commas; renews their rows")
+    parser.add_argument("--json", type=Path, help="outcomes; with --only, a file to be renewed")
     parser.add_argument("--workers", type=int, default=2)
     return parser.parse_args()
 

@@ -20,10 +20,11 @@ from transformers.masking_utils import (
 from mxn.errors import ConfigError, NotFoundError, UnsupportedError
 from mxn.models.fallback import probe
 from mxn.models.fallback.linear import KernelLinear, swap_linears
-from mxn.models.fallback.reasons import rope_limit
+from mxn.models.fallback.reasons import exact_context
 from mxn.models.load import load_model
 from support import any_decoder
 from support.fallback_parity import measure
+from support.paged import Session
 
 RUNS = (
     "gpt_neox",  # partial rotary, parallel residual, fused qkv
@@ -157,8 +158,20 @@ def test_context_ends_where_rope_frequencies_would_switch_for_the_whole_step():
         hidden_size=32, num_attention_heads=4, max_position_embeddings=256, rope_parameters=rope,
         original_max_position_embeddings=128,
     )  # fmt: skip
-    assert rope_limit(config) == 128
-    assert rope_limit(transformers.LlamaConfig(hidden_size=32, num_attention_heads=4)) is None
+    assert exact_context(config) == 128
+    assert exact_context(transformers.LlamaConfig(hidden_size=32, num_attention_heads=4)) is None
+
+
+def test_llama4_ends_before_its_scaling_by_a_count_of_tokens_begins(tmp_path, device):
+    save("llama4_text", tmp_path, floor_scale=40, attention_chunk_size=64)
+    loaded = load_model(tmp_path, device, "float32")
+    assert loaded.max_context == 39
+    tokens = list(range(5, 30))
+    first, second = Session(loaded.model), Session(loaded.model)
+    # 50 tokens in one step: counted along the step, the second half would be scaled.
+    alone = first.step({0: tokens})[0]
+    beside = second.step({0: tokens, 1: tokens})[1]
+    assert (alone - beside).abs().max().item() < 1e-4
 
 
 class Router(torch.nn.Module):

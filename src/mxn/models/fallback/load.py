@@ -39,7 +39,7 @@ def load_fallback(
 
     name = architecture(checkpoint.config_json)
     config, model_class = _resolve(checkpoint, name)
-    model, info = _read(checkpoint, model_class, torch_dtype)
+    model, info = _read(checkpoint, model_class, config, torch_dtype)
     model = _place(model, ops.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     decoder = _swap_and_check(model, config, ops, name)
@@ -68,7 +68,7 @@ def _resolve(checkpoint: Checkpoint, name: str) -> tuple[Any, Any]:
     """Return the transformers config and class of a checkpoint. Raises: UnsupportedError."""
     import transformers
 
-    from mxn.models.fallback.reasons import why_not
+    from mxn.models.fallback.reasons import forgo_token_count, why_not
 
     model_type = checkpoint.config_json.get("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
@@ -84,6 +84,7 @@ def _resolve(checkpoint: Checkpoint, name: str) -> tuple[Any, Any]:
     reason = why_not(config, model_class)
     if reason:
         raise refused(name, reason)
+    forgo_token_count(config)
     return config, model_class
 
 
@@ -102,10 +103,13 @@ def _causal_class(config: Any, name: str) -> Any | None:
     return None
 
 
-def _read(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+def _read(
+    checkpoint: Checkpoint, model_class: Any, config: Any, dtype: torch.dtype
+) -> tuple[Any, Any]:
     """Read the weights the way transformers does, with its renaming and merging of tensors."""
     model, info = model_class.from_pretrained(
         checkpoint.directory,
+        config=config,
         dtype=dtype,
         attn_implementation="eager",
         output_loading_info=True,
@@ -186,12 +190,12 @@ def _probe(model: Any, tokens: list[int], ops: Ops) -> Probe:
 
 def _max_positions(config: Any, probe: Probe) -> int:
     """Return the context that gives exact results: positions, rope switches, chunks."""
-    from mxn.models.fallback.reasons import rope_limit
+    from mxn.models.fallback.reasons import exact_context
 
     text = config.get_text_config(decoder=True)
     named = getattr(text, "max_position_embeddings", None)
     chunks = (call.chunk for call in probe.calls)
-    limits = [named or _UNNAMED_MAX_POSITIONS, rope_limit(text), *chunks]
+    limits = [named or _UNNAMED_MAX_POSITIONS, exact_context(text), *chunks]
     limit = min(value for value in limits if value) - probe.position_offset
     if named and limit < named:
         log.info("context cut from %d to %d tokens: beyond it results would depend on"

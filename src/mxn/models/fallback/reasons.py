@@ -66,11 +66,12 @@ def _class_reason(model_class: Any) -> str | None:
     return None
 
 
-def rope_limit(text: Any) -> int | None:
-    """Return up to which context rotary frequencies do not depend on the longest text of a step.
+def exact_context(text: Any) -> int | None:
+    """Return up to which context a sequence's result does not depend on the rest of its step.
 
-    `dynamic` and `longrope` embeddings switch frequencies for the whole step, which would change
-    the results of a sequence by its neighbours. Below the limit they never switch.
+    `dynamic` and `longrope` embeddings switch frequencies for the whole step by its longest text;
+    below the limit they never switch. Llama 4 scales queries by a count of the step's tokens; below
+    the limit the factor is one, see `forgo_token_count`.
     """
     parameters = getattr(text, "rope_parameters", None) or {}
     sets = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
@@ -82,5 +83,18 @@ def rope_limit(text: Any) -> int | None:
             limits.append(original or getattr(text, "original_max_position_embeddings", None))
         elif kind == "dynamic":
             limits.append(getattr(text, "max_position_embeddings", None))
+    if hasattr(text, "attn_temperature_tuning"):
+        limits.append(text.floor_scale - 1)
     known = [limit for limit in limits if limit]
     return min(known) if known else None
+
+
+def forgo_token_count(config: Any) -> None:
+    """Switch off Llama 4's scaling of queries by ``floor((token + 1) / floor_scale)``.
+
+    It counts the tokens of the step instead of using their positions. Within `exact_context` the
+    factor is one whether the scaling is on or off.
+    """
+    text = config.get_text_config(decoder=True)
+    if hasattr(text, "attn_temperature_tuning"):
+        text.attn_temperature_tuning = False
