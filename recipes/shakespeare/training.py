@@ -34,7 +34,7 @@ class Settings:
     row_tokens: int = 256
     long_row_tokens: int = 1024
     long_share: float = 0.2  # the last part of the steps sees long rows
-    decay_share: float = 0.45  # the last part of the steps, over which the rate falls to zero
+    decay_share: float = 0.35  # the last part of the steps, over which the rate falls to zero
     dialogue_share: float = 0.25
     dropout: float = 0.05
     matrix_lr: float = 4e-3
@@ -66,7 +66,7 @@ class Settings:
         """Return whether `step` steps under `older` are also the first steps under these."""
         if step > min(self.steady_steps, older.steady_steps):
             return self == older
-        return self == replace(older, steps=self.steps)
+        return self == replace(older, steps=self.steps, decay_share=self.decay_share)
 
 
 @dataclass(slots=True)
