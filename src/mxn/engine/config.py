@@ -25,7 +25,7 @@ class EngineConfig:
     model: str  # a directory or a hub id
     device: str = "auto"
     dtype: str = "auto"
-    threads: int = 0  # CPU threads; 0 = all cores this process may use
+    threads: int = 0  # CPU threads; 0 = OMP_NUM_THREADS, or all cores this process may use
     page_tokens: int = 16
     kv_bytes: int | None = None  # memory of the page pool; None = kv_fraction of what is free
     kv_fraction: float | None = None  # None = KV_FRACTION, or KV_FRACTION_HOST of main memory
@@ -71,8 +71,9 @@ class EngineConfig:
 
     @property
     def num_threads(self) -> int:
-        """CPU threads to use, never 0."""
-        return self.threads or usable_cores()
+        """CPU threads to use, never 0: as asked for, or OMP_NUM_THREADS, or all usable cores."""
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return self.threads or (int(given) if given.isdigit() else 0) or usable_cores()
 
 
 def usable_cores() -> int:
