@@ -214,8 +214,8 @@ def _set_threads(num_threads: int) -> None:
     """Limit the compute threads; the variables must be set before torch is imported."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(num_threads)
-    # A thread that spins at a barrier takes the core from the one it waits for, once the machine has
-    # other work (3 against 170 tokens/s on two busy cores). Whoever owns all cores may say active.
+    # A thread that spins at a barrier takes the core from the one it waits for, once the machine
+    # has other work (3 against 170 tokens/s on two busy cores). Who owns all cores may say active.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
