@@ -102,7 +102,7 @@ def test_a_model_that_ignores_positions_it_is_given_is_caught(tmp_path, device, 
         return original(self, *args, **options)
 
     monkeypatch.setattr(transformers.GPT2Model, "forward", forward)
-    with pytest.raises(UnsupportedError, match="differ from transformers' own"):
+    with pytest.raises(UnsupportedError, match=r"instead of using their positions \(modeling_gpt2"):
         load_model(tmp_path, device, "float32", prefer_fallback=True)
 
 
@@ -172,6 +172,16 @@ def test_llama4_ends_before_its_scaling_by_a_count_of_tokens_begins(tmp_path, de
     alone = first.step({0: tokens})[0]
     beside = second.step({0: tokens, 1: tokens})[1]
     assert (alone - beside).abs().max().item() < 1e-4
+
+
+def test_code_that_counts_tokens_instead_of_using_positions_is_refused(
+    tmp_path, device, monkeypatch
+):
+    """The check cannot see it: with nine tokens the scale is one whatever they are numbered."""
+    save("llama4_text", tmp_path)
+    monkeypatch.setattr("mxn.models.fallback.reasons.forgo_token_count", lambda config: None)
+    with pytest.raises(UnsupportedError, match=r"counts the tokens .* \(modeling_llama4\.py:\d+"):
+        load_model(tmp_path, device, "float32")
 
 
 class Router(torch.nn.Module):

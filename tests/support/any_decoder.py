@@ -78,6 +78,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "inkling_text": {"swa_num_key_value_heads": 2},
     "inkling2_text": {"swa_num_key_value_heads": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "xmod": {"default_language": "en_XX"},
 }  # fmt: skip

@@ -8,10 +8,12 @@ of indices, so they can be asked about positions far beyond the probe. Start at 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mxn.errors import UnsupportedError
 from mxn.models.spec import KvShape
@@ -87,11 +89,42 @@ def _run(model: Any, token_ids_T: Tensor, offset: int | None) -> tuple[Any, Tens
     if offset is not None:
         positions = torch.arange(len(token_ids_T), device=token_ids_T.device) + offset
         options["position_ids"] = positions[None]
+    counting = CountedTokens(len(token_ids_T))
     try:
-        output = model(input_ids=token_ids_T[None], use_cache=False, **options)
+        with counting:
+            output = model(input_ids=token_ids_T[None], use_cache=False, **options)
+        if options and counting.places:
+            raise UnsupportedError(
+                f"its code counts the tokens of a step instead of using their positions"
+                f" ({', '.join(counting.places)})"
+            )
         return tuple(_recorder.calls), output.logits[0].float()
     finally:
         _recorder = _Recorder()
+
+
+class CountedTokens(TorchFunctionMode):
+    """Notes where model code numbers the tokens of a step, by `arange` or `cumsum` over them.
+
+    In a flattened step such a number is not a position. The load-time check cannot see the mistake
+    when the number only matters in long texts, as in Llama 4.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self._num_tokens = num_tokens
+        self.places: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("arange", "cumsum") and (
+            result.shape[-1] == self._num_tokens
+        ):
+            code = sys._getframe(1)
+            path = code.f_code.co_filename.replace("\\", "/")
+            if "/modeling_" in path:
+                self.places.append(f"{path.rsplit('/', 1)[-1]}:{code.f_lineno}")
+        return result
 
 
 def register() -> None:
