@@ -52,6 +52,7 @@ class PageRows:
         self.table = np.zeros((num_rows, max_pages), dtype=np.int64)
         self._free = list(range(num_rows - 1, -1, -1))
         self._filled: dict[int, int] = {}
+        self._is_run: dict[int, bool] = {}
 
     @property
     def num_used(self) -> int:
@@ -61,6 +62,7 @@ class PageRows:
         """Return a free row."""
         row = self._free.pop()
         self._filled[row] = 0
+        self._is_run[row] = True
         return row
 
     def update(self, row: int, page_ids: Sequence[int]) -> None:
@@ -69,11 +71,17 @@ class PageRows:
         if num_pages != filled:
             self.table[row, filled:num_pages] = page_ids[filled:num_pages]
             self._filled[row] = num_pages
+            since = self.table[row, max(0, filled - 1) : num_pages]
+            self._is_run[row] = self._is_run[row] and bool((np.diff(since) == 1).all())
+
+    def run_start(self, row: int) -> int:
+        """Return the first page if the row's pages lie one behind the other in memory, else -1."""
+        return int(self.table[row, 0]) if self._is_run[row] else -1
 
     def release(self, row: int) -> None:
         """Give a row back; its pages are not its own any more."""
         self._free.append(row)
-        del self._filled[row]
+        del self._filled[row], self._is_run[row]
 
 
 def pack(
@@ -115,6 +123,7 @@ def pack(
         query_starts_S1=tensors[4],
         slots_T=tensors[2],
         page_tokens=page_tokens,
+        run_starts=_run_starts(chunks, rows, page_tokens),
     )
     return StepBatch(
         token_ids_T=tensors[0],
@@ -122,6 +131,12 @@ def pack(
         attention=attention,
         logits_rows_R=None if wanted is None else tensors[6],
     )
+
+
+def _run_starts(chunks: Sequence[Chunk], rows: PageRows, page_tokens: int) -> list[int]:
+    """Return the first slot of each sequence whose cache can be read in place, -1 for others."""
+    first_pages = (rows.run_start(chunk.table_row) for chunk in chunks)
+    return [page * page_tokens if page >= 0 else -1 for page in first_pages]
 
 
 def _wanted_rows(

@@ -99,3 +99,26 @@ def test_parts_of_the_buffer_are_aligned_for_kernels_that_read_vectors():
     start = batch.token_ids_T.data_ptr()
     for tensor in (batch.positions_T, batch.attention.slots_T, batch.attention.page_table_SP):
         assert (tensor.data_ptr() - start) % 128 == 0
+
+
+@pytest.mark.parametrize(
+    ("updates", "first"),
+    [
+        ([[7]], 7),
+        ([[7, 8], [7, 8, 9]], 7),
+        ([[7, 8], [7, 8, 11]], -1),
+        ([[3, 2]], -1),
+        ([[5], [5, 6], [5, 6, 9], [5, 6, 9, 10]], -1),
+        ([[0, 1, 2]], 0),
+    ],
+)
+def test_a_row_is_a_run_only_while_its_pages_follow_each_other(updates, first):
+    rows = PageRows(2, 8)
+    row = rows.take()
+    for pages in updates:
+        rows.update(row, pages)
+    assert rows.run_start(row) == first
+    rows.release(row)
+    again = rows.take()
+    rows.update(again, [4])
+    assert rows.run_start(again) == 4
