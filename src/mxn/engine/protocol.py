@@ -1,7 +1,7 @@
 """The messages between a server and a replica, and the client side of a replica as a Protocol.
 
-Token ids go in and come out; text is detokenized next to the tokens so that stop strings stop at once.
-Messages are `msgspec` structs and travel as MessagePack. Knows no HTTP, no torch and no scheduling.
+Token ids go in and come out; text is detokenized next to the tokens so that stop strings stop at
+once. Messages are `msgspec` structs and travel as MessagePack. Knows no HTTP, no torch and no scheduling.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request that cannot be or was not finished. `code` is an OpenAI error code where one fits."""
+    """A request that was not finished. `code` is an OpenAI error code where one fits."""
 
     request_id: str
     message: str
