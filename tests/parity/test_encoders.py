@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mxn.errors import CapacityError, UnsupportedError, UserError
+from mxn.models.families import find_encoder
 from mxn.models.load import load_model
 
 RELATIVE_ERROR = 1e-5  # of the largest number; float32
@@ -214,6 +215,24 @@ def test_an_unknown_pooling_is_refused_with_its_name(mode, why, tmp_path, device
     write_recipe(tmp_path, mode, is_normalized=False)
     with pytest.raises(UnsupportedError, match=why):
         load_model(tmp_path, device, "float32")
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({"architectures": ["BertModel"]}, "bert"),
+        ({"architectures": ["XLMRobertaForSequenceClassification"]}, "xlm-roberta"),
+        ({"architectures": ["CamembertForMaskedLM"]}, "roberta"),
+        ({"model_type": "bert"}, "bert"),
+        ({"model_type": "bert", "is_decoder": True}, None),
+        ({"architectures": ["BertLMHeadModel"], "model_type": "bert"}, None),
+        ({"architectures": ["BertForTokenClassification"], "model_type": "bert"}, None),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, None),
+    ],
+)
+def test_only_bodies_and_sequence_classifiers_are_encoders(config, family):
+    found = find_encoder(config)
+    assert (found.name if found else None) == family
 
 
 def minilm_directory() -> Path:
