@@ -206,7 +206,7 @@ def _multiply(target: torch.device, dtype: str, size: int) -> Callable[[], Any]:
 
     if dtype == "int8":
         a = torch.ones(size, size, dtype=torch.int8, device=target)
-        return lambda: torch._int_mm(a, a)
+        return lambda: torch._int_mm(a, a)  # pyright: ignore[reportPrivateImportUsage]
     a = torch.full((size, size), 0.5, dtype=getattr(torch, dtype), device=target)
     b = a.clone()
     return lambda: a @ b

@@ -121,10 +121,16 @@ def _as_json(found: Survey, explain: bool) -> dict[str, Any]:
 
 def _device_row(device: Device) -> dict[str, Any]:
     from mxn.chips import free_memory, registry, utilization
+    from mxn.errors import ChipError
 
     chip = registry.chip_of(device.vendor)
+    try:
+        free_bytes = free_memory(device)
+    except ChipError as error:  # one silent driver must not hide the other devices
+        free_bytes = None
+        print(f"{device.id}: {error}", file=sys.stderr)
     return dataclasses.asdict(device) | {
-        "free_bytes": free_memory(device),
+        "free_bytes": free_bytes,
         "utilization": utilization(device),
         "visible_devices": chip.visible_devices,
         "environment": dict(chip.environment),
@@ -143,7 +149,7 @@ def _print_devices(found: Survey) -> None:
         busy = row["utilization"]
         rows.append((
             device.id, device.chip, device.name, format_bytes(device.memory_bytes),
-            format_bytes(row["free_bytes"]), "" if busy is None else f"{busy:.0%}",
+            "unknown" if row["free_bytes"] is None else format_bytes(row["free_bytes"]), "" if busy is None else f"{busy:.0%}",
             f"{format_rate(read.value, 'B/s')} {last.basis}" if last and read else "",
         ))  # fmt: skip
     _table(("device", "chip", "name", "memory", "free", "busy", "memory read"), rows)

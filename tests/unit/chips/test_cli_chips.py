@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mxn.chips import discovery, roofline
+from mxn.chips.chip import UnusableError
 from mxn.chips.testing import RecordedProbe
 from mxn.cli import chips
 
@@ -48,6 +49,17 @@ def test_json_holds_free_memory_and_load(cli):
     assert row["utilization"] == 0.25
     assert "absent" not in data
     assert "ascend" in json.loads(cli("--json", "--explain").stdout)["unusable"]
+
+
+def test_a_driver_that_does_not_tell_its_memory_does_not_hide_the_device(cli, monkeypatch):
+    def silent(device, probe=None):
+        raise UnusableError("the driver is silent", device=device.id)
+
+    monkeypatch.setattr(discovery, "free_memory", silent)
+    done = cli()
+    assert "x86-avx2" in done.stdout
+    assert "unknown" in done.stdout
+    assert "cpu:0: the driver is silent" in done.stderr
 
 
 def test_measure_prints_stores_and_is_listed_afterwards(cli, monkeypatch):
