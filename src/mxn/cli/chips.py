@@ -149,7 +149,8 @@ def _print_devices(found: Survey) -> None:
         busy = row["utilization"]
         rows.append((
             device.id, device.chip, device.name, format_bytes(device.memory_bytes),
-            "unknown" if row["free_bytes"] is None else format_bytes(row["free_bytes"]), "" if busy is None else f"{busy:.0%}",
+            "unknown" if row["free_bytes"] is None else format_bytes(row["free_bytes"]),
+            "" if busy is None else f"{busy:.0%}",
             f"{format_rate(read.value, 'B/s')} {last.basis}" if last and read else "",
         ))  # fmt: skip
     _table(("device", "chip", "name", "memory", "free", "busy", "memory read"), rows)
