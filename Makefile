@@ -40,7 +40,7 @@ test-sim: $(VENV)/.dev           ## model and engine suites on the simulated chi
 check: $(VENV)/.dev              ## lint, format, types, import floors, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 

@@ -1,7 +1,7 @@
 """Write the generated reference pages: commands, environment variables, operators, families.
 
-    python tools/make_docs.py            # write
-    python tools/make_docs.py --check    # exit 1 when a page is not what it would write
+python tools/make_docs.py            # write
+python tools/make_docs.py --check    # exit 1 when a page is not what it would write
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def environment_page() -> str:
     from mxn.env import VARIABLES
 
     rows = [f"| `{v.name}` | `{v.default or ' '}` | {v.meaning} |" for v in VARIABLES]
-    head = ["# Environment variables", "", HEADER, "| variable | default | meaning |", "|---|---|---|"]
+    head = ["# Environment variables", "", HEADER, "| variable | default | meaning |"]
+    head.append("|---|---|---|")
     tail = [
         "",
         "`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to",
@@ -61,7 +62,8 @@ def environment_page() -> str:
 def operators_page() -> str:
     from mxn.kernels.registry import all_ops, kernels_of
 
-    lines = ["# Operators", "", HEADER, "| op | signature | meaning | kernels |", "|---|---|---|---|"]
+    lines = ["# Operators", "", HEADER, "| op | signature | meaning | kernels |"]
+    lines.append("|---|---|---|---|")
     for op in all_ops().values():
         kernels = ", ".join(sorted(kernels_of(op.name)))
         signature = op.signature.replace("|", "\\|")

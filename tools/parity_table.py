@@ -1,6 +1,6 @@
 """Run the parity tests of the native families and write docs/reference/parity.md.
 
-    python tools/parity_table.py            # about a minute; `MXN_TEST_DEVICE` chooses the device
+python tools/parity_table.py            # about a minute; `MXN_TEST_DEVICE` chooses the device
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def render(errors: dict[str, dict[str, float]]) -> str:
     lines = [
         "# Parity of the native families",
         "",
-        "Written by `python tools/parity_table.py`. Largest error of the logits in float32, as a part of",
-        "the largest logit, against `transformers` "
-        f"{version('transformers')} on a small random checkpoint that it made;",
-        "the bound in the tests is 1e-4. Greedy tokens are equal over 64 steps in every row.",
+        "Written by `python tools/parity_table.py`. Largest error of the logits in float32, as a"
+        " part",
+        f"of the largest logit, against `transformers` {version('transformers')} on a small random",
+        "checkpoint that it made; the bound in the tests is 1e-4. Greedy tokens are equal over 64",
+        "steps in every row.",
         "",
         "| checkpoint | " + " | ".join(COLUMNS) + " | 64 greedy tokens |",
         "|---|" + "---|" * (len(COLUMNS) + 1),

@@ -1,4 +1,4 @@
-"""Every environment variable that mxn reads, in one table. Nothing else reads `os.environ` for MXN_*."""
+"""Every environment variable that mxn reads, in one table: nothing else asks for MXN_*."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Variable:
 
 
 VARIABLES = (
-    Variable("MXN_HOME", "~/.mxn", "where mxn keeps state: measured chips, kernel tables, keys, logs"),
+    Variable("MXN_HOME", "~/.mxn", "state: measured chips, kernel tables, keys, logs"),
     Variable("MXN_DEVICE", "auto", "device for `mxn serve`, such as cpu, cuda:0, npu:0, sim:0"),
     Variable("MXN_DTYPE", "auto", "weights and activations: auto, float32, bfloat16, float16"),
     Variable("MXN_THREADS", "0", "CPU threads of an engine; 0 = all cores this process may use"),
     Variable("MXN_KERNELS", "", "pin kernels, such as `linear=torch,rms_norm=naive`"),
-    Variable("MXN_KERNEL_TUNING", "on", "measure kernels at model load: on, off (priority decides)"),
-    Variable("MXN_FALLBACK_CHECK", "on", "compare a fallback model with transformers at load: on, off"),
+    Variable("MXN_KERNEL_TUNING", "on", "measure kernels at load: on, off (priority decides)"),
+    Variable("MXN_FALLBACK_CHECK", "on", "check a fallback model at load: on, off"),
     Variable("MXN_API_KEY", "", "key that callers of `mxn serve` must send"),
     Variable("MXN_LOG", "info", "log level of engine and server: debug, info, warning, error"),
     Variable("MXN_BUILD_DIR", "", "where compiled extensions are cached; empty: MXN_HOME/build"),
     Variable("MXN_SIM", "0", "simulated chip: 1 lists its devices in detection"),
     Variable("MXN_SIM_DEVICES", "2", "simulated chip: number of devices"),
     Variable("MXN_SIM_MEMORY", "4GiB", "simulated chip: memory of each device"),
-    Variable("MXN_SIM_LAUNCH_US", "0", "simulated chip: extra time for each operator, microseconds"),
+    Variable("MXN_SIM_LAUNCH_US", "0", "simulated chip: extra microseconds per operator"),
     Variable("MXN_SIM_FAIL_AFTER", "0", "simulated chip: the n-th operator fails; 0 = never"),
 )
 

@@ -1,4 +1,4 @@
-"""Parse and print quantities in one place. Bytes are binary (GiB) unless the name says otherwise."""
+"""Parse and print quantities in one place. Bytes are binary (GiB) unless the name says so."""
 
 from __future__ import annotations
 

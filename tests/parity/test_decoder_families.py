@@ -1,4 +1,4 @@
-"""Every native family against transformers: prefill, decode with cache, mixed batches, greedy tokens."""
+"""Every native family against transformers: prefill, decode, mixed batches, greedy tokens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny
-from support.paged import Session, greedy
 
 from mxn.models.load import load_model
+from support import tiny
+from support.paged import Session, greedy
 
 RELATIVE_ERROR = 1e-4  # of the largest logit; float32
 

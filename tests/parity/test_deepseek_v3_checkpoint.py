@@ -1,4 +1,4 @@
-"""What a published DeepSeek-V3 checkpoint holds beyond the plain layers: FP8 blocks and MTP layers."""
+"""What a published DeepSeek-V3 checkpoint holds beyond plain layers: FP8 blocks, MTP layers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import tiny
-from support.paged import Session
 
 from mxn.models.decoder import Decoder
 from mxn.models.load import load_model
+from support import tiny
+from support.paged import Session
 
 BLOCK = (32, 20)  # ragged at the edges of every weight of the tiny model
 FP8_MAX = 448.0
@@ -25,7 +25,10 @@ def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     scales = torch.empty(-(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
-            part = (slice(i * BLOCK[0], (i + 1) * BLOCK[0]), slice(j * BLOCK[1], (j + 1) * BLOCK[1]))
+            part = (
+                slice(i * BLOCK[0], (i + 1) * BLOCK[0]),
+                slice(j * BLOCK[1], (j + 1) * BLOCK[1]),
+            )
             scale = weight[part].abs().max() / FP8_MAX
             quantized[part] = (weight[part] / scale).to(torch.float8_e4m3fn)
             exact[part] = quantized[part].float() * scale

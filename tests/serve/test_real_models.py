@@ -9,9 +9,9 @@ import numpy as np
 import openai
 import pytest
 import torch
-from support.server import serving
 
 from mxn.models.catalogue import shipped_models
+from support.server import serving
 
 SENTENCES = [
     "A man is playing a large flute.",

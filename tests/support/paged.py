@@ -32,9 +32,7 @@ class Session:
             host = torch.full(size, float("nan"), dtype=self.model.dtype)
             return host.to(self.model.device)
 
-        return LayerCache(
-            k=poisoned(shape.k_dim), v=poisoned(shape.v_dim) if shape.v_dim else None
-        )
+        return LayerCache(k=poisoned(shape.k_dim), v=poisoned(shape.v_dim) if shape.v_dim else None)
 
     def step(self, new: dict[int, list[int]], *, all_rows: bool = True) -> dict[int, torch.Tensor]:
         """Add tokens to sequences in one step; return logits per sequence on the CPU."""

@@ -1,7 +1,7 @@
 """Small random checkpoints, one for each native family, made by `transformers` itself.
 
-Each entry builds the reference model; `write` saves it as a Hugging Face directory. Families whose
-code is not part of transformers are made from one whose mathematics is the same, with renamed weights.
+Each entry builds the reference; `write` saves it as a Hugging Face directory. Families whose code
+is not part of transformers are made from one with the same mathematics, with renamed weights.
 """
 
 from __future__ import annotations

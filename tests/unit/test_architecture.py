@@ -15,9 +15,7 @@ HEAVY = ("torch", "transformers", "triton", "numpy")
     ["mxn", "mxn.cli.main", "mxn.engine.protocol", "mxn.engine.scheduler", "mxn.models.spec"],
 )
 def test_importing_a_name_loads_nothing_heavy(module):
-    code = (
-        f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
-    )
+    code = f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )

@@ -1,7 +1,7 @@
 """The messages between a server and a replica, and the client side of a replica as a Protocol.
 
 Token ids go in and come out; text is detokenized next to the tokens so that stop strings stop at
-once. Messages are `msgspec` structs and travel as MessagePack. Knows no HTTP, no torch and no scheduling.
+once. Messages are `msgspec` structs and travel as MessagePack. Knows no HTTP, torch or scheduling.
 """
 
 from __future__ import annotations

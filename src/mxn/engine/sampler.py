@@ -195,7 +195,7 @@ class Sampler:
     ) -> None:
         sizes = [len(ids) for _, ids, _, _ in pairs]
         rows_M = np.repeat([row for row, _, _, _ in pairs], sizes)
-        repetition_M = np.repeat(np.float32([rate for _, _, rate, _ in pairs]), sizes)
+        repetition_M = np.repeat(np.array([rate for _, _, rate, _ in pairs], np.float32), sizes)
         ids_M = np.concatenate([ids for _, ids, _, _ in pairs])
         subtract_M = np.concatenate([part for _, _, _, part in pairs]).astype(np.float32)
         arrays = (rows_M, ids_M, repetition_M, subtract_M)

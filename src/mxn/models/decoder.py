@@ -159,8 +159,8 @@ class Decoder:
         """Run a multi-token-prediction layer: logits of the token after the next one.
 
         `normed_TD` is the model's output behind its final norm at positions t (`final_normed`);
-        `batch` holds the tokens at t + 1, at positions t; `cache` is the layer's own. Returns logits
-        [T, V] and the layer's output [T, D]. Source: arXiv 2412.19437, section 2.2.
+        `batch` holds the tokens at t + 1, at positions t; `cache` is the layer's own. Returns
+        logits [T, V] and the layer's output [T, D]. Source: arXiv 2412.19437, section 2.2.
         """
         weights, eps = self.mtp[depth], self.spec.norm_eps
         token_TD = self.ops.rms_norm(self._embed(batch.token_ids_T), weights.token_norm, eps)

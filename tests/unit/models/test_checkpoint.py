@@ -58,7 +58,9 @@ def test_pickled_weights_are_refused_with_what_to_do(tmp_path):
 
 def test_a_tensor_that_is_not_there_names_close_ones(tmp_path):
     write_sharded(tmp_path)
-    with pytest.raises(NotFoundError, match=r"no tensor 'model\.a\.weight'; it has \['a\.weight'\]"):
+    with pytest.raises(
+        NotFoundError, match=r"no tensor 'model\.a\.weight'; it has \['a\.weight'\]"
+    ):
         Checkpoint(tmp_path).read("model.a.weight")
 
 

@@ -32,7 +32,7 @@ def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.P
         if interface
         else dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
     )
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     options._devices = [device]
     options._timeout = timeout
     # Its own prefix: a group over host and device tensors has a second gloo on the same store.
