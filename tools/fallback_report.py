@@ -63,8 +63,13 @@ def parse_options() -> argparse.Namespace:
 def run_all(model_types: list[str], workers: int) -> list[dict[str, Any]]:
     """Return the outcome of each model type, in their order."""
     import torch
-    import transformers  # loaded once: every worker is a fork of this process
+    import transformers
+    from transformers import LlamaForCausalLM  # noqa: F401  and with it what all models import
 
+    from mxn.kernels.registry import kernels_of
+    from support import fallback_parity  # noqa: F401  loaded once: every worker is a fork of this
+
+    kernels_of("linear")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
