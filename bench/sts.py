@@ -1,7 +1,7 @@
-"""Spearman correlation of a model's cosine similarities with human scores (STS-B), beside transformers.
+"""Spearman correlation of a model's similarities with human scores (STS-B), beside transformers.
 
-Runs in this process through the model API. The data is not part of the project: `--data` is a CSV of
-(sentence, sentence, score 0 to 5) rows without a header, such as the STS-B dev set. Last line of
+Runs in this process through the model API. The data is not part of the project: `--data` is a CSV
+of (sentence, sentence, score 0 to 5) rows without a header, such as the STS-B dev set. Last line of
 stdout: one JSON document.
 
     python bench/sts.py --data stsb-en-dev.csv [--model DIRECTORY] [--device cpu]

@@ -193,7 +193,8 @@ def _max_positions(config: Any, probe: Probe) -> int:
     from mxn.models.fallback.reasons import exact_context
 
     text = config.get_text_config(decoder=True)
-    named = getattr(text, "max_position_embeddings", None)
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    named = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
     chunks = (call.chunk for call in probe.calls)
     limits = [named or _UNNAMED_MAX_POSITIONS, exact_context(text), *chunks]
     limit = min(value for value in limits if value) - probe.position_offset
