@@ -40,7 +40,7 @@ def load_fallback(
     name = architecture(checkpoint.config_json)
     config, model_class = _resolve(checkpoint, name)
     model, info = _read(checkpoint, model_class, config, torch_dtype)
-    model = _place(model, ops.device)
+    model.eval()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     decoder = _swap_and_check(model, config, ops, name)
     return LoadedModel(
@@ -134,7 +134,7 @@ def _place(model: Any, device: torch.device) -> Any:
             "experts run one after the other: device type %r has no grouped product", device.type
         )
         model.set_experts_implementation("eager")
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def _swap_and_check(model: Any, config: Any, ops: Ops, name: str) -> FallbackDecoder:
@@ -145,8 +145,11 @@ def _swap_and_check(model: Any, config: Any, ops: Ops, name: str) -> FallbackDec
     sequences = check_sequences(config)
     is_checked = _is_checked()
     try:
+        # On the CPU: asking a mask about far positions may index out of range, which is an error
+        # to catch there and the end of the process's context on some devices.
+        probe = _probe(model, sequences[0])
+        model = _place(model, ops.device)
         want = reference_logits(model, sequences, ops.device) if is_checked else []
-        probe = _probe(model, sequences[0], ops)
         swap_linears(model, ops)
         decoder = FallbackDecoder(
             model,
@@ -176,13 +179,13 @@ def _is_checked() -> bool:
     return value == "on"
 
 
-def _probe(model: Any, tokens: list[int], ops: Ops) -> Probe:
+def _probe(model: Any, tokens: list[int]) -> Probe:
     import torch
 
     from mxn.models.fallback.probe import probe_model
 
     with torch.inference_mode():
-        probe = probe_model(model, torch.tensor(tokens).to(ops.device))
+        probe = probe_model(model, torch.tensor(tokens))
     if not probe.calls:
         raise UnsupportedError("it never called attention through the attention interface")
     return probe

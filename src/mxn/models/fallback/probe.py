@@ -9,6 +9,7 @@ of indices, so they can be asked about positions far beyond the probe. Start at 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from mxn.models.spec import KvShape
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Asked = Callable[["Tensor", "Tensor"], "Tensor"]
 
 PROBE = "mxn_probe"
 _FAR = 1 << 20  # beyond any window in use; masks are asked about this position
@@ -148,12 +151,12 @@ def probe_mask(
 ) -> Tensor:
     """Return an additive mask [B, 1, Q, K] and remember what kind it is."""
     try:
-        kind: Mask | UnsupportedError = classify(mask_function)
+        kind: Mask | UnsupportedError = classify(mask_function, device)
     except UnsupportedError as odd:
         kind = odd
-    query = torch.arange(q_offset, q_offset + q_length)[:, None]
-    key = torch.arange(kv_offset, kv_offset + kv_length)[None, :]
-    allowed = _ask(mask_function, query, key).to(device)
+    query = torch.arange(q_offset, q_offset + q_length)[:, None].to(device)
+    key = torch.arange(kv_offset, kv_offset + kv_length)[None, :].to(device)
+    allowed = _ask(mask_function, query, key)
     zero = torch.zeros((), dtype=dtype, device=device)
     mask = torch.where(allowed, zero, torch.finfo(dtype).min)
     mask = mask.expand(batch_size, 1, q_length, kv_length).contiguous()
@@ -161,41 +164,48 @@ def probe_mask(
     return mask
 
 
-def classify(mask_function: Any) -> Mask:
-    """Return what an index function lets tokens see. Raises: UnsupportedError if none of ours."""
+def classify(mask_function: Any, device: torch.device | str = "cpu") -> Mask:
+    """Return what an index function lets tokens see. Raises: UnsupportedError if none of ours.
+
+    `device`: where the tensors are that the function may hold, such as the padding of chunks.
+    """
+
+    def asked(query: Tensor, key: Tensor) -> Tensor:
+        return _ask(mask_function, query.to(device), key.to(device)).cpu()
+
     try:
-        far, far_before, near = (_seen(mask_function, at) for at in (_FAR, _FAR - 3, 5))
+        far, far_before, near = (_seen(asked, at) for at in (_FAR, _FAR - 3, 5))
         if far is None or far_before is None or near is None:
             raise UnsupportedError("its mask is not causal: later tokens seen, or gaps before")
         if (far, far_before, near) == (_FAR + 1, _FAR - 2, 6):
             return Mask()
         if far == far_before and near == min(far, 6):
             return Mask(window=far)
-        return Mask(chunk=_chunk_size(mask_function, _FAR + 1 - far))
+        return Mask(chunk=_chunk_size(asked, _FAR + 1 - far))
     except (IndexError, RuntimeError, TypeError) as error:
         raise UnsupportedError(f"its mask depends on more than positions ({error})") from error
 
 
-def _seen(mask_function: Any, at: int) -> int | None:
+def _seen(asked: Asked, at: int) -> int | None:
     """How many positions up to `at` the token there sees; None unless they are its last ones."""
-    allowed = _ask(mask_function, torch.tensor([[at]]), torch.arange(at + 4)[None])[0]
+    allowed = asked(torch.tensor([[at]]), torch.arange(at + 4)[None])[0]
     count = int(allowed.sum())
     is_suffix = bool(allowed[at + 1 - count : at + 1].all()) and not bool(allowed[at + 1 :].any())
     return count if count and is_suffix else None
 
 
 def _ask(mask_function: Any, query: Tensor, key: Tensor) -> Tensor:
-    zero = torch.zeros((), dtype=torch.int64)
+    zero = torch.zeros((), dtype=torch.int64, device=query.device)
     allowed = mask_function(zero, zero, query, key)
     allowed = torch.as_tensor(allowed, dtype=torch.bool)
     return allowed.expand(torch.broadcast_shapes(query.shape, key.shape))
 
 
-def _chunk_size(mask_function: Any, start: int) -> int:
+def _chunk_size(asked: Asked, start: int) -> int:
     """The chunk that begins at `start` was found; the one before it tells the size."""
-    size = _seen(mask_function, start - 1) or 0
+    size = _seen(asked, start - 1) or 0
     probes = (5, start, start + size - 1, start + size)
-    if size and all(_seen(mask_function, at) == at % size + 1 for at in probes):
+    if size and all(_seen(asked, at) == at % size + 1 for at in probes):
         return size
     raise UnsupportedError("its mask is neither causal, nor a sliding window, nor chunks")
 
