@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--long-steps", type=int, default=0, help="further steps of long rows")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--work", type=Path, help="folder of the run's state")
     parser.add_argument("--threads", type=int, default=1)
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_settings(args: argparse.Namespace) -> Settings:
-    settings = Settings(steps=args.steps, seed=args.seed)
+    settings = Settings(steps=args.steps, long_steps=args.long_steps, seed=args.seed)
     if args.lr is not None:
         settings = replace(settings, matrix_lr=args.lr, other_lr=args.lr)
     if args.dropout is not None:
@@ -74,7 +75,7 @@ def run_training(trainer: Trainer, tokenizer: Tokenizer, split: TextSplit) -> No
     with Progress(
         *columns, TextColumn("{task.description}"), console=console, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("", total=trainer.settings.steps)
+        task = progress.add_task("", total=trainer.settings.all_steps)
         notes: dict[str, str] = {}
 
         def report(event: dict[str, Any]) -> None:
@@ -116,9 +117,10 @@ def sample(folder: Path, tokenizer: Tokenizer, heldout: str) -> dict[str, str]:
 def command_line(args: argparse.Namespace) -> str:
     """Return the command that gives this checkpoint; the work folder does not matter for it."""
     words = ["python", "recipes/train_small.py"]
-    for name in ("shape", "steps", "seed", "threads", "vocab", "lr", "dropout", "out"):
-        value = getattr(args, name)
-        if value is not None:
+    names = ("shape", "steps", "long-steps", "seed", "threads", "vocab", "lr", "dropout", "out")
+    for name in names:
+        value = getattr(args, name.replace("-", "_"))
+        if value not in (None, 0):
             words += [f"--{name}", str(value)]
     return shlex.join(words)
 
@@ -155,7 +157,7 @@ def export(
         "heldout": {name: value.as_dict() for name, value in scores.items()},
         "export_relative_error": error,
         "epochs": round(
-            settings.steps * settings.batch_tokens / trainer.batches.tokens_per_epoch, 1
+            settings.all_steps * settings.batch_tokens / trainer.batches.tokens_per_epoch, 1
         ),
         "best_step": trainer.state.best_step,
         "best_valid_nats": round(trainer.state.best_nats, 4),

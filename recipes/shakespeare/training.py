@@ -40,10 +40,16 @@ class Settings:
     matrix_lr: float = 4e-3
     other_lr: float = 4e-3
     weight_decay: float = 0.1
+    long_steps: int = 0  # further steps of long rows only, after `steps`
+    long_lr_share: float = 0.5  # the rate at the start of the further steps
     warmup_steps: int = 40
     clip_norm: float = 1.0
     balance_rate: float = 2e-3  # of the expert bias, per step
     valid_every: int = 100
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps + self.long_steps
 
     @property
     def steady_steps(self) -> int:
@@ -54,8 +60,17 @@ class Settings:
         is_long = step >= self.steps * (1 - self.long_share)
         return self.long_row_tokens if is_long else self.row_tokens
 
+    def context(self, step: int) -> int:
+        """Return the tokens of a validation window after `step` steps."""
+        return self.long_row_tokens if step > self.steps else self.row_tokens
+
     def lr_factor(self, step: int) -> float:
-        """Return the share of the learning rate: warm-up, steady, then a line down to zero."""
+        """Return the share of the learning rate: warm-up, steady, then a line down to zero.
+
+        Further long steps start at `long_lr_share` and go down to zero once more.
+        """
+        if step >= self.steps:
+            return self.long_lr_share * (self.all_steps - step) / self.long_steps
         return min(
             1.0,
             (step + 1) / self.warmup_steps,
@@ -65,7 +80,8 @@ class Settings:
     def can_continue(self, older: Settings, step: int) -> bool:
         """Return whether `step` steps under `older` are also the first steps under these."""
         if step > min(self.steady_steps, older.steady_steps):
-            return self == older
+            is_longer = step <= self.steps and older.long_steps == 0
+            return self == (replace(older, long_steps=self.long_steps) if is_longer else older)
         return self == replace(older, steps=self.steps, decay_share=self.decay_share)
 
 
@@ -179,7 +195,7 @@ class Trainer:
 
     def validate(self, ids: Tensor) -> float:
         """Return nats per token of the validation text; keep the weights if they are the best."""
-        nats = nats_per_token(self.network, ids, context=self.settings.row_tokens)
+        nats = nats_per_token(self.network, ids, context=self.settings.context(self.state.step))
         if nats < self.state.best_nats:
             self.state.best_nats, self.state.best_step = nats, self.state.step
             torch.save(self.network.state_dict(), self._best)
@@ -195,13 +211,16 @@ def train(trainer: Trainer, valid_ids: Tensor, report: Report) -> RunState:
     """Run to the last step; `report` gets a dict for every step."""
     settings, state = trainer.settings, trainer.state
     trainer.network.train()
-    while state.step < settings.steps:
+    ends = (settings.steps, settings.all_steps)
+    while state.step < settings.all_steps:
+        if state.step == settings.steps:
+            state.best_nats = math.inf  # from here on, long rows are what is judged
         started, cpu_started = time.monotonic(), time.process_time()
         event: dict[str, Any] = {"loss": trainer.step(), "step": state.step}
         loads = [r.balance(settings.balance_rate) for r in trainer.network.routers()]
         if loads:
             event["max_load"] = max(loads)
-        is_due = state.step % settings.valid_every == 0 or state.step == settings.steps
+        is_due = state.step % settings.valid_every == 0 or state.step in ends
         if is_due:
             event["valid_nats"] = trainer.validate(valid_ids)
         state.seconds += time.monotonic() - started
