@@ -31,6 +31,8 @@ _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+# As the published InternLM 2.5 and 3 have it: beyond max_position_embeddings only.
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 _MLA = {
     "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
     "v_head_dim": 10, "num_key_value_heads": 4,
@@ -63,7 +65,10 @@ CASES: dict[str, Callable[[], torch.nn.Module]] = {
     "qwen2": _hf("Qwen2Config", use_sliding_window=True, sliding_window=9, max_window_layers=1),
     "qwen2_moe": _hf("Qwen2MoeConfig", **_MOE, shared_expert_intermediate_size=40),
     "qwen3": _hf("Qwen3Config", head_dim=16),
-    "qwen3_moe": _hf("Qwen3MoeConfig", **_MOE, head_dim=16, mlp_only_layers=[1]),
+    "qwen3_moe": _hf(
+        "Qwen3MoeConfig", **_MOE, head_dim=16, mlp_only_layers=[1], use_sliding_window=True,
+        sliding_window=7,
+    ),
     "deepseek_v2": _hf("DeepseekV2Config", **_DEEPSEEK, topk_method="group_limited_greedy"),
     "deepseek_v2-lite": _hf(
         "DeepseekV2Config",
@@ -76,7 +81,11 @@ CASES: dict[str, Callable[[], torch.nn.Module]] = {
     "phi3": _hf("Phi3Config", sliding_window=8),
     "phi3-longrope": _hf("Phi3Config", rope_parameters=_LONGROPE, sliding_window=None),
     "gemma": _hf("GemmaConfig", head_dim=16, tie_word_embeddings=True),
-    "gemma2": _hf("Gemma2Config", head_dim=16, query_pre_attn_scalar=24, sliding_window=6),
+    # Soft-caps low enough to matter; an activation under the name that its code does not read.
+    "gemma2": _hf(
+        "Gemma2Config", head_dim=16, query_pre_attn_scalar=24, sliding_window=6,
+        attn_logit_softcapping=2.0, final_logit_softcapping=3.0, hidden_act="relu",
+    ),
     "gemma3": _hf(
         "Gemma3TextConfig", head_dim=16, sliding_window=6, num_hidden_layers=7,
         tie_word_embeddings=True,
@@ -91,7 +100,7 @@ CASES: dict[str, Callable[[], torch.nn.Module]] = {
         tie_word_embeddings=True,
     ),
     "internlm": _hf("LlamaConfig", attention_bias=True),
-    "internlm2": _hf("LlamaConfig"),
+    "internlm2": _hf("LlamaConfig", rope_parameters=_DYNAMIC),
     "minicpm": _hf(
         "GraniteConfig", embedding_multiplier=6.0, residual_multiplier=1.4 / 3**0.5,
         logits_scaling=2.0, attention_multiplier=12**-0.5,

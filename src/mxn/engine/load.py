@@ -102,6 +102,7 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
         on_progress=lambda done, total: report("weights", done, total),
         allow_fallback=config.allow_fallback,
         prefer_fallback=config.prefer_fallback,
+        max_context=config.max_context,
     )
     torch_device = torch.device(device.torch_device)
     return LoadedReplica(

@@ -70,19 +70,34 @@ class Checkpoint:
         tensor = self._read_raw(name)
         scale_name = f"{name}_scale_inv"
         if scale_name in self:
-            tensor = self._dequantize(tensor, self._read_raw(scale_name))
+            tensor = self._dequantize(name, tensor, self._read_raw(scale_name))
         elif tensor.is_floating_point() and tensor.itemsize == 1:
             raise UnsupportedError(f"{name} is {tensor.dtype} without {scale_name} beside it")
+        elif not tensor.is_floating_point():
+            raise UnsupportedError(
+                f"{name} is {tensor.dtype}: the checkpoint is quantized in a way mxn does not read",
+                hint="serve the checkpoint it was made from",
+            )
         self.num_parameters += tensor.numel()
         return tensor
 
-    def _dequantize(self, weight: Tensor, scale: Tensor) -> Tensor:
+    def _dequantize(self, name: str, weight: Tensor, scale: Tensor) -> Tensor:
+        """Undo the scaling of a weight, by one number or by one for each block."""
         import torch
 
         from mxn.kernels.ops.dequant_fp8.torch_ import dequant_fp8
 
         block = (self.config_json.get("quantization_config") or {}).get("weight_block_size")
+        if scale.numel() == 1:
+            block = tuple(weight.shape)
+            scale = scale.reshape(1, 1)
         block = tuple(block) if block else (128, 128)
+        blocks = tuple(-(-size // part) for size, part in zip(weight.shape, block, strict=True))
+        if tuple(scale.shape) != blocks:
+            raise UnsupportedError(
+                f"{name}_scale_inv is {tuple(scale.shape)}; blocks of {block} in a weight of"
+                f" {tuple(weight.shape)} need {blocks}"
+            )
         return dequant_fp8(weight, scale.float(), block, torch.float32)
 
     def _read_raw(self, name: str) -> Tensor:
@@ -129,7 +144,9 @@ def _index(directory: Path) -> dict[str, Path]:
                 hint="the download is incomplete",
             )
         return {name: directory / file for name, file in index.items()}
-    files = sorted(directory.glob("*.safetensors"))
+    whole = directory / "model.safetensors"
+    # One whole file wins: others beside it are the same weights under their maker's names.
+    files = [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
     if not files:
         pickled = sorted(p.name for p in directory.glob("*.bin"))
         raise NotFoundError(

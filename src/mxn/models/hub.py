@@ -12,6 +12,8 @@ from mxn.errors import NotFoundError
 
 # Weights in pickle files are left out on purpose: loading one can run any code.
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "**/config.json")
+# The same weights once more, under their maker's names.
+_UNWANTED = ("consolidated*", "original/*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -41,7 +43,14 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED)))
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=list(_UNWANTED),
+            )
+        )
     except LocalEntryNotFoundError as error:
         reason = (
             "HF_HUB_OFFLINE is set"

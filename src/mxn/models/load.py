@@ -5,6 +5,8 @@ Start at `load_model`.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ from mxn.models.checkpoint import Checkpoint, read_json
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
     from mxn.models.base import CausalLM, TextEncoder
+
+log = logging.getLogger("mxn.models")
 
 Kind = Literal["decoder", "embedder", "reranker"]
 
@@ -44,18 +48,38 @@ def load_model(
     on_progress: Callable[[int, int], None] | None = None,
     allow_fallback: bool = True,
     prefer_fallback: bool = False,
+    max_context: int | None = None,
 ) -> LoadedModel:
     """Load the model in `directory` onto `device`, computing in `dtype` ("float32", "bfloat16", …).
 
+    `max_context`: the context somebody asked for; models whose positions depend on it adapt.
     Raises: UnsupportedError, with the reason, for an architecture that can be served neither by a
-    native spec nor through transformers; NotFoundError for missing files or tensors.
+    native spec nor through transformers, and for quantized weights that mxn does not read;
+    NotFoundError for missing files or tensors.
     """
+    checkpoint = Checkpoint(directory, on_progress=on_progress)
+    refuse_quantization(checkpoint.config_json)
+    loaded = _load(
+        checkpoint, device, dtype, allow_fallback, prefer_fallback, max_context=max_context
+    )
+    _report_unused(loaded.unused_tensors)
+    return loaded
+
+
+def _load(
+    checkpoint: Checkpoint,
+    device: Device,
+    dtype: str,
+    allow_fallback: bool,
+    prefer_fallback: bool,
+    *,
+    max_context: int | None,
+) -> LoadedModel:
     import torch
 
     from mxn.kernels.registry import Ops
-    from mxn.models.families import find_decoder, find_encoder
+    from mxn.models.families import find_decoder, find_encoder, why_not_native
 
-    checkpoint = Checkpoint(directory, on_progress=on_progress)
     torch_dtype = getattr(torch, dtype)
     ops = Ops.bind(device.torch_device, device.chip, torch_dtype)
     with torch.inference_mode():
@@ -64,13 +88,17 @@ def load_model(
             return encoder.load(checkpoint, ops, device, torch_dtype)
         decoder = None if prefer_fallback else find_decoder(checkpoint.config_json)
         if decoder:
-            return _load_native(decoder, checkpoint, ops, device, torch_dtype)
+            return _load_native(decoder, checkpoint, ops, torch_dtype, max_context)
+        reason = why_not_native(checkpoint.config_json)
+        if reason and allow_fallback:
+            log.info("%s is not run natively: %s", checkpoint.directory.name, reason)
         if allow_fallback:
             from mxn.models.fallback.load import load_fallback
 
             return load_fallback(checkpoint, ops, device, torch_dtype)
     raise UnsupportedError(
-        f"no native spec for architecture {architecture(checkpoint.config_json)!r}",
+        f"no native spec for architecture {architecture(checkpoint.config_json)!r}"
+        + (f": {reason}" if reason else ""),
         hint="`mxn models --families` lists the native ones",
     )
 
@@ -97,14 +125,62 @@ def eos_ids(directory: Path, config_json: dict[str, Any]) -> tuple[int, ...]:
     return ()
 
 
+def refuse_quantization(config_json: dict[str, Any]) -> None:
+    """Raise UnsupportedError if the weights are quantized in another way than FP8 blocks.
+
+    Such weights have the shapes of plain ones, so that some would load and mean something else.
+    """
+    text = config_json.get("text_config") or {}
+    for source in (config_json, text):
+        found = source.get("quantization_config") or source.get("compression_config")
+        if not found:
+            continue
+        method, form = found.get("quant_method", "unnamed"), found.get("fmt", "e4m3")
+        if method != "fp8" or form != "e4m3":
+            raise UnsupportedError(
+                f"the weights are quantized ({method}{'' if method != 'fp8' else f', {form}'});"
+                " mxn reads plain weights and fp8 (e4m3) with weight_scale_inv",
+                hint="serve the checkpoint it was made from",
+            )
+
+
+# Tensors that carry no weight of the model: buffers that older code stored, heads of pretraining.
+_HARMLESS = re.compile(
+    r"rotary_emb\.inv_freq$|\.masked_bias$|(^|\.)position_ids$|(^|\.)pooler\.|^cls\.|^lm_head\."
+)
+
+
+def _report_unused(names: tuple[str, ...]) -> None:
+    """Warn about tensors nobody read: a part of the model may be missing."""
+    odd = [name for name in names if not _HARMLESS.search(name)]
+    if odd:
+        log.warning("%d tensors of the checkpoint are not used: %s", len(odd), ", ".join(odd[:5]))
+
+
+def _refuse_unused(family: Any, num_layers: int, unread: list[str]) -> None:
+    """Raise UnsupportedError if a layer has a weight that the spec does not know."""
+    layers = tuple(family.names.layer.format(i=i) for i in range(num_layers))
+    parts = (".weight", ".bias")
+    odd = [name for name in unread if name.startswith(layers) and name.endswith(parts)]
+    if odd:
+        raise UnsupportedError(
+            f"the checkpoint has {len(odd)} weights that the {family.name} family does not use:"
+            f" {', '.join(odd[:3])}",
+            hint="it is a variant of that architecture; its logits would be wrong",
+        )
+
+
 def _load_native(
-    family: Any, checkpoint: Checkpoint, ops: Any, device: Device, dtype: Any
+    family: Any, checkpoint: Checkpoint, ops: Any, dtype: Any, max_context: int | None
 ) -> LoadedModel:
     from mxn.models.decoder import Decoder
-    from mxn.models.families.config import load_config
+    from mxn.models.families.config import fix_long_rope, load_config
 
-    spec = family.spec(load_config(checkpoint.directory, checkpoint.config_json))
+    config = load_config(checkpoint.directory, checkpoint.config_json)
+    fix_long_rope(config, max_context)
+    spec = family.spec(config)
     model = Decoder.load(spec, family.names, checkpoint, ops)
+    _refuse_unused(family, len(spec.layers), checkpoint.unread)
     return LoadedModel(
         model=model,
         kind="decoder",

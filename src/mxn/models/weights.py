@@ -5,6 +5,7 @@ Knows names and layouts; knows nothing of steps, caches or requests.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from mxn.kernels.registry import Ops
     from mxn.models.checkpoint import Checkpoint
+
+log = logging.getLogger("mxn.models")
 
 
 @dataclass(slots=True)
@@ -122,9 +125,26 @@ class WeightReader:
         return self.tensor(f"{self.names.embedding}.weight")
 
     def head(self, embedding: Tensor) -> Any:
-        if self.spec.is_tied:  # whatever the file says: a copy of the head in it is not read
+        if self.spec.is_tied and not self._has_own_head(embedding):
             return self.ops.prepare_linear(embedding)
         return self.linear(self.names.head)
+
+    def _has_own_head(self, embedding: Tensor) -> bool:
+        """Whether the checkpoint holds a head of other numbers, though its config says tied.
+
+        Then the config is wrong, not the weights (a fine-tuned head); transformers agrees.
+        """
+        import torch
+
+        name = f"{self.names.head}.weight"
+        if name not in self.checkpoint:
+            return False
+        stored = self.tensor(name)
+        self.checkpoint.num_parameters -= stored.numel()  # counted when it is used
+        if stored.shape == embedding.shape and torch.equal(stored, embedding):
+            return False
+        log.warning("config.json says tied embeddings, but %s differs: it is used", name)
+        return True
 
     def layer(self, index: int) -> LayerWeights:
         spec = self.spec.layers[min(index, len(self.spec.layers) - 1)]

@@ -16,7 +16,7 @@ from mxn.models.families.encoders import find_encoder
 from mxn.models.names import Names
 from mxn.models.spec import DecoderSpec
 
-__all__ = ["Family", "decoder_families", "find_decoder", "find_encoder"]
+__all__ = ["Family", "decoder_families", "find_decoder", "find_encoder", "why_not_native"]
 
 _MODULES = (
     "llama", "mistral", "mixtral", "qwen", "deepseek", "glm", "phi3", "gemma", "olmo2",
@@ -48,10 +48,15 @@ def decoder_families() -> tuple[Family, ...]:
 
 def find_decoder(config_json: dict[str, Any]) -> Family | None:
     """Return the native family of a config.json, or None: then the fallback may know it."""
+    return None if why_not_native(config_json) else _family_of(config_json)
+
+
+def why_not_native(config_json: dict[str, Any]) -> str | None:
+    """Return why the family of this architecture does not cover this checkpoint, if it does not."""
+    family = _family_of(config_json)
+    return family.why_not(config_json) if family and family.why_not else None
+
+
+def _family_of(config_json: dict[str, Any]) -> Family | None:
     names = set(config_json.get("architectures") or [])
-    for family in decoder_families():
-        if names & set(family.architectures) and not (
-            family.why_not and family.why_not(config_json)
-        ):
-            return family
-    return None
+    return next((f for f in decoder_families() if names & set(f.architectures)), None)

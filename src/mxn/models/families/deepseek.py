@@ -22,6 +22,16 @@ from mxn.models.spec import (
 )
 
 
+def _refuse_other(config: Any, **known: tuple[Any, ...]) -> None:
+    """Raise UnsupportedError for a field whose value is not among those the spec covers."""
+    for name, values in known.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in values:
+            raise UnsupportedError(
+                f"{config.model_type} with {name} {value!r}; known: {', '.join(map(repr, values))}"
+            )
+
+
 def mla_attention(config: Any, *, is_interleaved: bool) -> AttentionSpec:
     """Return latent attention; YaRN's attention temperature enters the scale."""
     query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -64,11 +74,14 @@ def _layers(config: Any, attention: AttentionSpec, router: RouterSpec) -> tuple[
 
 
 def deepseek_v2(config: Any) -> DecoderSpec:
+    _refuse_other(
+        config,
+        topk_method=("greedy", "group_limited_greedy"),
+        scoring_func=("softmax",),
+        moe_layer_freq=(1,),
+        norm_topk_prob=(False,),  # transformers ignores it, the code of the checkpoints does not
+    )
     is_grouped = config.topk_method == "group_limited_greedy"
-    if not is_grouped and config.topk_method != "greedy":
-        raise UnsupportedError(
-            f"DeepSeek-V2 topk_method {config.topk_method!r} is not greedy or group_limited_greedy"
-        )
     router = RouterSpec(
         num_experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
@@ -81,14 +94,15 @@ def deepseek_v2(config: Any) -> DecoderSpec:
 
 
 def deepseek_v3(config: Any) -> DecoderSpec:
+    _refuse_other(config, topk_method=("noaux_tc",), scoring_func=("sigmoid",), moe_layer_freq=(1,))
     router = RouterSpec(
         num_experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
         scoring="sigmoid",
         normalize=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
-        num_groups=config.n_group,
-        top_groups=config.topk_group,
+        num_groups=config.n_group or 1,
+        top_groups=config.topk_group or 1,
         group_score="top2_sum",
     )
     attention = mla_attention(config, is_interleaved=getattr(config, "rope_interleave", True))

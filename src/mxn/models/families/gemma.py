@@ -57,7 +57,6 @@ def gemma3(config: Any) -> DecoderSpec:
                 ropes[kind],
                 window=window,
                 scale=config.query_pre_attn_scalar**-0.5,
-                softcap=config.attn_logit_softcapping,
                 qk_norm="head",
             ),
             ffn=mlp(config),
@@ -68,6 +67,12 @@ def gemma3(config: Any) -> DecoderSpec:
     return _spec(config, "gemma3", layers)
 
 
+def _why_not(config_json: dict[str, Any]) -> str | None:
+    if config_json.get("use_bidirectional_attention"):
+        return "use_bidirectional_attention: its tokens see what follows them"
+    return None
+
+
 _SANDWICH = Names(
     post_attn_norm="post_attention_layernorm",
     pre_ffn_norm="pre_feedforward_layernorm",
@@ -75,7 +80,7 @@ _SANDWICH = Names(
 )
 
 FAMILIES = (
-    Family("gemma", ("GemmaForCausalLM",), gemma),
-    Family("gemma2", ("Gemma2ForCausalLM",), gemma2, _SANDWICH),
-    Family("gemma3", ("Gemma3ForCausalLM",), gemma3, _SANDWICH),
+    Family("gemma", ("GemmaForCausalLM",), gemma, why_not=_why_not),
+    Family("gemma2", ("Gemma2ForCausalLM",), gemma2, _SANDWICH, _why_not),
+    Family("gemma3", ("Gemma3ForCausalLM",), gemma3, _SANDWICH, _why_not),
 )

@@ -25,7 +25,10 @@ def _scaled(spec: DecoderSpec, config: Any) -> DecoderSpec:
 
 
 def minicpm(config: Any) -> DecoderSpec:
-    return _scaled(llama_like(config, "minicpm"), config)
+    spec = _scaled(llama_like(config, "minicpm"), config)
+    # MiniCPM4.1 attends to chosen blocks beyond this length; up to it, to everything.
+    dense = (getattr(config, "sparse_config", None) or {}).get("dense_len")
+    return replace(spec, max_positions=min(spec.max_positions, dense or spec.max_positions))
 
 
 def minicpm3(config: Any) -> DecoderSpec:

@@ -8,6 +8,7 @@ from typing import Any
 from mxn.models.families import Family
 from mxn.models.families.config import activation, mlp
 from mxn.models.families.llama import llama_like
+from mxn.models.families.mistral import with_window
 from mxn.models.names import Names
 from mxn.models.spec import DecoderSpec, MoeSpec, RouterSpec
 
@@ -51,7 +52,9 @@ def qwen2_moe(config: Any) -> DecoderSpec:
 
 
 def qwen3_moe(config: Any) -> DecoderSpec:
-    return with_experts(llama_like(config, "qwen3_moe", qk_norm="head"), config, experts(config))
+    dense = llama_like(config, "qwen3_moe", qk_norm="head")
+    # Unlike Qwen2 it knows no layer types: a window, where one is set, holds in all layers.
+    return with_experts(with_window(dense, config.sliding_window), config, experts(config))
 
 
 FAMILIES = (
