@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -18,7 +20,7 @@ from mxn.engine.client import ProcessEngine
 from mxn.engine.local import LocalEngine
 from mxn.engine.protocol import Encode, Generate, SamplingParams
 from mxn.engine.supervisor import RestartPolicy
-from mxn.errors import CapacityError, EngineDiedError, NotFoundError, UserError
+from mxn.errors import CapacityError, ConfigError, EngineDiedError, NotFoundError, UserError
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
@@ -218,11 +220,13 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_the_engine_ends_when_its_parent_dies(how):
+def test_the_engine_ends_when_its_parent_dies(how, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
         engine = psutil.Process(int(parent.stdout.readline()))
         parent.send_signal(how)
     engine.wait(timeout=10)
+    assert list(tmp_path.iterdir()) == []  # the parent could not remove the socket any more
 
 
 def test_sigterm_ends_an_engine_cleanly_while_it_works(tiny_config):
@@ -232,7 +236,7 @@ def test_sigterm_ends_an_engine_cleanly_while_it_works(tiny_config):
             task = asyncio.create_task(answer(engine, "a", [1], LONG))
             await asyncio.sleep(0.1)
             os.kill(engine.pid, signal.SIGTERM)
-            with pytest.raises(Exception, match="shutting down"):
+            with pytest.raises(EngineDiedError, match="shutting down"):  # 503, not 500
                 await task
 
             async def is_gone() -> bool:
@@ -253,6 +257,44 @@ def test_no_socket_folder_is_left_behind(tiny_config, tmp_path, monkeypatch):
 
     run(check())
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_folder_too_deep_for_a_socket_is_said_and_left_clean(tiny_config, tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with pytest.raises(ConfigError, match="longer than"):
+        run(ProcessEngine.start(tiny_config()))
+    assert list(deep.iterdir()) == []
+
+
+def test_an_engine_that_cannot_be_started_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
+    with pytest.raises(FileNotFoundError):
+        run(ProcessEngine.start(tiny_config()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_request_to_an_engine_that_has_just_died_does_not_stop_the_event_loop(tiny_config):
+    async def check() -> None:
+        policy = RestartPolicy(first_delay_s=60.0)
+        async with started(tiny_config(), policy=policy) as engine:
+            process = psutil.Process(engine.pid)
+            process.kill()
+            # The loop is busy meanwhile, so nobody has noticed; the socket has no peer any more.
+            while process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            assert engine.is_healthy
+            with pytest.raises(EngineDiedError, match="SIGKILL"):
+                await answer(engine, "a", [1])
+
+    # A thread of its own: a loop that is stopped could not even time out.
+    thread = threading.Thread(target=run, args=(check(),), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def _name(process: psutil.Process) -> str:

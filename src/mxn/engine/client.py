@@ -8,6 +8,7 @@ message, and the socket's file descriptor is watched by the loop directly. Knows
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ import zmq
 from mxn import errors
 from mxn.engine.config import EngineConfig
 from mxn.engine.protocol import (
+    ENDED_CODE,
     Cancel,
     Delta,
     Encode,
@@ -54,6 +56,8 @@ def error_of(failed: Failed) -> MxnError:
     """Return the exception that a `Failed` stands for; its `code` goes along."""
     if failed.code in ("context_length_exceeded", "overloaded"):
         return CapacityError(failed.message, code=failed.code)
+    if failed.code == ENDED_CODE:
+        return EngineDiedError(failed.message, retry_after_s=1.0)
     kind = UserError if failed.is_user_error else InternalError
     return kind(failed.message, code=failed.code)
 
@@ -75,6 +79,7 @@ class Link:
         self._folder = Path(tempfile.mkdtemp(prefix="mxn-"))  # mode 0700: nobody else can connect
         path = str(self._folder / "engine")
         if len(path) > MAX_IPC_PATH:
+            self._folder.rmdir()
             raise ConfigError(
                 f"socket path {path!r} is longer than {MAX_IPC_PATH} bytes",
                 hint="set TMPDIR to a shorter folder",
@@ -111,9 +116,15 @@ class Link:
         self._waiting.pop(request_id, None)
 
     def send(self, message: ToEngine) -> None:
+        """Send without ever waiting; what is sent to a process that is gone gets lost.
+
+        A pair socket blocks while it has no peer, and here that would stop the event loop for good:
+        nobody would see any more that the process has ended, which fails the requests it had.
+        """
         if self._socket.closed:
             return
-        self._socket.send(self._encoder.encode([message]))
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(self._encoder.encode([message]), zmq.NOBLOCK)
         # The descriptor signals edges: a send may swallow the one for a message that has come.
         self._loop.call_soon(self.drain)
 
@@ -282,7 +293,11 @@ class ProcessEngine:
     async def _launch(self) -> _Running:
         link = Link()
         link.on_progress = self._progress
-        child = await EngineChild.spawn(self.config, link.endpoint)
+        try:
+            child = await EngineChild.spawn(self.config, link.endpoint)
+        except BaseException:
+            link.close(EngineDiedError("the engine did not start"))
+            raise
         died = asyncio.create_task(child.wait())
         try:
             await asyncio.wait((link.ready, died), return_when=asyncio.FIRST_COMPLETED)

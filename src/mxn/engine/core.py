@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mxn.engine.counters import Counters
 from mxn.engine.detokenize import TokenDecoder
 from mxn.engine.protocol import (
+    ENDED_CODE,
     Cancel,
     Encode,
     EngineStats,
@@ -117,7 +118,7 @@ class EngineCore:
 
     def abort_all(self, reason: str) -> list[FromEngine]:
         """Fail everything under way, for the end of the process."""
-        return [self._drop(request_id, reason) for request_id in list(self._requests)]
+        return [self._drop(request_id, reason, ENDED_CODE) for request_id in list(self._requests)]
 
     def validate(self) -> None:
         """Check every invariant. Raises: InternalError that names the broken one."""
@@ -158,12 +159,12 @@ class EngineCore:
         self._counters.requests_cancelled_total += 1
         return [request.ended("cancelled")]
 
-    def _drop(self, request_id: str, reason: str) -> Failed:
+    def _drop(self, request_id: str, reason: str, code: str | None = None) -> Failed:
         """End a request that cannot be finished, and free what it holds."""
         del self._requests[request_id]
         self._scheduler.cancel(request_id)
         self._runner.forget(request_id)
-        return Failed(request_id=request_id, message=reason, is_user_error=False)
+        return Failed(request_id=request_id, message=reason, is_user_error=False, code=code)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[FromEngine]:
         """Enter the results; the failed go first, so that the commit passes them over."""

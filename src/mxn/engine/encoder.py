@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mxn.engine.counters import Counters
 from mxn.engine.protocol import (
+    ENDED_CODE,
     Cancel,
     Encode,
     Encoded,
@@ -129,7 +130,10 @@ class EncoderCore:
     def abort_all(self, reason: str) -> list[FromEngine]:
         """Fail everything under way, for the end of the process."""
         jobs, self._jobs = list(self._jobs), {}
-        return [Failed(request_id=job, message=reason, is_user_error=False) for job in jobs]
+        return [
+            Failed(request_id=job, message=reason, is_user_error=False, code=ENDED_CODE)
+            for job in jobs
+        ]
 
     def _add(self, request: Encode) -> list[FromEngine]:
         problem = self._problem(request)

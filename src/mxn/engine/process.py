@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -199,12 +200,19 @@ def find_loader(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-def _exit_with_parent() -> None:
-    """End this process when stdin, which only the parent holds open, is at its end."""
+def _exit_with_parent(endpoint: str) -> None:
+    """End this process when stdin, which only the parent holds open, is at its end.
+
+    A parent that was killed could not remove the socket and its folder, so this is done here.
+    """
+    path = Path(endpoint.removeprefix("ipc://"))
 
     def watch() -> None:
         while os.read(0, 4096):
             pass
+        with contextlib.suppress(OSError):  # the parent has removed them
+            path.unlink()
+            path.parent.rmdir()
         os._exit(0)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
@@ -229,7 +237,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(
         level=env.get("MXN_LOG").upper(), format="%(levelname)s %(name)s: %(message)s"
     )
-    _exit_with_parent()
+    _exit_with_parent(endpoint)
     config = EngineConfig.from_json(config_json)
     _set_threads(config.num_threads)
     return engine_main(config, endpoint)

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled"]
+ENDED_CODE = "engine_unavailable"  # of a `Failed` whose only reason is that the process ends
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
