@@ -208,14 +208,15 @@ def applicable(chip: str, dtype: torch.dtype) -> Iterator[Kernel]:
 
 def verify(chip: str, device: torch.device, dtype: torch.dtype) -> list[Result]:
     """Check all kernels of a chip; store those that fail as off, those that pass as on."""
-    table = Table.open(chip)
     results = [check_kernel(entry, device, dtype) for entry in applicable(chip, dtype)]
-    for result in results:
-        key = f"{result.op}/{result.kernel} {result.dtype}"
-        table.off.pop(key, None)
-        if not result.is_passed:
-            table.off[key] = f"failed its parity test: {result.failures[0]}"
-    table.save()
+    Table.open(chip).judge(
+        {
+            f"{result.op}/{result.kernel} {result.dtype}": None
+            if result.is_passed
+            else f"failed its parity test: {result.failures[0]}"
+            for result in results
+        }
+    )
     return results
 
 

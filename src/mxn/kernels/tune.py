@@ -6,12 +6,14 @@ Start at `linear_times`. The table is one JSON file for each chip and torch vers
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,30 +51,52 @@ class Table:
         """Read the table of `chip`, or start an empty one; a broken file is measured anew."""
         import torch
 
-        path = env.home() / "kernels" / f"{chip}-{torch.__version__}.json"
-        if not path.exists():
-            return cls(path, chip)
+        table = cls(env.home() / "kernels" / f"{chip}-{torch.__version__}.json", chip)
+        table._read()
+        return table
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            self.times, self.off = {}, {}
+            return
         try:
-            stored = json.loads(path.read_text())
-            return cls(path, chip, stored["times"], stored["off"])
+            stored = json.loads(self.path.read_text())
+            self.times, self.off = stored["times"], stored["off"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            return cls(path, chip)
+            self.times, self.off = {}, {}
 
     def off_reason(self, op: str, kernel: str, dtype: str) -> str | None:
         return self.off.get(f"{op}/{kernel} {dtype}")
 
-    def save(self) -> None:
-        """Write atomically: a second process that loads at the same time sees a whole file."""
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change what is stored now, not what was read at `open`.
+
+        Two processes load at the same time: neither may undo what the other measured, and least of
+        all what it turned off. Whoever only reads sees a whole file.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"chip": self.chip, "times": self.times, "off": self.off}, indent=1)
-        scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(text)
-        scratch.replace(self.path)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read()
+            yield
+            text = json.dumps({"chip": self.chip, "times": self.times, "off": self.off}, indent=1)
+            scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
+            scratch.write_text(text)
+            scratch.replace(self.path)
 
     def forget(self) -> None:
         """Drop all measured times; what parity turned off stays off."""
-        self.times.clear()
-        self.save()
+        with self._changing():
+            self.times.clear()
+
+    def judge(self, verdicts: dict[str, str | None]) -> None:
+        """Turn kernels ("op/kernel dtype") off with a reason, or on again with None."""
+        with self._changing():
+            for key, reason in verdicts.items():
+                self.off.pop(key, None)
+                if reason is not None:
+                    self.off[key] = reason
 
     def known(self, key: str, names: set[str]) -> Times | None:
         """Return stored times of `key` if they cover exactly the kernels `names`."""
@@ -81,12 +105,13 @@ class Table:
 
     def store(self, key: str, times: Times) -> None:
         """Keep the times of `key` for all later loads."""
-        self.times[key] = {
+        entry = {
             "us": times,
             "basis": "measured",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self.save()
+        with self._changing():
+            self.times[key] = entry
 
 
 class Busy(Exception):
