@@ -273,6 +273,28 @@ def run_dry(engine: LocalEngine) -> dict[str, Delta | Failed]:
     return last
 
 
+def test_ids_that_the_tokenizer_has_no_token_for_are_refused_not_indexed(make, monkeypatch):
+    monkeypatch.setattr("mxn.engine.testing.ByteTokenizer.vocab_size", 200)  # the matrix has 258
+    engine = make()
+    assert engine.core.info.vocab_size == 200
+    for prompt, options in (
+        ([1, 230], {"prompt_logprobs": 0}),
+        ([1, 2], {"logit_bias": {230: 1.0}}),
+    ):
+        with pytest.raises(UserError, match="token id 230"):
+            engine.generate([prompt], SamplingParams(max_tokens=2, **options))
+    # The end of text is a padding row here: keeping it back must not index it either.
+    answer = engine.generate([[1]], SamplingParams(max_tokens=4, min_tokens=2))[0]
+    assert len(answer.token_ids) == 4
+    assert_empty(engine)
+
+
+def test_a_request_that_leaves_no_token_is_refused(make):
+    everything = tuple(range(258))
+    with pytest.raises(UserError, match="min_tokens 1 leaves no token"):
+        make().generate([[1]], SamplingParams(min_tokens=1, stop_token_ids=everything))
+
+
 def test_a_request_id_under_way_cannot_be_used_twice(make):
     engine = make()
     submit(engine, "a", [1], max_tokens=3)

@@ -183,6 +183,38 @@ def test_template_error_is_400(make_api):
     assert "roles must alternate" in assert_error(api.chat(), 400)["message"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template_kwargs": {"self": 1}},
+        {
+            "chat_template_kwargs": {
+                "a": functools.reduce(lambda inner, _: {"a": inner}, range(900), 1)
+            }
+        },
+        {"repetition_penalty": 1e-40},
+    ],
+    ids=["self", "penalty"],
+)
+def test_strange_values_are_the_callers_mistake(api, fields):
+    response = api.chat(**fields)
+    assert (response.status_code, set(response.json())) == (400, {"error"})
+
+
+def test_tool_arguments_nested_without_end_stay_text(api):
+    deep = '{"a":' * 5000 + "1" + "}" * 5000
+    call = {"function": {"name": "f", "arguments": deep}}
+    messages = [{"role": "assistant", "content": "hi", "tool_calls": [call]}]
+    assert api.chat(messages=messages).status_code == 200
+
+
+def test_tool_arguments_too_deep_for_a_template_are_400(api):
+    deep = json.loads('{"a":' * 600 + "1" + "}" * 600)
+    call = {"function": {"name": "f", "arguments": deep}}
+    response = api.chat(messages=[{"role": "assistant", "content": "hi", "tool_calls": [call]}])
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
+
+
 def test_retry_advice_follows_the_replica():
     soon = from_exception(EngineDiedError("restarting", retry_after_s=4.2))
     assert soon.headers == {"retry-after": "5"}

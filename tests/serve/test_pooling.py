@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import math
 import struct
+import threading
 
 import pytest
+
+from mxn.models.tokenizer import Tokenizer
 
 IDS = [97, 98, 99]
 
@@ -162,6 +165,31 @@ def test_tokenize_and_detokenize_are_inverse(api):
     assert body["max_model_len"] == 4096
     back = api.post("/detokenize", {"model": "echo", "tokens": body["tokens"]}).json()
     assert back == {"prompt": text}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("truncate", "/rerank", {"query": "q", "documents": ["a b"], "max_tokens_per_doc": 1}),
+        ("decode", "/detokenize", {"tokens": [97, 98]}),
+        ("token_text", "/tokenize", {"prompt": "ab", "return_token_strs": True}),
+    ],
+)
+def test_work_as_long_as_the_body_is_not_done_in_the_event_loop(
+    api, monkeypatch, method, path, body
+):
+    seen = []
+    original = getattr(Tokenizer, method)
+
+    def spy(self, *args):
+        seen.append(threading.current_thread() is threading.main_thread())
+        return original(self, *args)
+
+    monkeypatch.setattr(Tokenizer, method, spy)
+    model = "rank" if path == "/rerank" else "echo"
+    assert api.post(path, {"model": model} | body).status_code == 200
+    assert seen
+    assert not any(seen)
 
 
 def test_tokenize_of_a_chat_is_what_the_replica_gets(api):

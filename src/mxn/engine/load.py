@@ -182,7 +182,12 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         plan.num_pages, config.page_tokens, format_bytes(plan.total_bytes), plan.limited_by,
     )  # fmt: skip
     vocab_size = min(model.vocab_size, getattr(replica.tokenizer, "vocab_size", model.vocab_size))
-    info = _info(config, replica, max_context=max_context)
+    # Rows of the matrix that the tokenizer has no token for are padding: nobody may name them.
+    info = msgspec.structs.replace(
+        _info(config, replica, max_context=max_context),
+        vocab_size=vocab_size,
+        eos_ids=tuple(token for token in replica.loaded.eos_ids if token < vocab_size),
+    )
     runner = Runner(
         model,
         cache,

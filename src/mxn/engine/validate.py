@@ -22,7 +22,12 @@ def problem_of(request: Generate, info: ModelInfo) -> tuple[str, str | None] | N
     outside = _first_outside(ids, info.vocab_size)
     if outside is not None:
         return f"token id {outside} is outside the vocabulary of {info.vocab_size}", None
-    problem = _sampling_problem(request.sampling, info.vocab_size)
+    sampling = request.sampling
+    problem = _sampling_problem(sampling, info.vocab_size)
+    if problem is None and sampling.min_tokens:
+        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else info.eos_ids)}
+        if len(ends) >= info.vocab_size:  # none of them may come before min_tokens
+            problem = f"min_tokens {sampling.min_tokens} leaves no token: each one ends the answer"
     return (problem, None) if problem else None
 
 

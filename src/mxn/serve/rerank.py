@@ -5,6 +5,7 @@ The score rule is in `pooling.py`: sigmoid of a reranker's logit, cosine for an 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Annotated, Literal
 
@@ -82,8 +83,7 @@ class RerankRoutes:
             raise not_supported("instruction", "instruction")
         texts = [item if isinstance(item, str) else item.text for item in body.documents]
         self._check_count(len(texts), "documents")
-        query = _cut(model, body.query, body.max_tokens_per_query)
-        pairs = [(query, _cut(model, text, body.max_tokens_per_doc)) for text in texts]
+        pairs = await asyncio.to_thread(_cut_pairs, model, body, texts)
         scores = await score_pairs(request, self._state, model, pairs, "documents")
         order = sorted(range(len(texts)), key=lambda index: -scores.values[index])
         shows = body.return_documents is not False
@@ -120,6 +120,11 @@ class RerankRoutes:
         limit = self._state.settings.max_inputs
         if count > limit:
             raise ApiError(f"{param} takes at most {limit} entries, got {count}.", param=param)
+
+
+def _cut_pairs(model: ServedModel, body: RerankRequest, texts: list[str]) -> list[tuple[str, str]]:
+    query = _cut(model, body.query, body.max_tokens_per_query)
+    return [(query, _cut(model, text, body.max_tokens_per_doc)) for text in texts]
 
 
 def _cut(model: ServedModel, text: str, max_tokens: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -13,6 +14,7 @@ from mxn.serve.openai.chat import render
 from mxn.serve.openai.errors import ApiError
 from mxn.serve.openai.generation import check_ids
 from mxn.serve.openai.types import ChatMessage, ChatRequest, ModelRequest, TokenIds
+from mxn.serve.served import ServedModel
 from mxn.serve.state import State
 
 
@@ -42,6 +44,10 @@ class DetokenizeAnswer(Struct, kw_only=True):
     prompt: str
 
 
+def _spell(model: ServedModel, ids: list[int]) -> list[str]:
+    return [model.tokenizer.token_text(token_id) for token_id in ids]
+
+
 class TokenizeRoutes:
     def __init__(self, state: State) -> None:
         self._state = state
@@ -59,17 +65,18 @@ class TokenizeRoutes:
             )
             text, adds_special = render(chat, model), bool(body.add_special_tokens)
         ids = await model.encode(text or "", adds_special)
-        spelled = [model.tokenizer.token_text(token_id) for token_id in ids]
+        spelled = await asyncio.to_thread(_spell, model, ids) if body.return_token_strs else None
         answer = TokenizeAnswer(
             count=len(ids),
             max_model_len=model.info.max_context,
             tokens=ids,
-            token_strs=spelled if body.return_token_strs else None,
+            token_strs=spelled,
         )
         return json_response(answer, model.headers)
 
     async def detokenize(self, request: Request) -> Response:
         body, model = await self._state.read(request, DetokenizeRequest)
         check_ids(body.tokens, model.info, "tokens")
-        text = model.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        # In a thread: a body holds millions of tokens, and every stream would wait for them.
+        text = await asyncio.to_thread(model.tokenizer.decode, body.tokens, False)
         return json_response(DetokenizeAnswer(prompt=text), model.headers)

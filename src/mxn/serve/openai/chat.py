@@ -35,6 +35,9 @@ from mxn.serve.openai.types import (
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State, new_id, require_kind
 
+# What `chat_template_kwargs` must not set: fields of their own, and Python's name for the renderer.
+_TAKEN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "tokenize", "self")
+
 
 class ChatRoutes:
     def __init__(self, state: State) -> None:
@@ -109,12 +112,19 @@ async def _prompt_ids(body: ChatRequest, model: ServedModel) -> list[int]:
 
 def render(body: ChatRequest, model: ServedModel) -> str:
     """Return a conversation as prompt text. Raises: UserError for template errors, ApiError."""
+    try:
+        return _render(body, model)
+    except RecursionError:
+        raise ApiError("The messages are nested too deeply.", param="messages") from None
+
+
+def _render(body: ChatRequest, model: ServedModel) -> str:
     continues = bool(body.continue_final_message)
     adds = body.add_generation_prompt
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
-    for name in ("messages", "tools", "documents", "add_generation_prompt", "tokenize"):
+    for name in _TAKEN_VARIABLES:
         if name in variables:
             raise ApiError(
                 f"chat_template_kwargs must not hold {name!r}.", param="chat_template_kwargs"
@@ -160,7 +170,7 @@ def _arguments(arguments: Any) -> Any:
         return arguments
     try:
         value = msgspec.json.decode(arguments)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments
 

@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-PositiveFloat = Annotated[float, Meta(gt=0, le=100)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]  # logits are divided by it
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 NumChoices = Annotated[int, Meta(ge=1, le=128)]
@@ -50,7 +50,7 @@ class SamplingRequest(ModelRequest, kw_only=True):
     # Extras of open engines; the official client sends them with `extra_body`.
     top_k: TopK | None = None
     min_p: Fraction | None = None
-    repetition_penalty: PositiveFloat | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     min_tokens: Count | None = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
