@@ -2,7 +2,7 @@
 
 Over the same tokens and the same split as the models, so a neural model that does not beat them
 has learnt nothing. Knows ids, no text. Run it: `python recipes/baselines.py
-models/mxn-shakespeare-llama`.
+src/mxn/shipped/mxn-shakespeare-llama`.
 """
 
 from __future__ import annotations

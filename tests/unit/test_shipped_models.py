@@ -1,4 +1,4 @@
-"""The checkpoints under models/: complete, small, better than the baselines, good for a chat."""
+"""The checkpoints that ship with mxn: complete, small, better than the baselines, good for a chat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
-LLAMA, DSV3 = (ROOT / "models" / f"mxn-shakespeare-{shape}" for shape in ("llama", "dsv3"))
+LLAMA, DSV3 = (ROOT / "src/mxn/shipped" / f"mxn-shakespeare-{shape}" for shape in ("llama", "dsv3"))
 FOLDERS = (LLAMA, DSV3)
 LIMIT_BYTES = {LLAMA: 16_000_000, DSV3: 8_000_000}
 FILES = (
