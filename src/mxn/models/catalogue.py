@@ -9,13 +9,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mxn.errors import MxnError
 from mxn.models.checkpoint import read_json
-from mxn.models.load import architecture
+from mxn.models.load import architecture, refuse_quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
-    """A model directory on this machine. `support` is native, encoder or fallback (to be tried)."""
+    """A model directory on this machine.
+
+    `support` is native, encoder, fallback (to be tried), or refused and why.
+    """
 
     name: str
     path: Path
@@ -26,10 +30,13 @@ class CatalogueEntry:
 
 
 def shipped_dir() -> Path:
-    """Return the folder of the models that ship with mxn."""
+    """Return the folder of the models that ship with mxn: in the package, or in the clone."""
     import mxn
 
-    return Path(mxn.__file__).parent / "shipped"
+    package = Path(mxn.__file__).parent
+    in_clone = package.parents[1] / "models"
+    is_clone = (package.parents[1] / "pyproject.toml").is_file()
+    return in_clone if is_clone and in_clone.is_dir() else package / "shipped"
 
 
 def shipped_models() -> dict[str, Path]:
@@ -62,21 +69,29 @@ def _cached_hub_models() -> list[tuple[str, Path]]:
 
 
 def _entry(name: str, path: Path, source: str) -> CatalogueEntry:
-    config_json = read_json(path / "config.json")
+    try:
+        config_json = read_json(path / "config.json")
+        supported = support(config_json)
+    except MxnError as error:  # one broken directory must not hide the others
+        config_json, supported = {}, f"refused: {error.message}"
     return CatalogueEntry(
         name=name,
         path=path,
         architecture=architecture(config_json),
-        support=support(config_json),
+        support=supported,
         source=source,
         num_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
     )
 
 
 def support(config_json: dict) -> str:
-    """Return how mxn would run this model: native, encoder, or fallback (decided at load)."""
+    """Return how mxn would run this model: native, encoder, or fallback (decided at load).
+
+    Raises: UnsupportedError when it is refused whatever its architecture.
+    """
     from mxn.models.families import find_decoder, find_encoder
 
+    refuse_quantization(config_json)
     if find_encoder(config_json):
         return "encoder"
     return "native" if find_decoder(config_json) else "fallback"

@@ -112,8 +112,8 @@ def architecture(config_json: dict[str, Any]) -> str:
 def checkpoint_dtype(config_json: dict[str, Any]) -> str:
     """Return the dtype a checkpoint says it is stored in; float32 when it does not say."""
     text = config_json.get("text_config") or {}
-    name = config_json.get("dtype") or config_json.get("torch_dtype") or text.get("dtype")
-    return str(name or "float32").removeprefix("torch.")
+    named = (part.get(key) for part in (config_json, text) for key in ("dtype", "torch_dtype"))
+    return str(next(filter(None, named), "float32")).removeprefix("torch.")
 
 
 def eos_ids(directory: Path, config_json: dict[str, Any]) -> tuple[int, ...]:
