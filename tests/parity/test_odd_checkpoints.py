@@ -74,3 +74,24 @@ def test_a_head_in_a_tied_checkpoint_counts_if_it_differs(tmp_path, device, is_e
     loaded = load_model(tmp_path, device, "float32")
     assert error_over(reference, loaded.model, list(range(3, 30))) < 1e-4
     assert loaded.num_parameters == sum(p.numel() for p in reference.parameters())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "case", ["llama3", "qwen3", "gemma2", "gemma3", "deepseek_v2-lite", "phi3"]
+)
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path, device, case):
+    exact_model = tiny.write(case, tmp_path)
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tokens = list(range(3, 60))
+    exact = exact_model(torch.tensor([tokens])).logits[0]
+    theirs = rounded.eval()(torch.tensor([tokens])).logits[0].float()
+    loaded = load_model(tmp_path, device, "bfloat16")
+    ours = Session(loaded.model).step({0: tokens})[0]
+
+    def error(got: torch.Tensor) -> float:  # median over tokens: one may choose another expert
+        return (got - exact).abs().amax(1).median().item() / exact.abs().max().item()
+
+    assert loaded.dtype == "bfloat16"
+    assert error(ours) < 1.5 * error(theirs)
+    assert error(theirs) < 0.05

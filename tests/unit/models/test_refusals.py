@@ -135,6 +135,16 @@ def test_a_gemma_that_sees_both_ways_is_not_run_as_a_causal_one(tmp_path, device
         load_model(tmp_path, device, "float32", allow_fallback=False)
 
 
+def test_a_bert_that_sees_only_what_precedes_is_not_run_as_an_encoder(tmp_path, device):
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, is_decoder=True,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="is_decoder"):
+        load_model(tmp_path, device, "float32")
+
+
 def test_a_config_transformers_cannot_read_is_a_clear_error(tmp_path, device):
     tiny.write("llama2", tmp_path)
     edit(tmp_path, model_type="nonsense")

@@ -43,6 +43,11 @@ class EncoderFamily:
                 f"position_embedding_type {config.position_embedding_type!r} of a {self.name}"
                 " encoder; known is 'absolute'"
             )
+        if getattr(config, "is_decoder", False):
+            raise UnsupportedError(
+                f"is_decoder is set in the config of a {self.name} encoder: its tokens would see"
+                " only what precedes them"
+            )
         offset = config.pad_token_id + 1 if self.has_position_offset else 0
         positions = config.max_position_embeddings - offset
         return EncoderSpec(
