@@ -131,7 +131,11 @@ def _prefill(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    num_new, context = len(q_TNH), len(k_LGH)
+    num_new = len(q_TNH)
+    if window is not None:  # older keys no query of the chunk sees
+        first = max(0, len(k_LGH) - num_new - window + 1)
+        k_LGH, v_LGJ = k_LGH[first:], v_LGJ[first:]
+    context = len(k_LGH)
     if softcap is None:
         is_plain = num_new == context and (window is None or window >= context)
         mask = None if is_plain else visible(num_new, context, window, q_TNH.device)
