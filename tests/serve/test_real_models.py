@@ -64,7 +64,7 @@ def test_a_shipped_model_answers_chat_in_one_piece_and_as_a_stream(name, tmp_pat
         options = {"model": name, "messages": [question], "max_tokens": 40, "temperature": 0}
         whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=3)
         text = whole.choices[0].message.content
-        assert len(text.split()) > 2
+        assert text.strip(), "an empty answer"
         assert whole.usage.completion_tokens == len(whole.choices[0].logprobs.content)
         streamed = client.chat.completions.create(**options, stream=True)
         parts = [chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices]
