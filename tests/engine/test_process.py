@@ -283,18 +283,28 @@ def test_a_request_to_an_engine_that_has_just_died_does_not_stop_the_event_loop(
             process = psutil.Process(engine.pid)
             process.kill()
             # The loop is busy meanwhile, so nobody has noticed; the socket has no peer any more.
-            while process.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(0.01)
+            with contextlib.suppress(psutil.NoSuchProcess):  # reaped by the child watcher's thread
+                while process.status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.01)
             time.sleep(0.2)
             assert engine.is_healthy
             with pytest.raises(EngineDiedError, match="SIGKILL"):
                 await answer(engine, "a", [1])
 
     # A thread of its own: a loop that is stopped could not even time out.
-    thread = threading.Thread(target=run, args=(check(),), daemon=True)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(check())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(30)
     assert not thread.is_alive()
+    assert failures == []
 
 
 def _name(process: psutil.Process) -> str:

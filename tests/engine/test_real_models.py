@@ -11,9 +11,10 @@ from mxn.engine.config import EngineConfig
 from mxn.engine.kvstore import page_bytes
 from mxn.engine.local import LocalEngine
 from mxn.engine.protocol import SamplingParams
+from mxn.models.catalogue import shipped_dir
 from mxn.models.tokenizer import Tokenizer
 
-MODELS = Path(__file__).parents[2] / "models"
+MODELS = shipped_dir()
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 LINES = (
     "ROMEO:\nWhat light",

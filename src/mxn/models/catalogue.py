@@ -30,13 +30,10 @@ class CatalogueEntry:
 
 
 def shipped_dir() -> Path:
-    """Return the folder of the models that ship with mxn: in the package, or in the clone."""
+    """Return the folder of the models that ship with mxn, a part of the package."""
     import mxn
 
-    package = Path(mxn.__file__).parent
-    in_clone = package.parents[1] / "models"
-    is_clone = (package.parents[1] / "pyproject.toml").is_file()
-    return in_clone if is_clone and in_clone.is_dir() else package / "shipped"
+    return Path(mxn.__file__).parent / "shipped"
 
 
 def shipped_models() -> dict[str, Path]:
