@@ -187,11 +187,6 @@ def test_template_error_is_400(make_api):
     "fields",
     [
         {"chat_template_kwargs": {"self": 1}},
-        {
-            "chat_template_kwargs": {
-                "a": functools.reduce(lambda inner, _: {"a": inner}, range(900), 1)
-            }
-        },
         {"repetition_penalty": 1e-40},
     ],
     ids=["self", "penalty"],

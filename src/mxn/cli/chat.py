@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +25,10 @@ def chat(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Model name on the server.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key for the server.")
+        str | None,
+        typer.Option(
+            envvar="MXN_API_KEY", help="Key for the server; by default `mxn up`'s, on this machine."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0: greedy.")] = None,
@@ -34,13 +40,19 @@ def chat(
     """Chat in the terminal. /clear forgets the conversation, /exit or Ctrl-D ends it."""
     messages = [{"role": "system", "content": system}] if system else []
     options = {"temperature": temperature, "max_tokens": max_tokens}
+    source: _Remote | _Local
     if model is None:
-        asyncio.run(_chat(_Remote(url, name, api_key, options), messages))
-        return
-    from mxn.cli.replica import config_for
+        source = _Remote(url, name, api_key, options)
+    else:
+        from mxn.cli.replica import config_for
 
-    config = config_for(model, device=device, dtype=dtype, threads=threads)
-    asyncio.run(_chat(_Local(config, options), messages))
+        source = _Local(config_for(model, device=device, dtype=dtype, threads=threads), options)
+    try:
+        asyncio.run(_chat(source, messages))
+    except KeyboardInterrupt:
+        # Everything is closed by now but the thread that reads a line, and nothing can end that.
+        sys.stdout.flush()
+        os._exit(130)
 
 
 class _Local:
@@ -80,17 +92,23 @@ class _Remote:
         import httpx
 
         from mxn.cli.keys import local_key
+        from mxn.cli.remote import is_here, reaching
 
         self._url = (url or _running_url()).rstrip("/")
         self._name, self._options = name, options
-        key = api_key or local_key()
+        # This machine's key is no business of others, and no proxy stands before ourselves.
+        key = api_key or (local_key() if is_here(self._url) else None)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.AsyncClient(base_url=self._url, headers=headers, timeout=600)
+        with reaching(self._url):
+            self._http = httpx.AsyncClient(
+                base_url=self._url, headers=headers, timeout=600, trust_env=not is_here(self._url)
+            )
 
     async def open(self) -> str:
-        from mxn.cli.remote import check
+        from mxn.cli.remote import check, reaching
 
-        response = await self._http.get("/v1/models")
+        with reaching(self._url):
+            response = await self._http.get("/v1/models")
         names = [entry["id"] for entry in check(response)["data"]]
         self._name = self._name or (names[0] if names else None)
         if self._name not in names:
@@ -98,12 +116,13 @@ class _Remote:
         return f"{self._name} at {self._url}"
 
     async def answer(self, messages: list[dict[str, str]]) -> Any:
-        from mxn.cli.remote import stream_chat
+        from mxn.cli.remote import reaching, stream_chat
 
         body = {"model": self._name, "messages": messages, "stream": True}
         body |= {key: value for key, value in self._options.items() if value is not None}
-        async for text in stream_chat(self._http, body):
-            yield text
+        with reaching(self._url):
+            async for text in stream_chat(self._http, body):
+                yield text
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -154,10 +173,32 @@ async def _turn(source: Any, messages: list[dict[str, str]], text: str) -> None:
 
 
 async def _read_line(is_terminal: bool) -> str | None:
-    def read() -> str | None:
-        try:
-            return input("> " if is_terminal else "").strip()
-        except EOFError:
-            return None
+    """Return the next line, None at the end.
 
-    return await asyncio.to_thread(read)
+    In a thread of its own that nobody waits for: after Ctrl-C, `asyncio.run` would wait for a
+    thread of its pool until the user has typed one more line.
+    """
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[str | None] = loop.create_future()
+
+    def give(text: str | None, error: Exception | None = None) -> None:
+        if line.done():
+            return
+        if error is None:
+            line.set_result(text)
+        else:
+            line.set_exception(error)
+
+    def read() -> None:
+        result: tuple[str | None, Exception | None]
+        try:
+            result = input("> " if is_terminal else "").strip(), None
+        except EOFError:
+            result = None, None
+        except Exception as error:  # such as bytes that are no text; raised where it is awaited
+            result = None, error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(give, *result)
+
+    threading.Thread(target=read, name="mxn-read-line", daemon=True).start()
+    return await line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import typer
@@ -27,29 +28,37 @@ def ps(as_json: Json = False) -> None:
 def _rows(server: Any) -> list[dict[str, Any]]:
     import httpx
 
+    from mxn.cli.keys import local_key
+
     base = {"pid": server.pid, "url": server.url}
+    key = local_key() if server.needs_key else None
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        load = httpx.get(f"{server.url}/load", timeout=2.0).json()
-    except (httpx.HTTPError, ValueError) as error:
-        return [base | {"model": "-", "state": f"does not answer: {error}"}]
-    models = load.get("models", {})
-    if not models:
-        return [base | {"model": ", ".join(server.models), "state": "loading"}]
-    return [base | _row(name, stats) for name, stats in models.items()]
-
-
-def _row(name: str, stats: dict[str, Any] | None) -> dict[str, Any]:
-    if stats is None:
-        return {"model": name, "state": "dead"}
-    return {"model": name, "state": "ready", **stats}
+        # No proxy: these are servers of this machine.
+        with httpx.Client(
+            base_url=server.url, headers=headers, timeout=3.0, trust_env=False
+        ) as http:
+            health = http.get("/health").json()["models"]
+            load = http.get("/load")
+            # A server with a key that is not this machine's says how it is, not how busy.
+            busy = load.json()["models"] if load.is_success else {}
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        reason = str(error) or type(error).__name__
+        return [base | {"model": ", ".join(server.models), "state": f"does not answer: {reason}"}]
+    return [
+        base | {"model": name, "state": found["status"]} | (busy.get(name) or {})
+        for name, found in health.items()
+    ]
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns, box=None, header_style="bold")
+    table = Table("pid", "url", "model", "state", "running", "waiting", "pages", box=None)
     for row in rows:
-        table.add_row(*(str(row.get(key, "")) for key in columns))
-    Console().print(table)
+        pages = f"{row['kv_pages_used']}/{row['kv_pages_total']}" if "running" in row else ""
+        cells = [row.get(key, "") for key in ("pid", "url", "model", "state", "running", "waiting")]
+        table.add_row(*map(str, cells), pages)
+    # A file or a pipe has no width: names are for copying, so they are never cut there.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

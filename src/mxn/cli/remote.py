@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from mxn.errors import MxnError, UserError
 
@@ -22,6 +24,24 @@ def _error(status: int, body: bytes) -> MxnError:
     except (ValueError, KeyError, TypeError):
         message = f"the server answered {status}"
     return (UserError if 400 <= status < 500 else MxnError)(message)
+
+
+def is_here(url: str) -> bool:
+    """Return whether a URL is one of this machine: only such a server gets this machine's key."""
+    host = urlsplit(url).hostname or ""
+    return host == "localhost" or host in ("0.0.0.0", "::", "::1") or host.startswith("127.")
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Turn what goes wrong on the way to a server into an error that names it. Raises: MxnError."""
+    import httpx
+
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise MxnError(f"no answer from {url}: {reason}", hint="`mxn ps` lists servers") from error
 
 
 async def stream_chat(http: Any, body: dict[str, Any]) -> AsyncIterator[str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mxn.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mxn.engine.client import ProcessEngine
     from mxn.engine.config import EngineConfig
     from mxn.engine.protocol import Loading, SamplingParams
@@ -23,6 +22,11 @@ def resolve_model(model: str) -> Path:
 
     shipped = shipped_models()
     return shipped[model] if model in shipped else resolve(model)
+
+
+def aliases(model: str, name: str) -> tuple[str, ...]:
+    """Return other names for callers: a hub id stays one; paths of this machine are nobody's."""
+    return () if model == name or Path(model).expanduser().exists() else (model,)
 
 
 def config_for(model: str, **settings: Any) -> EngineConfig:
@@ -106,8 +110,6 @@ async def start_replica(config: EngineConfig) -> LocalReplica:
 
     Raises: UnsupportedError for a model that makes no text.
     """
-    from pathlib import Path
-
     from mxn.engine.client import ProcessEngine
     from mxn.models.tokenizer import Tokenizer
     from mxn.serve.served import GenerationDefaults
@@ -117,10 +119,14 @@ async def start_replica(config: EngineConfig) -> LocalReplica:
         client = await ProcessEngine.start(
             config, on_progress=lambda loading: bar.update(name, loading)
         )
-    if client.info.kind != "decoder":
+    try:
+        if client.info.kind != "decoder":
+            raise UnsupportedError(
+                f"{name!r} is a {client.info.kind}: it makes vectors or scores, not text",
+                hint=f"`mxn serve {config.model}`, then call /v1/embeddings or /v1/rerank",
+            )
+        tokenizer = Tokenizer.load(config.model)
+        return LocalReplica(client, tokenizer, GenerationDefaults.load(config.model))
+    except BaseException:
         await client.close()
-        raise UnsupportedError(
-            f"{name!r} is a {client.info.kind}: it makes vectors or scores, not text",
-            hint=f"serve it with `mxn serve {config.model}` and call /v1/embeddings or /v1/rerank",
-        )
-    return LocalReplica(client, Tokenizer.load(config.model), GenerationDefaults.load(config.model))
+        raise

@@ -11,6 +11,8 @@ from mxn.cli.options import Device, Dtype, Host, MaxContext, Port, Threads
 from mxn.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mxn.engine.protocol import ModelInfo
     from mxn.serve.launch import ModelRequest
 
@@ -50,17 +52,17 @@ def serve(
     ] = None,
 ) -> None:
     """Serve MODEL... behind an OpenAI-compatible API."""
-    from mxn.cli.replica import config_for
+    from mxn.cli.replica import aliases, config_for
     from mxn.serve.launch import ModelRequest
     from mxn.units import parse_bytes
 
-    names = name or [Path(model).name for model in models]
+    names = name or [Path(model).name or Path(model).resolve().name for model in models]
     if len(names) != len(models):
         raise ConfigError(f"{len(models)} models but {len(names)} names: {', '.join(names)}")
     requests = [
         ModelRequest(
             name=served_name,
-            aliases=(model,) if model != served_name else (),
+            aliases=aliases(model, served_name) if models.count(model) == 1 else (),
             config=config_for(
                 model, device=device, dtype=dtype, threads=threads, max_context=max_context,
                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
@@ -74,21 +76,33 @@ def serve(
 
 
 def run_server(
-    requests: list[ModelRequest], host: str, port: int, api_keys: tuple[str, ...]
+    requests: list[ModelRequest],
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    *,
+    greeting: Callable[[str], str] | None = None,
 ) -> None:
-    """Serve until interrupted; progress bars while the models load."""
+    """Serve until interrupted; progress bars while the models load.
+
+    `greeting` gets the base URL once it is known and returns what to print on stdout.
+    """
     import logging
+    import signal
 
     from mxn import env
     from mxn.cli.replica import LoadingBar
     from mxn.serve.app import create_app
-    from mxn.serve.launch import load_models
+    from mxn.serve.launch import check_names, load_models
     from mxn.serve.running import announce
     from mxn.serve.served import ServedModels
     from mxn.serve.server import run
     from mxn.serve.settings import ServeSettings
 
     logging.basicConfig(level=env.get("MXN_LOG").upper(), format="%(levelname)s %(message)s")
+    check_names(requests)
+    if not all(api_keys):
+        raise ConfigError("an API key is empty", hint="give --api-key a value or leave it out")
     served = ServedModels()
 
     async def startup(models: ServedModels) -> None:
@@ -104,13 +118,25 @@ def run_server(
 
     def on_listening(url: str) -> None:
         files.append(announce(url, [r.name for r in requests], needs_key=bool(api_keys)))
+        if greeting:
+            typer.echo(greeting(url))
         typer.echo(f"listening on {url}", err=True)
 
+    def remove_files() -> None:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+    def on_sigterm(*_: object) -> None:
+        # The server has stopped and passes the signal on; by default it would end us right here.
+        remove_files()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         run(app, host, port, on_listening=on_listening)
     finally:
-        for file in files:
-            file.unlink(missing_ok=True)
+        remove_files()
 
 
 def _describe(name: str, info: ModelInfo) -> str:

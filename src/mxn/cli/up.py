@@ -26,7 +26,7 @@ def up(
     from pathlib import Path
 
     from mxn.cli.keys import ensure_local_key
-    from mxn.cli.replica import config_for
+    from mxn.cli.replica import aliases, config_for
     from mxn.cli.serve import run_server
     from mxn.models.catalogue import shipped_dir, shipped_models
     from mxn.serve.launch import ModelRequest
@@ -40,18 +40,20 @@ def up(
     requests = [
         ModelRequest(
             name=Path(model).name,
-            aliases=(model,) if model != Path(model).name else (),
+            aliases=aliases(model, Path(model).name),
             config=config_for(model, device=device, threads=threads),
         )
         for model in [*shipped, *(models or [])]
     ]
     api_key = ensure_local_key() if key else None
-    typer.echo(_first_request(host, port, shipped[0], api_key))
-    run_server(requests, host, port, (api_key,) if api_key else ())
+    run_server(
+        requests, host, port, (api_key,) if api_key else (),
+        greeting=lambda url: _first_request(url, shipped[0], api_key),
+    )  # fmt: skip
 
 
-def _first_request(host: str, port: int, model: str, api_key: str | None) -> str:
-    url = f"http://{host}:{port}/v1"
+def _first_request(base_url: str, model: str, api_key: str | None) -> str:
+    url = f"{base_url}/v1"
     header = f' -H "Authorization: Bearer {api_key}"' if api_key else ""
     body = json.dumps(
         {"model": model, "messages": [{"role": "user", "content": "Who goes there?"}]}

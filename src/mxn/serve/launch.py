@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mxn.engine.client import ProcessEngine
 from mxn.engine.config import EngineConfig
 from mxn.engine.protocol import Loading
-from mxn.errors import MxnError
+from mxn.errors import ConfigError, MxnError
 from mxn.serve.served import ServedModel, ServedModels
 
 log = logging.getLogger("mxn.serve")
@@ -31,6 +31,19 @@ class ModelRequest:
     aliases: tuple[str, ...] = ()
 
 
+def check_names(requests: list[ModelRequest]) -> None:
+    """Raises: ConfigError when a name is empty or two models have it. Loads nothing."""
+    seen: set[str] = set()
+    for request in requests:
+        names = {request.name, *request.aliases}
+        taken = sorted(names & seen)
+        if taken:
+            raise ConfigError(f"two models are named {taken[0]!r}", hint="give one another --name")
+        if "" in names:
+            raise ConfigError(f"the model {request.config.model} has an empty name")
+        seen |= names
+
+
 async def load_models(
     served: ServedModels, requests: list[ModelRequest], on_progress: Progress | None = None
 ) -> None:
@@ -39,6 +52,7 @@ async def load_models(
     A model that cannot be loaded is reported there, and its reason stands in /health. Raises: the
     first such error when no model could be loaded at all.
     """
+    check_names(requests)
     for request in requests:
         served.expect(request.name)
     results = await asyncio.gather(
@@ -67,9 +81,10 @@ async def _load(served: ServedModels, request: ModelRequest, on_progress: Progre
             ServedModel.load, request.name, client, folder, aliases=request.aliases
         )
         served.add(model)
-    except MxnError as error:
-        log.error("%s cannot be served: %s", request.name, error)
-        served.report_failure(request.name, str(error))
-        if client:
+    except BaseException as error:
+        if isinstance(error, MxnError):
+            log.error("%s cannot be served: %s", request.name, error)
+            served.report_failure(request.name, str(error))
+        if client:  # nobody else knows it yet
             await client.close()
         raise

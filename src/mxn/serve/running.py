@@ -13,6 +13,8 @@ import msgspec
 
 from mxn import env
 
+_CLOCK_SLACK_S = 5.0  # the kernel's start times are counted from boot and drift a little
+
 
 class RunningServer(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
@@ -34,7 +36,10 @@ def announce(url: str, models: list[str], *, needs_key: bool) -> Path:
         pid=os.getpid(), url=url, models=models, started_s=time.time(), needs_key=needs_key
     )
     path = _folder() / f"{server.pid}.json"
-    path.write_bytes(msgspec.json.encode(server))
+    # In one step: whoever reads half a file takes it for the rest of a dead server and removes it.
+    written = path.with_suffix(".tmp")
+    written.write_bytes(msgspec.json.encode(server))
+    written.replace(path)
     return path
 
 
@@ -47,14 +52,20 @@ def list_servers() -> list[RunningServer]:
         except (msgspec.MsgspecError, FileNotFoundError):
             path.unlink(missing_ok=True)  # half written by a process that died, or just removed
             continue
-        if _is_alive(server.pid):
+        if _is_alive(server):
             found.append(server)
         else:
             path.unlink(missing_ok=True)
     return sorted(found, key=lambda server: -server.started_s)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(server: RunningServer) -> bool:
+    """Return whether the process still runs, and is not another one that got its number."""
     import psutil
 
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        process = psutil.Process(server.pid)
+        is_same = process.create_time() <= server.started_s + _CLOCK_SLACK_S
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

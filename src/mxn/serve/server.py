@@ -31,10 +31,10 @@ def bind(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-    except OSError as exc:
+    except (OSError, OverflowError) as exc:  # OverflowError: no port number
         sock.close()
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {exc.strerror or exc}",
+            f"cannot listen on {host}:{port}: {getattr(exc, 'strerror', None) or exc}",
             hint="choose another --port, or --port 0 for a free one",
         ) from exc
     sock.listen(_BACKLOG)
