@@ -1,6 +1,6 @@
 """Train a model that ships with mxn: tokenizer, training, export, held-out perplexity, model card.
 
-    python recipes/train_small.py --shape llama --steps 3000 --out src/mxn/shipped/mxn-shakespeare-llama
+    python recipes/train_small.py --shape llama --steps 3000 --out FOLDER
 
 Needs a CPU and the packages that mxn itself needs. Interrupted runs continue when the same
 command is given again; their state lies in the `--work` folder, outside the repository. The last

@@ -72,19 +72,31 @@ def test_ps_and_chat_know_the_key_of_this_machine(mxn, locked):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_ps_says_that_a_model_failed_and_not_that_it_loads(mxn, model, home):
-    command = [sys.executable, "-m", "mxn.cli.main", "serve", str(model), "--port", "0"]
+def without_the_end_of_the_weights(model: Path, folder: Path) -> Path:
+    """Return a copy of a model whose download broke off."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
+def test_ps_says_that_a_model_failed_and_not_that_it_loads(mxn, model, home, tmp_path):
+    broken = without_the_end_of_the_weights(model, tmp_path / "broken")
+    command = [sys.executable, "-m", "mxn.cli.main", "serve", str(model), str(broken)]
     with (home / "log").open("w") as log:
         server = subprocess.Popen(
-            [*command, "--kv-memory", "1KiB"], stderr=log, env=os.environ | {"MXN_HOME": str(home)}
+            [*command, "--port", "0"], stderr=log, env=os.environ | {"MXN_HOME": str(home)}
         )
     try:
         deadline_s = time.monotonic() + 60
         while "cannot be served" not in (home / "log").read_text():
             assert time.monotonic() < deadline_s
             time.sleep(0.1)
-        row = json.loads(mxn("ps", "--json").stdout)[0]
-        assert (row["model"], row["state"]) == (model.name, "failed")
+        rows = {row["model"]: row["state"] for row in json.loads(mxn("ps", "--json").stdout)}
+        assert rows[broken.name] == "failed"
+        assert rows.get(model.name) in ("ready", "loading")
     finally:
         server.terminate()
         server.wait(30)
@@ -175,3 +187,10 @@ def test_a_note_of_a_reused_process_number_is_not_a_server(home, monkeypatch):
     path.write_text(json.dumps(old))
     assert list_servers() == []
     assert not path.exists()
+
+
+def test_a_server_whose_only_model_cannot_be_loaded_ends_with_the_reason(mxn, model, tmp_path):
+    done = mxn("serve", without_the_end_of_the_weights(model, tmp_path / "broken"), "--port", 0)
+    assert done.returncode == 2
+    assert "model.safetensors is not a readable safetensors file" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The checkpoints that ship with mxn: complete, small, better than the baselines, good for a chat."""
+"""The checkpoints that ship with mxn: complete, small, better than the baselines, good to chat."""
 
 from __future__ import annotations
 

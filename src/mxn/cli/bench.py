@@ -73,4 +73,5 @@ def _print(report: Report) -> None:
         speeds = [f"{row.tokens_per_s[n]:.1f}" if n in row.tokens_per_s else "-" for n in names]
         ratios = [f"{row.ratios[n]:.2f}" if n in row.ratios else "-" for n in names[1:]]
         table.add_row(row.workload, f"{row.counted} tokens", *speeds, *ratios)
-    Console().print(table)
+    # Wide enough for one line a row also where nobody's terminal says how wide it is.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mxn.cli.options import Device, Dtype, Host, MaxContext, Port, Threads
-from mxn.errors import ConfigError
+from mxn.errors import ConfigError, MxnError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,6 +86,7 @@ def run_server(
     """Serve until interrupted; progress bars while the models load.
 
     `greeting` gets the base URL once it is known and returns what to print on stdout.
+    Raises: the reason of the first failure when none of the models could be loaded.
     """
     import logging
     import signal
@@ -104,10 +105,16 @@ def run_server(
     if not all(api_keys):
         raise ConfigError("an API key is empty", hint="give --api-key a value or leave it out")
     served = ServedModels()
+    failures: list[MxnError] = []
 
     async def startup(models: ServedModels) -> None:
-        with LoadingBar() as bar:
-            await load_models(models, requests, bar.update)
+        try:
+            with LoadingBar() as bar:
+                await load_models(models, requests, bar.update)
+        except MxnError as error:  # there is nothing to serve: end as on Ctrl-C
+            failures.append(error)
+            signal.raise_signal(signal.SIGINT)
+            return
         for model in models:
             typer.echo(_describe(model.name, model.info), err=True)
 
@@ -135,8 +142,13 @@ def run_server(
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         run(app, host, port, on_listening=on_listening)
+    except KeyboardInterrupt:
+        if not failures:
+            raise
     finally:
         remove_files()
+    if failures:
+        raise failures[0]
 
 
 def _describe(name: str, info: ModelInfo) -> str:

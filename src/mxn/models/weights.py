@@ -207,10 +207,12 @@ class WeightReader:
         import torch
 
         names, bias = self.names, prefix + self.names.router_bias
+        # A sigmoid router chooses with its learned bias: without it, it would choose others.
+        has_bias = spec.router.scoring == "sigmoid" or bias in self.checkpoint
         gate_up, down = self._experts(spec, prefix)
         return MoeWeights(
             router_ED=self.tensor(f"{prefix}{names.router}.weight", torch.float32),
-            router_bias_E=self.tensor(bias, torch.float32) if bias in self.checkpoint else None,
+            router_bias_E=self.tensor(bias, torch.float32) if has_bias else None,
             gate_up_EFD=gate_up,
             down_EDI=down,
             shared=MlpWeights(
