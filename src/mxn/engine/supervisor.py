@@ -23,6 +23,7 @@ from mxn.units import format_seconds
 
 log = logging.getLogger("mxn.engine.supervisor")
 engine_log = logging.getLogger("mxn.engine.process")
+_LEVELS = {name: getattr(logging, name) for name in ("DEBUG", "INFO", "WARNING", "ERROR")}
 
 State = Literal["starting", "ready", "restarting", "failed", "closed"]
 
@@ -121,7 +122,12 @@ class EngineChild:
     def _keep(self, line: bytes) -> None:
         text = line.decode(errors="replace")
         self.log_tail.append(text)
-        engine_log.info("%s", text)
+        # The engine's own level is the first word of its lines; a traceback has none.
+        level, _, rest = text.partition(" ")
+        if level in _LEVELS:
+            engine_log.log(_LEVELS[level], "%s", rest)
+        else:
+            engine_log.info("%s", text)
 
 
 class Incarnation(Protocol):

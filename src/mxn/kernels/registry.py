@@ -328,7 +328,8 @@ class Ops:
     def _note(self, choice: Choice) -> None:
         self._choices[choice.op, choice.shape] = choice
         if len(choice.candidates) > 2:  # more than one kernel beside naive: a real choice
-            log.info("%s %s: %s (%s)", choice.op, choice.shape, choice.kernel, choice.reason)
+            name = f"{choice.op} {choice.shape}".strip()
+            log.info("%s: %s (%s)", name, choice.kernel, choice.reason)
 
 
 def _guarded(

@@ -13,6 +13,8 @@ from mxn.errors import MxnError
 from mxn.models.checkpoint import read_json
 from mxn.models.load import architecture, refuse_quantization
 
+_BEST_SHIPPED = "mxn-shakespeare-llama"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
@@ -37,8 +39,9 @@ def shipped_dir() -> Path:
 
 
 def shipped_models() -> dict[str, Path]:
-    """Return the models that ship with mxn, by name."""
-    return {path.parent.name: path.parent for path in sorted(shipped_dir().glob("*/config.json"))}
+    """Return the models that ship with mxn, by name; the best one first."""
+    found = {path.parent.name: path.parent for path in sorted(shipped_dir().glob("*/config.json"))}
+    return dict(sorted(found.items(), key=lambda item: item[0] != _BEST_SHIPPED))
 
 
 def find_models(directories: tuple[Path, ...] = ()) -> list[CatalogueEntry]:
