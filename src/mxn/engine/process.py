@@ -223,8 +223,10 @@ def _set_threads(num_threads: int) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(num_threads)
     # A thread that spins at a barrier takes the core from the one it waits for, once the machine
-    # has other work (3 against 170 tokens/s on two busy cores). Who owns all cores may say active.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # has other work; one that sleeps at once wakes late when it has none. A short spin loses
+    # little either way (docs/log.md has the figures). Read by libgomp, torch's runtime on Linux.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     import torch
 
     torch.set_num_threads(num_threads)
