@@ -5,7 +5,13 @@
     │  ├─ ConfigError             unknown or invalid setting
     │  ├─ UnsupportedError        model, op, dtype or chip combination that is not provided
     │  ├─ NotFoundError           a model, file or device that does not exist
-    │  └─ CapacityError           asks for more than exists
+    │  ├─ CapacityError           asks for more than exists
+    │  └─ ForbiddenError          this key may not do this
+    ├─ AuthError                  no key, or one that is unknown, expired or revoked
+    ├─ RateLimitError             too many requests or tokens in this minute
+    ├─ QuotaError                 a budget is used up; retrying does not help
+    ├─ OverloadedError            no replica has room in time; retrying later does help
+    ├─ DeadlineError              a time limit of the request passed
     ├─ ChipError                  hardware or driver failed; carries the device id
     ├─ EngineDiedError            the engine process ended while requests were under way
     └─ InternalError              our bug
@@ -53,6 +59,55 @@ class NotFoundError(UserError):
 
 class CapacityError(UserError):
     """More was asked for than exists."""
+
+
+class ForbiddenError(UserError):
+    """The key is valid and may not do this."""
+
+    code = "permission_denied"
+
+
+class AuthError(MxnError):
+    """No API key was given, or one that is unknown, expired or revoked."""
+
+    code = "invalid_api_key"
+
+
+class RateLimitError(MxnError):
+    """A limit per minute is reached. `kind` says which: requests, input_tokens, output_tokens."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, kind: str, retry_after_s: float, hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+
+class QuotaError(MxnError):
+    """A budget has no room for this request."""
+
+    code = "insufficient_quota"
+
+
+class OverloadedError(MxnError):
+    """No replica has room for the request before its deadline."""
+
+    code = "overloaded"
+
+    def __init__(
+        self, message: str, *, retry_after_s: float = 1.0, hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(MxnError):
+    """A time limit of the request passed."""
+
+    code = "request_timeout"
 
 
 class ChipError(MxnError):

@@ -15,6 +15,17 @@ FinishReason = Literal["stop", "length", "cancelled"]
 ENDED_CODE = "engine_unavailable"  # of a `Failed` whose only reason is that the process ends
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the text of an answer must look like; enforced token by token.
+
+    `kind` says what `source` is: a JSON schema, a regular expression, a grammar in llguidance's
+    Lark dialect, or one string per line to choose from.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "choice"]
+    source: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens. Temperature 0 is greedy and deterministic."""
 
@@ -36,6 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     logprobs: int | None = None  # alternatives beside the chosen token; 0: the chosen one only
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -49,6 +61,11 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt_ids: list[int]
     sampling: SamplingParams
     priority: int = 0  # smaller runs first
+    # Tokens this request has made already, on a replica that is gone. They count as output for
+    # every rule (limits, penalties, seeds, stop strings, grammar), are not sampled again, and the
+    # text of all of them is in the first delta; its `token_ids` hold the new ones only.
+    resume_ids: list[int] = []
+    adapter: str | None = None  # name of a loaded LoRA adapter; None: the base model
 
 
 class Encode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -67,11 +84,26 @@ class GetStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Load a LoRA adapter in PEFT's layout from a folder that the replica can read."""
+
+    request_id: str
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget an adapter; requests that use it finish first."""
+
+    request_id: str
+    name: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     pass
 
 
-ToEngine = Generate | Encode | Cancel | GetStats | Shutdown
+ToEngine = Generate | Encode | Cancel | GetStats | LoadAdapter | UnloadAdapter | Shutdown
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -90,13 +122,23 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=T
     stop_reason: str | int | None = None  # the stop string or token id that ended it
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    completion_tokens: int = 0  # so far
+    completion_tokens: int = 0  # so far, with resumed ones
+    device_s: float = 0.0  # last delta only: this request's share of the steps it ran in
 
 
 class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     rows: list[bytes]  # float32 little-endian, one for each sequence
     prompt_tokens: int
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer to `LoadAdapter` and `UnloadAdapter`: what is loaded now."""
+
+    request_id: str
+    adapters: tuple[str, ...] = ()
+    rank: int = 0
+    num_parameters: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -152,7 +194,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kernels: dict[str, str] = {}  # op -> chosen kernel and why
 
 
-FromEngine = Delta | Encoded | Failed | EngineStats | Loading | ModelInfo
+FromEngine = Delta | Encoded | AdapterLoaded | Failed | EngineStats | Loading | ModelInfo
 
 
 class EngineClient(Protocol):

@@ -1,0 +1,54 @@
+"""What is known of the HTTP request that the current task works for, from arrival to its end.
+
+The gateway middleware makes one for each request; whoever runs for that request finds it with
+`current()`, also in tasks and generators it started. Knows no routes and no models.
+"""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from mxn.ledger.types import LimitState, Principal
+
+
+@dataclass(slots=True, kw_only=True)
+class Hop:
+    """One replica that took part in a request."""
+
+    replica: str
+    chip: str
+    device: str = ""
+    reason: str = ""  # why the router chose it, such as "prefix 512 of 600 tokens"
+    resumed_tokens: int = 0  # tokens that were made before this replica took over
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestContext:
+    """Filled on the way; read for response headers, the ledger, traces and logs."""
+
+    request_id: str = "?"
+    principal: Principal | None = None
+    endpoint: str = ""
+    model: str = ""
+    arrived_s: float = field(default_factory=time.perf_counter)
+    upstream_s: float = 0.0  # time spent waiting for replicas, which is not the gateway's own
+    deadline_s: float | None = None  # on the clock of `time.monotonic`
+    hops: list[Hop] = field(default_factory=list)
+    limits: tuple[LimitState, ...] = ()
+    headers: dict[str, str] = field(default_factory=dict)  # added to the answer, lower case
+    is_batch: bool = False  # a line of a batch: low priority, absorbed retries
+
+
+_current: ContextVar[RequestContext | None] = ContextVar("mxn_request", default=None)
+
+
+def current() -> RequestContext:
+    """Return the context of this request; outside of one a fresh context that nobody reads."""
+    return _current.get() or RequestContext()
+
+
+def enter(context: RequestContext) -> None:
+    """Make `context` the current one for this task and what it starts."""
+    _current.set(context)
