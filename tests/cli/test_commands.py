@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mxn.cli.keys import ensure_local_key
+from mxn.cli.local_key import ensure_local_key
 from mxn.engine.config import EngineConfig
 from mxn.errors import ConfigError
 from mxn.serve.launch import ModelRequest, load_models

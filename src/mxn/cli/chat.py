@@ -91,7 +91,7 @@ class _Remote:
     ) -> None:
         import httpx
 
-        from mxn.cli.keys import local_key
+        from mxn.cli.local_key import local_key
         from mxn.cli.remote import is_here, reaching
 
         self._url = (url or _running_url()).rstrip("/")

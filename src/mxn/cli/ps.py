@@ -28,7 +28,7 @@ def ps(as_json: Json = False) -> None:
 def _rows(server: Any) -> list[dict[str, Any]]:
     import httpx
 
-    from mxn.cli.keys import local_key
+    from mxn.cli.local_key import local_key
 
     base = {"pid": server.pid, "url": server.url}
     key = local_key() if server.needs_key else None

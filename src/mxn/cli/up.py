@@ -25,7 +25,7 @@ def up(
     """Start mxn on this machine, and print the address, a key and a first request."""
     from pathlib import Path
 
-    from mxn.cli.keys import ensure_local_key
+    from mxn.cli.local_key import ensure_local_key
     from mxn.cli.replica import aliases, config_for
     from mxn.cli.serve import run_server
     from mxn.models.catalogue import shipped_dir, shipped_models
