@@ -38,7 +38,10 @@ class RequestContext:
     hops: list[Hop] = field(default_factory=list)
     limits: tuple[LimitState, ...] = ()
     headers: dict[str, str] = field(default_factory=dict)  # added to the answer, lower case
-    is_batch: bool = False  # a line of a batch: low priority, absorbed retries
+    is_batch: bool = False  # a line of a batch: low priority, progress is not noted
+    batch_id: str | None = None
+    usage_id: str | None = None  # of the row in the ledger; None: the id of the answer
+    is_billed: bool = True  # False: this work was paid for by an earlier attempt
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("mxn_request", default=None)
