@@ -7,7 +7,7 @@ Chunks are bytes made by the caller; this file knows no chunk shapes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 
 import msgspec
@@ -41,11 +41,18 @@ class EventStream(Response):
         *,
         headers: Mapping[str, str],
         heartbeat_s: float,
+        done: bytes = DONE,
+        ping: bytes = PING,
+        error_event: Callable[[ApiError], bytes] | None = None,
     ) -> None:
+        """`done`, `ping` and `error_event` are what other protocols than OpenAI's send instead."""
         self.status_code = 200
         self.background = None
         self._events = events
         self._heartbeat_s = heartbeat_s
+        self._done = done
+        self._ping = ping
+        self._error_event = error_event or (lambda error: event(error.body()))
         own = [(key.lower().encode(), value.encode("latin-1")) for key, value in headers.items()]
         self.raw_headers = [*_HEADERS, *own]
         self._sending = asyncio.Lock()
@@ -78,8 +85,9 @@ class EventStream(Response):
                 error = from_exception(exc)
                 if not self._has_started:
                     raise error from None
-                await self._send(send, event(error.body()))
-        await self._send(send, DONE)
+                await self._send(send, self._error_event(error))
+        if self._done:
+            await self._send(send, self._done)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, data: bytes) -> None:
@@ -98,4 +106,4 @@ class EventStream(Response):
             seen = self._num_sent
             await asyncio.sleep(self._heartbeat_s)
             if self._num_sent == seen:
-                await self._send(send, PING)
+                await self._send(send, self._ping)

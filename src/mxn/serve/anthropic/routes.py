@@ -1,0 +1,71 @@
+"""POST /v1/messages and /v1/messages/count_tokens, in Anthropic's shapes also for errors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mxn.serve.anthropic.answer import PING, Collector, EventWriter
+from mxn.serve.anthropic.convert import to_chat
+from mxn.serve.anthropic.errors import event_of
+from mxn.serve.anthropic.types import (
+    CountTokensAnswer,
+    CountTokensRequest,
+    Message,
+    MessagesRequest,
+)
+from mxn.serve.chat.events import ChatRun
+from mxn.serve.chat.run import count_prompt_tokens, start_chat
+from mxn.serve.http import json_response, parse, unless_gone
+from mxn.serve.openai.stream import EventStream
+from mxn.serve.state import State, new_id
+
+
+class MessageRoutes:
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    async def create(self, request: Request) -> Response:
+        body = await parse(request, MessagesRequest, self._state.settings.max_body_bytes)
+        model = self._state.find(body.model)
+        job_id = new_id("msg").replace("-", "_")
+        run = await start_chat(self._state, to_chat(body), model, job_id=job_id)
+        if not body.stream:
+            return json_response(await unless_gone(request, _whole(run)))
+        return EventStream(
+            _events(run),
+            headers={},
+            heartbeat_s=self._state.settings.heartbeat_s,
+            done=b"",
+            ping=PING,
+            error_event=event_of,
+        )
+
+    async def count_tokens(self, request: Request) -> Response:
+        body = await parse(request, CountTokensRequest, self._state.settings.max_body_bytes)
+        model = self._state.find(body.model)
+        count = await count_prompt_tokens(self._state, to_chat(body), model)
+        return json_response(CountTokensAnswer(input_tokens=count))
+
+
+async def _whole(run: ChatRun) -> Message:
+    collector = Collector()
+    async with aclosing(run.events()) as events:
+        async for event in events:
+            collector.add(event)
+    return collector.message(run.id, run.model, run.usage())
+
+
+async def _events(run: ChatRun) -> AsyncGenerator[bytes, None]:
+    writer = EventWriter(run.id, run.model)
+    has_begun = False
+    async with aclosing(run.events()) as events:
+        async for event in events:
+            start = b"" if has_begun else writer.start(run.usage())
+            has_begun = True
+            data = start + writer.write(event, run.usage())
+            if data:
+                yield data

@@ -1,0 +1,345 @@
+"""Batches in the database: states, leases and lines. Blocking; call it from a thread.
+
+A gateway works on a batch while it holds its lease; `fence` grows when the lease changes hands, and
+every write of a worker names the fence it got, so a worker that was paused changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+import msgspec
+from sqlalchemy import Engine, func, insert, select, update
+
+from mxn.ledger.schema import usage
+from mxn.ledger.tables_batch import batch_lines, batches
+from mxn.ledger.types import Principal
+from mxn.serve.batch.types import (
+    Batch,
+    BatchError,
+    BatchErrors,
+    BatchOutputDetails,
+    BatchRequest,
+    BatchTokensDetails,
+    BatchUsage,
+    RequestCounts,
+)
+
+_US = 1_000_000
+_WINDOW_S = 24 * 3600
+ACTIVE = ("validating", "in_progress", "finalizing", "cancelling")
+_TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+
+
+def now_us() -> int:
+    return time.time_ns() // 1000
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch that this gateway may work on, until the lease ends or is renewed."""
+
+    id: str
+    fence: int
+    principal: Principal
+    endpoint: str
+    status: str
+    input_file_id: str
+    output_expires_s: int | None
+    expires_us: int
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    line: int
+    custom_id: str
+    body: str
+    usage_id: str | None  # of an attempt that was under way when its gateway died
+
+
+class BatchStore:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def create(self, request: BatchRequest, owner: Principal) -> Batch:
+        now = now_us()
+        expires = request.output_expires_after
+        row = {
+            "id": f"batch_{uuid.uuid4().hex}",
+            "org_id": owner.org_id,
+            "project_id": owner.project_id,
+            "key_id": owner.key_id,
+            "user_id": owner.user_id,
+            "principal": msgspec.json.encode(owner).decode(),
+            "endpoint": request.endpoint,
+            "status": "validating",
+            "input_file_id": request.input_file_id,
+            "completion_window": request.completion_window,
+            "metadata": msgspec.json.encode(request.metadata).decode(),
+            "output_expires_s": expires.seconds if expires else None,
+            "created_us": now,
+            "expires_us": now + _WINDOW_S * _US,
+        }
+        with self._engine.begin() as connection:
+            connection.execute(insert(batches).values(**row))
+        found = self.get(row["id"], owner.project_id)
+        assert found is not None
+        return found
+
+    def get(self, batch_id: str, project_id: str) -> Batch | None:
+        query = select(batches).where(batches.c.id == batch_id, batches.c.project_id == project_id)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).first()
+            if row is None:
+                return None
+            return _object(row._mapping, self._counts(connection, batch_id),
+                           self._usage(connection, batch_id))  # fmt: skip
+
+    def page(
+        self, project_id: str, *, after: str | None = None, limit: int = 20
+    ) -> tuple[list[Batch], bool]:
+        """Return a page, the newest first, and whether there is more."""
+        query = select(batches.c.id).where(batches.c.project_id == project_id)
+        if after is not None:
+            at = select(batches.c.created_us).where(batches.c.id == after).scalar_subquery()
+            query = query.where(batches.c.created_us < at)
+        query = query.order_by(batches.c.created_us.desc()).limit(limit + 1)
+        with self._engine.connect() as connection:
+            ids = list(connection.execute(query).scalars())
+        found = [self.get(batch_id, project_id) for batch_id in ids[:limit]]
+        return [batch for batch in found if batch is not None], len(ids) > limit
+
+    def ask_to_cancel(self, batch_id: str, project_id: str) -> bool:
+        """Note that nothing more of a batch shall start; False if it has ended already."""
+        with self._engine.begin() as connection:
+            change = (
+                update(batches)
+                .where(
+                    batches.c.id == batch_id,
+                    batches.c.project_id == project_id,
+                    batches.c.status.in_(("validating", "in_progress")),
+                )
+                .values(status="cancelling", cancelling_us=now_us())
+            )
+            return connection.execute(change).rowcount == 1
+
+    def claim(self, gateway_id: str, lease_s: float) -> Held | None:
+        """Take the oldest batch that nobody works on."""
+        now = now_us()
+        query = (
+            select(batches)
+            .where(batches.c.status.in_(ACTIVE), batches.c.lease_us < now)
+            .order_by(batches.c.created_us)
+            .limit(1)
+        )
+        with self._engine.begin() as connection:
+            row = connection.execute(query).first()
+            if row is None:
+                return None
+            take = (
+                update(batches)
+                .where(batches.c.id == row.id, batches.c.fence == row.fence)
+                .values(owner=gateway_id, lease_us=now + int(lease_s * _US), fence=row.fence + 1)
+            )
+            if connection.execute(take).rowcount != 1:
+                return None  # another gateway was faster
+        return Held(
+            id=row.id,
+            fence=row.fence + 1,
+            principal=msgspec.json.decode(row.principal, type=Principal),
+            endpoint=row.endpoint,
+            status=row.status,
+            input_file_id=row.input_file_id,
+            output_expires_s=row.output_expires_s,
+            expires_us=row.expires_us,
+        )
+
+    def renew(self, held: Held, lease_s: float) -> str | None:
+        """Keep a batch; return its status, or None when it is another gateway's now."""
+        values = {"lease_us": now_us() + int(lease_s * _US)}
+        if not self._update(held, **values):
+            return None
+        with self._engine.connect() as connection:
+            query = select(batches.c.status).where(batches.c.id == held.id)
+            return connection.execute(query).scalar()
+
+    def release(self, held: Held) -> None:
+        self._update(held, lease_us=0, owner=None)
+
+    def fail(self, held: Held, errors: list[BatchError]) -> None:
+        body = msgspec.json.encode(errors).decode()
+        self._update(held, status="failed", failed_us=now_us(), errors=body, lease_us=0)
+
+    def begin(self, held: Held, model: str | None, lines: list[tuple[str, str]]) -> bool:
+        """Enter the checked lines and go to `in_progress`; False when it was cancelled meanwhile
+        or is another gateway's."""
+        rows = [
+            {"batch_id": held.id, "line": at, "custom_id": custom_id, "body": body,
+             "state": "pending"}
+            for at, (custom_id, body) in enumerate(lines, start=1)
+        ]  # fmt: skip
+        with self._engine.begin() as connection:
+            change = (
+                update(batches)
+                .where(
+                    batches.c.id == held.id,
+                    batches.c.fence == held.fence,
+                    batches.c.status == "validating",
+                )
+                .values(status="in_progress", in_progress_us=now_us(), model=model, total=len(rows))
+            )
+            if connection.execute(change).rowcount != 1:
+                return False
+            for start in range(0, len(rows), 1000):
+                connection.execute(insert(batch_lines), rows[start : start + 1000])
+        return True
+
+    def next_lines(self, held: Held, after: int, limit: int) -> list[Line]:
+        """Return lines that are not done, in order, beginning behind line `after`."""
+        columns = (batch_lines.c.line, batch_lines.c.custom_id, batch_lines.c.body,
+                   batch_lines.c.usage_id)  # fmt: skip
+        query = (
+            select(*columns)
+            .where(
+                batch_lines.c.batch_id == held.id,
+                batch_lines.c.line > after,
+                batch_lines.c.state.in_(("pending", "running")),
+            )
+            .order_by(batch_lines.c.line)
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            return [
+                Line(line=row.line, custom_id=row.custom_id, body=row.body, usage_id=row.usage_id)
+                for row in connection.execute(query)
+            ]
+
+    def was_billed(self, usage_id: str) -> bool:
+        """Return whether an attempt had been settled as complete before its gateway died."""
+        query = select(usage.c.state, usage.c.reason).where(usage.c.id == usage_id)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).first()
+        return row is not None and row.state == "settled" and row.reason == "complete"
+
+    def start_line(self, held: Held, line: int, usage_id: str) -> bool:
+        """Note the attempt before it begins. False when the batch is another gateway's."""
+        return self._set_line(held, line, state="running", usage_id=usage_id)
+
+    def end_line(self, held: Held, line: int, state: str, result: str) -> bool:
+        return self._set_line(held, line, state=state, result=result)
+
+    def fail_rest(self, held: Held, results: list[tuple[int, str]]) -> None:
+        for line, result in results:
+            self.end_line(held, line, "failed", result)
+
+    def results(self, held: Held, state: str, after: int, limit: int) -> list[tuple[int, str]]:
+        query = (
+            select(batch_lines.c.line, batch_lines.c.result)
+            .where(
+                batch_lines.c.batch_id == held.id,
+                batch_lines.c.line > after,
+                batch_lines.c.state == state,
+            )
+            .order_by(batch_lines.c.line)
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            return [(row.line, row.result) for row in connection.execute(query)]
+
+    def to_finalizing(self, held: Held) -> None:
+        self._update(held, status="finalizing", finalizing_us=now_us())
+
+    def finish(
+        self, held: Held, status: str, output_file_id: str | None, error_file_id: str | None
+    ) -> bool:
+        """Enter the files and the last status."""
+        return self._update(
+            held,
+            status=status,
+            output_file_id=output_file_id,
+            error_file_id=error_file_id,
+            lease_us=0,
+            **{f"{status}_us": now_us()},
+        )
+
+    def _update(self, held: Held, **values: Any) -> bool:
+        with self._engine.begin() as connection:
+            change = (
+                update(batches)
+                .where(batches.c.id == held.id, batches.c.fence == held.fence)
+                .values(**values)
+            )
+            return connection.execute(change).rowcount == 1
+
+    def _set_line(self, held: Held, line: int, **values: Any) -> bool:
+        is_mine = (
+            select(batches.c.id)
+            .where(batches.c.id == held.id, batches.c.fence == held.fence)
+            .exists()
+        )
+        with self._engine.begin() as connection:
+            change = (
+                update(batch_lines)
+                .where(batch_lines.c.batch_id == held.id, batch_lines.c.line == line, is_mine)
+                .values(**values)
+            )
+            return connection.execute(change).rowcount == 1
+
+    @staticmethod
+    def _counts(connection: Any, batch_id: str) -> RequestCounts:
+        query = (
+            select(batch_lines.c.state, func.count())
+            .where(batch_lines.c.batch_id == batch_id)
+            .group_by(batch_lines.c.state)
+        )
+        counts = dict(connection.execute(query).all())
+        return RequestCounts(
+            total=sum(counts.values()),
+            completed=counts.get("completed", 0),
+            failed=counts.get("failed", 0),
+        )
+
+    @staticmethod
+    def _usage(connection: Any, batch_id: str) -> BatchUsage | None:
+        columns = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+        sums = [func.coalesce(func.sum(usage.c[name]), 0) for name in columns]
+        query = select(func.count(), *sums).where(
+            usage.c.batch_id == batch_id,
+            usage.c.state == "settled",
+            usage.c.cost_micro.is_not(None),
+        )
+        count, given, cached, made, reasoning = connection.execute(query).one()
+        if not count:
+            return None
+        return BatchUsage(
+            input_tokens=int(given),
+            input_tokens_details=BatchTokensDetails(cached_tokens=int(cached)),
+            output_tokens=int(made),
+            output_tokens_details=BatchOutputDetails(reasoning_tokens=int(reasoning)),
+            total_tokens=int(given) + int(made),
+        )
+
+
+def _object(row: Any, counts: RequestCounts, usage: BatchUsage | None) -> Batch:
+    def seconds(name: str) -> int | None:
+        value = row[f"{name}_us"]
+        return value // _US if value is not None else None
+
+    errors = msgspec.json.decode(row["errors"], type=list[BatchError]) if row["errors"] else None
+    return Batch(
+        id=row["id"],
+        endpoint=row["endpoint"],
+        model=row["model"],
+        errors=BatchErrors(data=errors) if errors else None,
+        input_file_id=row["input_file_id"],
+        completion_window=row["completion_window"],
+        status=row["status"],
+        output_file_id=row["output_file_id"],
+        error_file_id=row["error_file_id"],
+        created_at=row["created_us"] // _US,
+        expires_at=row["expires_us"] // _US,
+        **{f"{name}_at": seconds(name) for name in _TIMES},  # type: ignore[arg-type]
+        request_counts=counts,
+        usage=usage,
+        metadata=msgspec.json.decode(row["metadata"]) if row["metadata"] else None,
+    )

@@ -1,0 +1,258 @@
+"""/v1/responses: create (whole, streamed, in the background), read, delete, cancel, count."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response as HttpResponse
+
+from mxn.engine.protocol import TokenLogprob
+from mxn.serve.batch.routes import page_limit, requester
+from mxn.serve.chat.events import ChatRun
+from mxn.serve.chat.run import count_prompt_tokens, start_chat
+from mxn.serve.http import json_response, parse, unless_gone
+from mxn.serve.openai.errors import ApiError, from_exception
+from mxn.serve.openai.logprobs import chat_logprobs
+from mxn.serve.openai.stream import EventStream
+from mxn.serve.responses.answer import Builder
+from mxn.serve.responses.convert import items_of, items_of_output, to_chat
+from mxn.serve.responses.store import ResponseStore, Stored, chain
+from mxn.serve.responses.types import (
+    Deleted,
+    InputItem,
+    InputTokens,
+    InputTokensRequest,
+    ItemList,
+    Response,
+    ResponseRequest,
+    TextOptions,
+)
+from mxn.serve.served import ServedModel
+from mxn.serve.state import State, new_id
+
+
+class ResponseRoutes:
+    def __init__(self, state: State, store: ResponseStore) -> None:
+        self._state = state
+        self._store = store
+        self._running: dict[tuple[str, str], asyncio.Task[None]] = {}  # in the background
+
+    async def create(self, request: Request) -> HttpResponse:
+        body = await parse(request, ResponseRequest, self._state.settings.max_body_bytes)
+        if body.background and body.stream:
+            raise ApiError("A response in the background is not streamed.", param="stream")
+        model = self._state.find(body.model)
+        earlier = await self._earlier(body)
+        chat = to_chat(body, [*earlier, *items_of(body)])
+        run = await start_chat(self._state, chat, model, job_id=new_id("resp").replace("-", "_"))
+        response = _response(body, run)
+        builder = Builder(response, _logprobs(model) if chat.logprobs else None)
+        project = requester().project_id
+        if body.background:
+            return await self._begin(body, run, builder, project)
+        if not body.stream:
+            await unless_gone(request, self._whole(run, builder))
+            await self._keep(body, response, project)
+            return json_response(response)
+        return EventStream(
+            self._events(body, run, builder, project),
+            headers={},
+            heartbeat_s=self._state.settings.heartbeat_s,
+            done=b"",
+        )
+
+    async def retrieve(self, request: Request) -> HttpResponse:
+        return json_response((await self._find(request)).response)
+
+    async def delete(self, request: Request) -> HttpResponse:
+        response_id = request.path_params["response_id"]
+        project = requester().project_id
+        if task := self._running.get((project, response_id)):
+            task.cancel()
+        if not await asyncio.to_thread(self._store.delete, response_id, project):
+            raise _not_found(response_id)
+        return json_response(Deleted(id=response_id))
+
+    async def cancel(self, request: Request) -> HttpResponse:
+        stored = await self._find(request)
+        if not stored.response.background:
+            raise ApiError("Only a response in the background can be cancelled.", param="id")
+        task = self._running.get((requester().project_id, stored.response.id))
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+            stored = await self._find(request)
+        return json_response(stored.response)
+
+    async def input_items(self, request: Request) -> HttpResponse:
+        stored = await self._find(request)
+        limit = page_limit(request, 20, largest=100)
+        items = [_shown(item, at) for at, item in enumerate(stored.input)]
+        if request.query_params.get("order", "desc") == "desc":
+            items.reverse()
+        after = request.query_params.get("after")
+        if after is not None:
+            ids = [item["id"] for item in items]
+            items = items[ids.index(after) + 1 :] if after in ids else []
+        page = items[:limit]
+        return json_response(
+            ItemList(
+                data=page,
+                first_id=page[0]["id"] if page else None,
+                last_id=page[-1]["id"] if page else None,
+                has_more=len(items) > limit,
+            )
+        )
+
+    async def input_tokens(self, request: Request) -> HttpResponse:
+        body = await parse(request, InputTokensRequest, self._state.settings.max_body_bytes)
+        model = self._state.find(body.model)
+        chat = to_chat(body, [*await self._earlier(body), *items_of(body)])
+        count = await count_prompt_tokens(self._state, chat, model)
+        return json_response(InputTokens(input_tokens=count))
+
+    async def _earlier(self, body: InputTokensRequest) -> list[InputItem]:
+        """Return the items of the conversation so far. Raises: ApiError 404."""
+        if body.previous_response_id is None:
+            return []
+        found = await asyncio.to_thread(
+            chain, self._store, body.previous_response_id, requester().project_id
+        )
+        if found is None:
+            error = _not_found(body.previous_response_id)
+            error.param, error.code = "previous_response_id", "previous_response_not_found"
+            raise error
+        return [
+            item
+            for stored in found
+            for item in (*stored.input, *items_of_output(stored.response.output))
+        ]
+
+    async def _whole(self, run: ChatRun, builder: Builder) -> None:
+        builder.begin()
+        async with aclosing(run.events()) as events:
+            async for event in events:
+                builder.add(event)
+        builder.end(run.usage())
+
+    async def _events(
+        self, body: ResponseRequest, run: ChatRun, builder: Builder, project: str
+    ) -> AsyncGenerator[bytes, None]:
+        has_begun = False
+        try:
+            async with aclosing(run.events()) as events:
+                async for event in events:
+                    said = [] if has_begun else builder.begin()
+                    has_begun = True
+                    yield builder.encode([*said, *builder.add(event)])
+        except Exception as exc:
+            if not has_begun:
+                raise  # still gets a real status
+            error = from_exception(exc)
+            said = builder.fail(error.code or "server_error", error.message, run.usage())
+            await self._keep(body, builder.response, project)
+            yield builder.encode(said)
+            return
+        said = builder.end(run.usage())
+        await self._keep(body, builder.response, project)
+        yield builder.encode(said)
+
+    async def _begin(
+        self, body: ResponseRequest, run: ChatRun, builder: Builder, project: str
+    ) -> HttpResponse:
+        """Answer at once; the work goes on and its result is read later."""
+        response = builder.response
+        response.status = "queued"
+        await self._keep(body, response, project)
+        answer = json_response(response)
+        key = (project, response.id)
+        task = asyncio.create_task(self._work(run, builder, project))
+        self._running[key] = task
+        task.add_done_callback(lambda _: self._running.pop(key, None))
+        return answer
+
+    async def _work(self, run: ChatRun, builder: Builder, project: str) -> None:
+        try:
+            await self._whole(run, builder)
+        except asyncio.CancelledError:
+            builder.cancel(run.usage())
+        except Exception as exc:
+            error = from_exception(exc)
+            builder.fail(error.code or "server_error", error.message, run.usage())
+        await asyncio.to_thread(self._store.replace, project, builder.response)
+
+    async def _keep(self, body: ResponseRequest, response: Response, project: str) -> None:
+        if body.store is False and not body.background:
+            return
+        stored = Stored(response=response, input=items_of(body))
+        await asyncio.to_thread(self._store.put, project, stored)
+
+    async def _find(self, request: Request) -> Stored:
+        response_id = request.path_params["response_id"]
+        project = requester().project_id
+        stored = await asyncio.to_thread(self._store.get, response_id, project)
+        if stored is None:
+            raise _not_found(response_id)
+        return stored
+
+
+def _response(body: ResponseRequest, run: ChatRun) -> Response:
+    """Return the response before its first event: what was asked, said back."""
+    response = Response(
+        id=run.id,
+        created_at=float(run.created or int(time.time())),
+        status="queued",
+        model=run.model,
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        max_tool_calls=body.max_tool_calls,
+        metadata=body.metadata or {},
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        previous_response_id=body.previous_response_id,
+        service_tier=body.service_tier,
+        store=body.store is not False,
+        background=bool(body.background),
+        temperature=body.temperature,
+        tool_choice=body.tool_choice if body.tool_choice is not None else "auto",
+        tools=body.tools or [],
+        top_logprobs=body.top_logprobs,
+        top_p=body.top_p,
+        truncation=body.truncation or "disabled",
+        user=body.user,
+    )
+    if body.reasoning is not None:
+        response.reasoning = body.reasoning
+    if body.text is not None:
+        response.text = TextOptions(
+            format=body.text.format or {"type": "text"}, verbosity=body.text.verbosity
+        )
+    return response
+
+
+def _logprobs(model: ServedModel) -> Any:
+    def convert(entries: list[TokenLogprob]) -> list[dict[str, Any]]:
+        return msgspec.to_builtins(chat_logprobs(model.tokenizer, entries).content)
+
+    return convert
+
+
+def _shown(item: InputItem, position: int) -> dict[str, Any]:
+    """Return an input item as it is listed: with a type, an id and parts for content."""
+    shown = msgspec.to_builtins(item)
+    shown.setdefault("type", "message")
+    shown.setdefault("id", f"{shown['type']}_{position}")
+    if shown["type"] == "message":
+        shown.setdefault("status", "completed")
+        if isinstance(shown.get("content"), str):
+            shown["content"] = [{"type": "input_text", "text": shown["content"]}]
+    return shown
+
+
+def _not_found(response_id: str) -> ApiError:
+    return ApiError(f"No such response: {response_id!r}.", status=404, param="id", code="not_found")
