@@ -22,6 +22,7 @@ from mxn.serve.openai.types import (
     ModelList,
 )
 from mxn.serve.openapi import Operation, document
+from mxn.serve.replicas.server import replica_operations
 from mxn.serve.rerank import RerankAnswer, RerankRequest, RerankRoutes, ScoreAnswer, ScoreRequest
 from mxn.serve.state import State
 from mxn.serve.status import StatusRoutes
@@ -36,7 +37,13 @@ from mxn.serve.tokenize import (
 
 def operations(state: State) -> list[Operation]:
     """Return every route of the server, `/openapi.json` last."""
-    table = [*_openai(state), *_scoring(state), *_tokens(state), *_status(state)]
+    table = [
+        *_openai(state),
+        *_scoring(state),
+        *_tokens(state),
+        *_status(state),
+        *replica_operations(state),
+    ]
     described = document(table)
 
     async def openapi(request: Request) -> Response:
