@@ -87,6 +87,7 @@ def _lifespan(
             if loading is not None:
                 await stop(loading)
             await models.close()
+            await app.state.mxn.upstreams.close()
 
     return lifespan
 

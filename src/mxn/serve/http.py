@@ -51,7 +51,7 @@ async def parse(request: Request, type: type[T], max_body_bytes: int) -> T:
     try:
         return msgspec.json.decode(body, type=type)
     except msgspec.ValidationError as exc:
-        raise _explain(exc, body) from None
+        raise explain(exc, body) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ApiError(f"The body is not valid JSON: {exc}", code="invalid_json") from None
 
@@ -80,7 +80,7 @@ def too_large(max_bytes: int) -> ApiError:
     )
 
 
-def _explain(exc: msgspec.ValidationError, body: bytes) -> ApiError:
+def explain(exc: msgspec.ValidationError, body: bytes) -> ApiError:
     """Name the field, what it must be and what was sent."""
     text = str(exc)
     match = _PATH.search(text)

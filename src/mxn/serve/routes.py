@@ -22,6 +22,7 @@ from mxn.serve.openai.types import (
     ModelList,
 )
 from mxn.serve.openapi import Operation, document
+from mxn.serve.replicas.passthrough import PassThrough
 from mxn.serve.replicas.server import replica_operations
 from mxn.serve.rerank import RerankAnswer, RerankRequest, RerankRoutes, ScoreAnswer, ScoreRequest
 from mxn.serve.state import State
@@ -57,6 +58,11 @@ def operations(state: State) -> list[Operation]:
 
 def _openai(state: State) -> list[Operation]:
     models = ModelRoutes(state)
+    foreign = PassThrough(
+        state.upstreams,
+        state.settings.max_body_bytes,
+        lambda: getattr(state, "ledger", None),
+    )
     return [
         Operation(
             method="GET",
@@ -75,7 +81,7 @@ def _openai(state: State) -> list[Operation]:
         Operation(
             method="POST",
             path="/v1/chat/completions",
-            handler=ChatRoutes(state).create,
+            handler=foreign.around("chat", ChatRoutes(state).create),
             summary="Answer a conversation",
             request=ChatRequest,
             response=ChatCompletion,
@@ -84,7 +90,7 @@ def _openai(state: State) -> list[Operation]:
         Operation(
             method="POST",
             path="/v1/completions",
-            handler=CompletionRoutes(state).create,
+            handler=foreign.around("completions", CompletionRoutes(state).create),
             summary="Continue a text",
             request=CompletionRequest,
             response=Completion,
@@ -93,7 +99,7 @@ def _openai(state: State) -> list[Operation]:
         Operation(
             method="POST",
             path="/v1/embeddings",
-            handler=EmbeddingRoutes(state).create,
+            handler=foreign.around("embeddings", EmbeddingRoutes(state).create),
             summary="Vectors of texts",
             request=EmbeddingRequest,
             response=EmbeddingList,

@@ -13,6 +13,7 @@ from mxn.serve.http import parse
 from mxn.serve.metrics import Metrics
 from mxn.serve.openai.errors import ApiError, model_not_found, unavailable
 from mxn.serve.openai.types import ModelRequest
+from mxn.serve.replicas.passthrough import UpstreamModels
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.settings import ServeSettings
 
@@ -33,6 +34,7 @@ class State:
     models: ServedModels
     settings: ServeSettings
     metrics: Metrics = field(default_factory=Metrics)
+    upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # of foreign servers
 
     async def read(self, request: Request, type: type[R]) -> tuple[R, ServedModel]:
         """Parse the body and find its model. Raises: ApiError."""

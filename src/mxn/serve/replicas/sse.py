@@ -1,0 +1,177 @@
+"""Server-sent events of OpenAI-compatible servers, cut out of bytes that arrive in any pieces.
+
+Knows the shape of chunks as far as a gateway needs it; what it does not know passes through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+_RAW_NULL = msgspec.Raw(b"null")
+
+
+class PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
+
+
+class UpstreamUsage(msgspec.Struct):
+    """Counts of a foreign server; any of them may be missing or null."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: CompletionDetails | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        details = self.prompt_tokens_details
+        return (details.cached_tokens or 0) if details else 0
+
+    @property
+    def reasoning_tokens(self) -> int:
+        details = self.completion_tokens_details
+        return (details.reasoning_tokens or 0) if details else 0
+
+
+class Choice(msgspec.Struct):
+    index: int = 0
+    delta: msgspec.Raw = _RAW_NULL
+    text: str | None = None  # completions
+    finish_reason: str | None = None
+
+
+class Chunk(msgspec.Struct):
+    """One event. `error` is set where a server reports a failure inside the stream."""
+
+    id: str | None = None
+    model: str | None = None
+    choices: list[Choice] = []
+    usage: UpstreamUsage | None = None
+    error: Any = None
+
+
+class Batch(msgspec.Struct):
+    """The events of one read: `blocks[i]` are the bytes of `chunks[i]`, without the blank line."""
+
+    blocks: list[bytes]
+    chunks: list[Chunk]
+    is_done: bool  # `[DONE]` was among them
+    problem: str | None = None  # what came after them: a failure, or what is no event
+
+
+class MalformedStream(Exception):
+    """A stream that is none, reports a failure, or ends before its answer."""
+
+
+_decoder = msgspec.json.Decoder(Chunk)
+
+
+class SseReader:
+    """Feed bytes, get batches of whole events; what is incomplete waits for the next piece."""
+
+    def __init__(self, max_event_bytes: int = 16 << 20) -> None:
+        self._rest = b""
+        self._max_event_bytes = max_event_bytes
+
+    def feed(self, data: bytes) -> Batch:
+        """Return the events that are complete now. Raises: MalformedStream for one without end."""
+        data = self._rest + data if self._rest else data
+        if b"\r" in data:  # some servers end lines as HTTP does; a split CRLF waits
+            cut = len(data) - 1 if data.endswith(b"\r") else len(data)
+            data = data[:cut].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + data[cut:]
+        head, found, self._rest = data.rpartition(b"\n\n")
+        if len(self._rest) > self._max_event_bytes:
+            raise MalformedStream(f"an event of more than {self._max_event_bytes} bytes")
+        return self._parse(head.split(b"\n\n")) if found else Batch([], [], False)
+
+    def finish(self) -> Batch:
+        """Return what the end of the stream completes: a last event without its blank line."""
+        rest, self._rest = self._rest.strip(), b""
+        return self._parse([rest]) if rest else Batch([], [], False)
+
+    def _parse(self, raw: list[bytes]) -> Batch:
+        batch = Batch([], [], False)
+        decode = _decoder.decode
+        for block in raw:
+            data = block[6:] if block.startswith(b"data: ") and b"\n" not in block else _data(block)
+            if not data:
+                continue  # a comment, such as a heartbeat
+            if data == b"[DONE]":
+                batch.is_done = True
+                continue
+            try:
+                chunk = decode(data)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+                batch.problem = f"sent {data[:80]!r} ({exc})"
+                return batch
+            if chunk.error is not None:
+                batch.problem = f"reported {chunk.error!r}"
+                return batch
+            batch.chunks.append(chunk)
+            batch.blocks.append(block if len(data) + 6 == len(block) else b"data: " + data)
+        return batch
+
+
+def _data(block: bytes) -> bytes:
+    """Return the data of an event that has other lines too, or several lines of data."""
+    lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line[:5] == b"data:"]
+    return b"\n".join(lines)
+
+
+class Renamer:
+    """Puts our id and our model's name into events, in whatever notation the server writes them.
+
+    A server repeats both in every event, so the bytes to replace are found once; an event that
+    has others is taken apart.
+    """
+
+    def __init__(self, answer_id: str, model: str) -> None:
+        self._id = msgspec.Raw(msgspec.json.encode(answer_id))
+        self._model = msgspec.Raw(msgspec.json.encode(model))
+        self._seen: tuple[str | None, str | None] | None = None
+        self._pairs: list[tuple[bytes, bytes]] = []
+
+    def rename(self, batch: Batch, first: int = 0) -> bytes:
+        """Return the events of a batch from `first` on as bytes, each with its blank line."""
+        if not batch.blocks:
+            return b""
+        if self._seen is None:
+            self._learn(batch.chunks[0], batch.blocks[0])
+        seen_id, seen_model = self._seen or (None, None)
+        if self._pairs and all(
+            chunk.id == seen_id and chunk.model == seen_model for chunk in batch.chunks
+        ):
+            blocks = batch.blocks[first:] if first else batch.blocks
+            joined = b"\n\n".join(blocks) + b"\n\n" if blocks else b""
+            if all(joined.count(old) == len(blocks) for old, _ in self._pairs):
+                for old, new in self._pairs:
+                    joined = joined.replace(old, new)
+                return joined
+        return b"".join(self._slowly(block) for block in batch.blocks[first:])
+
+    def _learn(self, chunk: Chunk, block: bytes) -> None:
+        self._seen = (chunk.id, chunk.model)
+        pairs = []
+        for name, value, new in (("id", chunk.id, self._id), ("model", chunk.model, self._model)):
+            if not value:
+                return
+            for gap in (b"", b" "):
+                old = b'"%b":%b%b' % (name.encode(), gap, msgspec.json.encode(value))
+                if block.count(old) == 1:
+                    pairs.append((old, b'"%b":%b' % (name.encode(), bytes(new))))
+                    break
+            else:
+                return
+        self._pairs = pairs
+
+    def _slowly(self, block: bytes) -> bytes:
+        fields = msgspec.json.decode(block[6:], type=dict[str, msgspec.Raw])
+        if "error" not in fields:
+            fields["id"], fields["model"] = self._id, self._model
+        return b"data: " + msgspec.json.encode(fields) + b"\n\n"

@@ -1,0 +1,380 @@
+"""One request on foreign servers: tried again, continued elsewhere, counted, settled once.
+
+Start at `UpstreamRun.whole` and `UpstreamRun.batches`. Knows bodies of OpenAI's routes as far as
+they must be changed on the way; writes no answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from mxn.errors import EngineDiedError
+from mxn.ledger.types import CloseReason, CountBasis, Ledger, OpenUsage, Settlement, Ticket
+from mxn.serve.context import Hop, RequestContext
+from mxn.serve.openai.errors import ApiError
+from mxn.serve.replicas.http_client import Answer, ConnectionLost
+from mxn.serve.replicas.sse import Batch, Choice, Chunk, MalformedStream, SseReader, UpstreamUsage
+from mxn.serve.replicas.upstream import Upstream, UpstreamSet, error_of, is_retried, lost
+
+_WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
+_TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
+BYTES_PER_TOKEN = 4  # of English text; for reservations where no tokenizer is known
+_DEFAULT_OUTPUT_TOKENS = 1024  # reserved where the caller gives no limit
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class Head(msgspec.Struct):
+    """What a gateway must know of a body; everything else only passes through."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+
+    @property
+    def limit(self) -> int | None:
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """A request as it came, ready to be sent to any server of the model."""
+
+    id: str
+    model: str  # the name the caller used
+    path: str
+    head: Head
+    fields: dict[str, msgspec.Raw]
+    body_bytes: int
+    context: RequestContext
+
+    @property
+    def is_chat(self) -> bool:
+        return "messages" in self.fields
+
+    @property
+    def input_estimate(self) -> int:
+        return self.body_bytes // BYTES_PER_TOKEN + 1
+
+    def body_for(self, upstream: Upstream) -> bytes:
+        self.fields["model"] = upstream.model_json
+        if self.head.stream:
+            self.fields["stream_options"] = _WITH_USAGE
+        return msgspec.json.encode(self.fields)
+
+
+@dataclass(slots=True)
+class Account:
+    """The row of a request in the ledger; without a ledger every method does nothing."""
+
+    ledger: Ledger | None
+    ticket: Ticket | None = None
+
+    async def open(self, plan: Plan, chips: tuple[str, ...]) -> None:
+        """Raises: RateLimitError, QuotaError."""
+        principal = plan.context.principal
+        if self.ledger is None or principal is None or not plan.context.is_billed:
+            return
+        limit = plan.head.limit
+        output = _DEFAULT_OUTPUT_TOKENS if limit is None else limit
+        self.ticket = await self.ledger.open(
+            OpenUsage(
+                usage_id=plan.context.usage_id or plan.id,
+                request_id=plan.context.request_id,
+                principal=principal,
+                endpoint=plan.path,
+                model=plan.model,
+                chips=chips,
+                input_tokens=plan.input_estimate,
+                max_output_tokens=output * (plan.head.n or 1) if _makes_tokens(plan) else 0,
+                is_stream=bool(plan.head.stream),
+                batch_id=plan.context.batch_id,
+            )
+        )
+        plan.context.limits = self.ticket.limits
+
+    async def settle(self, settlement: Settlement) -> None:
+        ticket, self.ticket = self.ticket, None
+        if ticket is not None and self.ledger is not None:
+            await self.ledger.settle(ticket, settlement)
+
+
+def _makes_tokens(plan: Plan) -> bool:
+    return not plan.path.endswith("/embeddings")
+
+
+@dataclass(slots=True)
+class UpstreamRun:
+    """One request under way."""
+
+    plan: Plan
+    upstreams: UpstreamSet
+    account: Account
+    usage: UpstreamUsage | None = None
+    num_events: int = 0  # with a piece of the answer
+    is_over: bool = False  # the last batch is out
+    upstream: Upstream | None = None
+    num_replicas: int = 0
+    _tried: list[Upstream] = field(default_factory=list)
+    _sent: list[Choice] = field(default_factory=list)  # kept while the answer could be continued
+    _finished: int = 0
+    _resumed_events: int = 0
+    is_closing: bool = False  # the row is being settled: too late to cancel
+
+    async def whole(self) -> bytes:
+        """Return the body of a complete answer. Raises: ApiError, MxnError."""
+        while True:
+            upstream = self._next()
+            started_s = time.perf_counter()
+            try:
+                answer, body = await self._fetch(upstream)
+            except ConnectionLost as exc:
+                self._give_up(upstream, lost(upstream, exc))
+                continue
+            finally:
+                upstream.num_running -= 1
+                self.plan.context.upstream_s += time.perf_counter() - started_s
+            if answer.status == 200:
+                upstream.succeeded()
+                return body
+            self._refused(upstream, answer, body)
+
+    async def _fetch(self, upstream: Upstream) -> tuple[Answer, bytes]:
+        return await upstream.http.fetch("POST", self.plan.path, self.plan.body_for(upstream))
+
+    async def batches(self) -> AsyncGenerator[Batch, None]:
+        """Yield the events of a stream; `is_over` is set before the last batch comes out.
+
+        Raises: ApiError, MxnError; mid-stream only where no server could go on.
+        """
+        answer = await self._open(None)
+        try:
+            while True:
+                upstream = self.upstream
+                assert upstream is not None
+                try:
+                    async for batch in self._read(answer, upstream):
+                        yield batch
+                    return
+                except (ConnectionLost, MalformedStream) as exc:
+                    answer.close()
+                    upstream.failed()
+                    continued = self._continuation(upstream, exc)
+                    if continued is None:
+                        self.is_over = True
+                        yield self._ended_at_limit()
+                        return
+                    answer = await self._open(continued)
+        finally:
+            answer.close()
+            if self.upstream is not None:
+                self.upstream.num_running -= 1
+
+    async def _read(self, answer: Answer, upstream: Upstream) -> AsyncGenerator[Batch, None]:
+        """Yield what one server sends. Raises: ConnectionLost, MalformedStream."""
+        reader = SseReader()
+        while True:
+            data = await answer.next()
+            batch = reader.feed(data) if data else reader.finish()
+            self._note(batch)
+            if batch.problem is not None:
+                if batch.chunks:
+                    yield batch
+                raise MalformedStream(f"{upstream.name} {batch.problem}")
+            is_complete = self._finished >= (self.plan.head.n or 1)
+            if batch.is_done or (not data and is_complete):
+                if not is_complete and not batch.chunks and not self.num_events:
+                    raise MalformedStream("an empty stream")
+                upstream.succeeded()
+                self.is_over = True
+                yield batch
+                return
+            if not data:
+                raise MalformedStream("the stream ended before its answer")
+            if batch.chunks:
+                yield batch
+
+    async def _open(self, body: dict[str, msgspec.Raw] | None) -> Answer:
+        """Return a stream that has begun, on the first server that takes the request."""
+        while True:
+            upstream = self._next(must_continue=body is not None)
+            self.upstream = None
+            fields = self.plan.fields if body is None else body
+            saved, self.plan.fields = self.plan.fields, fields
+            try:
+                data = self.plan.body_for(upstream)
+            finally:
+                self.plan.fields = saved
+            try:
+                answer = await upstream.http.open("POST", self.plan.path, data)
+                if answer.status == 200:
+                    self.upstream = upstream
+                    return answer
+                refusal = await answer.read()
+            except ConnectionLost as exc:
+                self._give_up(upstream, lost(upstream, exc))
+                continue
+            finally:
+                if self.upstream is None:
+                    upstream.num_running -= 1
+            self._refused(upstream, answer, refusal)
+
+    def _next(self, *, must_continue: bool = False) -> Upstream:
+        upstream = self.upstreams.choose(self._tried)
+        while upstream is not None and must_continue and upstream.continues == "no":
+            self._tried.append(upstream)
+            upstream = self.upstreams.choose(self._tried)
+        if upstream is None:
+            raise EngineDiedError("no server of this model could finish it", retry_after_s=1.0)
+        self._tried.append(upstream)
+        upstream.num_running += 1
+        self.num_replicas += 1
+        hop = Hop(replica=upstream.name, chip=upstream.config.chip)
+        hop.resumed_tokens = self._resumed_events
+        self.plan.context.hops.append(hop)
+        return upstream
+
+    def _give_up(self, upstream: Upstream, error: Exception) -> None:
+        """Note a server's failure; raise it when there is no other to ask."""
+        upstream.failed()
+        if self.upstreams.choose(self._tried) is None:
+            raise error
+
+    def _refused(self, upstream: Upstream, answer: Answer, body: bytes) -> None:
+        error = error_of(upstream, answer, body)
+        if not is_retried(answer.status):
+            raise error
+        self._give_up(upstream, error)
+
+    def _note(self, batch: Batch) -> None:
+        """Count what a batch holds."""
+        keeps = self._may_continue
+        for chunk in batch.chunks:
+            if chunk.usage is not None:
+                self.usage = chunk.usage
+            for choice in chunk.choices:
+                if choice.finish_reason is not None:
+                    self._finished += 1
+                elif choice.text or len(choice.delta) > 40 or not _is_opening(choice):
+                    self.num_events += 1
+                if keeps:
+                    self._sent.append(choice)
+
+    @property
+    def _may_continue(self) -> bool:
+        return self.plan.is_chat and (self.plan.head.n or 1) == 1 and len(self.upstreams.all) > 1
+
+    def _continuation(self, upstream: Upstream, exc: Exception) -> dict[str, msgspec.Raw] | None:
+        """Return the body that goes on after what was sent; None when the limit is reached.
+
+        Raises: EngineDiedError when the answer cannot be continued.
+        """
+        self.upstream = None
+        upstream.num_running -= 1
+        if not self.num_events:
+            return self.plan.fields
+        error = EngineDiedError(f"{upstream.name} was lost in mid-answer: {exc}", retry_after_s=1.0)
+        text = text_of(self._sent) if self._may_continue and not self._finished else None
+        if text is None:
+            raise error
+        self._resumed_events = self.num_events
+        fields = dict(self.plan.fields)
+        limit = self.plan.head.limit
+        if limit is not None:
+            if limit <= self.num_events:
+                return None
+            name = "max_tokens" if self.plan.head.max_completion_tokens is None else (
+                "max_completion_tokens"
+            )  # fmt: skip
+            fields[name] = msgspec.Raw(b"%d" % (limit - self.num_events))
+        messages = msgspec.json.decode(fields["messages"], type=list[msgspec.Raw])
+        said = msgspec.json.encode({"role": "assistant", "content": text})
+        fields["messages"] = msgspec.Raw(msgspec.json.encode([*messages, msgspec.Raw(said)]))
+        following = self.upstreams.choose(self._tried)
+        if following is not None and following.continues == "field":
+            fields["continue_final_message"], fields["add_generation_prompt"] = _TRUE, _FALSE
+        return fields
+
+    def _ended_at_limit(self) -> Batch:
+        value = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+        data = {"object": "chat.completion.chunk", "created": int(time.time()), "choices": [value]}
+        chunk = Chunk(choices=[Choice(finish_reason="length")])
+        return Batch([b"data: " + msgspec.json.encode(data)], [chunk], True)
+
+    def counts(self) -> tuple[int, int, CountBasis]:
+        """Return input tokens, output tokens, and where they come from."""
+        usage = self.usage
+        if usage is None or usage.prompt_tokens is None:
+            return self.plan.input_estimate, self.num_events, "events"
+        if not self._resumed_events:
+            return usage.prompt_tokens, usage.completion_tokens or 0, "server"
+        prompt = max(0, usage.prompt_tokens - self._resumed_events)
+        return prompt, self._resumed_events + (usage.completion_tokens or 0), "events"
+
+    async def settle(self, reason: CloseReason, status: int = 200) -> None:
+        """Close the row in the ledger; a second call does nothing."""
+        self.is_closing = True
+        if self.account.ticket is None:
+            return
+        hops = self.plan.context.hops
+        usage = self.usage
+        if reason in ("complete", "client_gone", "replica_lost", "timeout") or self.num_events:
+            input_tokens, output_tokens, basis = self.counts()
+        else:
+            input_tokens, output_tokens, basis = 0, 0, "events"
+        if reason == "client_gone" and not self.num_events:
+            input_tokens = 0 if usage is None else input_tokens
+        await self.account.settle(
+            Settlement(
+                reason=reason,
+                chip=hops[-1].chip if hops else "",
+                replica=hops[-1].replica if hops else "",
+                input_tokens=input_tokens,
+                cached_tokens=min(usage.cached_tokens, input_tokens) if usage else 0,
+                output_tokens=output_tokens,
+                reasoning_tokens=min(usage.reasoning_tokens, output_tokens) if usage else 0,
+                basis=basis,
+                num_replicas=max(1, self.num_replicas),
+                status=status,
+            )
+        )
+
+
+def _is_opening(choice: Choice) -> bool:
+    """Whether a delta is the first one, which only says the role."""
+    delta = bytes(choice.delta)
+    if delta == b"null":
+        return choice.text is not None and not choice.text
+    value = msgspec.json.decode(delta)
+    return not any(item for key, item in value.items() if key != "role")
+
+
+def is_opening(choice: Choice) -> bool:
+    return choice.finish_reason is None and _is_opening(choice)
+
+
+def text_of(choices: list[Choice]) -> str | None:
+    """Return the text of an answer so far; None when it holds more than text."""
+    parts: list[str] = []
+    for choice in choices:
+        delta: dict[str, Any] = msgspec.json.decode(choice.delta) or {}
+        for name, value in delta.items():
+            if name == "content":
+                parts.append(value or "")
+            elif name != "role" and value:
+                return None
+    return "".join(parts)
+
+
+def status_of(error: BaseException) -> int:
+    return error.status if isinstance(error, ApiError) else 503
