@@ -19,7 +19,18 @@ from mxn.serve.anthropic.types import (
     ToolChoice,
 )
 from mxn.serve.openai.errors import ApiError
-from mxn.serve.openai.types import ChatMessage, ChatRequest, FunctionCall, ToolCall
+from mxn.serve.openai.types import (
+    ChatMessage,
+    ChatRequest,
+    ChatTool,
+    FunctionCall,
+    FunctionDefinition,
+    FunctionName,
+    JsonSchemaFormat,
+    ResponseFormat,
+    ToolCall,
+)
+from mxn.serve.openai.types import ToolChoice as ChatToolChoice
 
 
 def to_chat(body: CountTokensRequest) -> ChatRequest:
@@ -122,30 +133,29 @@ def _text(content: str | list[Block], param: str) -> str:
     return "\n".join(block.text or "" for block in content)
 
 
-def _tool(tool: Tool, param: str) -> dict[str, Any]:
+def _tool(tool: Tool, param: str) -> ChatTool:
     if tool.type not in (None, "custom"):
         raise ApiError(
             f"{param}: tools of type {tool.type!r} run on Anthropic's servers and are not offered.",
             param=param,
         )
-    function: dict[str, Any] = {
-        "name": tool.name,
-        "parameters": tool.input_schema or {"type": "object", "properties": {}},
-    }
-    if tool.description is not None:
-        function["description"] = tool.description
-    if tool.strict is not None:
-        function["strict"] = tool.strict
-    return {"type": "function", "function": function}
+    return ChatTool(
+        function=FunctionDefinition(
+            name=tool.name,
+            description=tool.description,
+            parameters=tool.input_schema or {"type": "object", "properties": {}},
+            strict=tool.strict,
+        )
+    )
 
 
-def _tool_choice(choice: ToolChoice | None) -> str | dict[str, Any] | None:
+def _tool_choice(choice: ToolChoice | None) -> str | ChatToolChoice | None:
     if choice is None:
         return None
     if choice.type == "tool":
         if choice.name is None:
             raise ApiError("tool_choice of type 'tool' needs a name.", param="tool_choice.name")
-        return {"type": "function", "function": {"name": choice.name}}
+        return ChatToolChoice(function=FunctionName(name=choice.name))
     return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
 
 
@@ -155,7 +165,7 @@ def _template_kwargs(thinking: Thinking | None) -> dict[str, Any] | None:
     return {"enable_thinking": thinking.type != "disabled"}
 
 
-def _response_format(body: CountTokensRequest) -> dict[str, Any] | None:
+def _response_format(body: CountTokensRequest) -> ResponseFormat | None:
     wanted = body.output_config.format if body.output_config else None
     if wanted is None:
         return None
@@ -164,5 +174,5 @@ def _response_format(body: CountTokensRequest) -> dict[str, Any] | None:
             "output_config.format is {'type': 'json_schema', 'schema': {…}}.",
             param="output_config.format",
         )
-    schema = {"name": "answer", "schema": wanted["schema"], "strict": True}
-    return {"type": "json_schema", "json_schema": schema}
+    schema = JsonSchemaFormat(name="answer", schema=wanted["schema"], strict=True)
+    return ResponseFormat(type="json_schema", json_schema=schema)

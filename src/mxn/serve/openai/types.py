@@ -25,6 +25,7 @@ TokenIds = list[TokenId]
 
 class StreamOptions(Struct, kw_only=True):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # the counts so far, in every chunk
 
 
 class ModelRequest(Struct, kw_only=True):
@@ -75,12 +76,77 @@ class ToolCall(Struct, kw_only=True):
     function: FunctionCall
 
 
+class FunctionDefinition(Struct, kw_only=True, omit_defaults=True):
+    """A function the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ChatTool(Struct, kw_only=True):
+    """A tool of type `function`; other types are refused by name."""
+
+    type: str = "function"
+    function: FunctionDefinition | None = None
+
+
+class FunctionName(Struct, kw_only=True):
+    name: str
+
+
+class ToolName(Struct, kw_only=True):
+    type: str = "function"
+    function: FunctionName | None = None
+
+
+class AllowedTools(Struct, kw_only=True):
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[ToolName]
+
+
+class ToolChoice(Struct, kw_only=True):
+    """One function by name, or a part of the tools: type `function` or `allowed_tools`."""
+
+    type: str = "function"
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+
+
+class JsonSchemaFormat(Struct, kw_only=True):
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True):
+    """`text`, `json_object`, or `json_schema` with its schema."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    schema: dict[str, Any] | None = None  # llama.cpp's place for the schema of a json_object
+
+
+class StructuredOutputs(Struct, kw_only=True):
+    """vLLM's words for what an answer must look like; exactly one of them."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class ChatMessage(Struct, kw_only=True):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: FunctionCall | None = None  # older form of one entry of tool_calls
+    refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
 
@@ -90,11 +156,19 @@ class ChatRequest(SamplingRequest, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
-    response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    functions: list[dict[str, Any]] | None = None
-    function_call: str | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[ChatTool] | None = None
+    tool_choice: str | ToolChoice | None = None  # none, auto, required, or a function
+    parallel_tool_calls: bool | None = None
+    functions: list[FunctionDefinition] | None = None  # older form of tools
+    function_call: str | FunctionName | None = None  # older form of tool_choice
+    # Extras of vLLM.
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    include_reasoning: bool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
@@ -163,10 +237,27 @@ class CompletionLogprobs(Struct, kw_only=True):
     text_offset: list[int]
 
 
+class CalledFunction(Struct, kw_only=True):
+    name: str
+    arguments: str  # JSON text, as the model wrote it
+
+
+class MadeToolCall(Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AssistantMessage(Struct, kw_only=True):
+    """`reasoning` and `reasoning_content` are two names of one text, both read by clients."""
+
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: str | None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[MadeToolCall] | UnsetType = UNSET
+    function_call: CalledFunction | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
@@ -185,9 +276,27 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
 
 
+class FunctionCallDelta(Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, kw_only=True):
+    """The first of a call has id, type and name; later ones only pieces of its arguments."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionCallDelta
+
+
 class ChatDelta(Struct, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    function_call: FunctionCallDelta | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, kw_only=True):

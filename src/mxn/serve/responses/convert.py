@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from mxn.serve.openai.errors import ApiError
-from mxn.serve.openai.types import ChatMessage, ChatRequest, FunctionCall, ToolCall
+from mxn.serve.openai.types import (
+    ChatMessage,
+    ChatRequest,
+    ChatTool,
+    FunctionCall,
+    FunctionDefinition,
+    FunctionName,
+    JsonSchemaFormat,
+    ResponseFormat,
+    ToolCall,
+    ToolChoice,
+)
 from mxn.serve.responses.types import (
     FunctionCallItem,
     InputItem,
@@ -116,29 +129,36 @@ def _text(content: str | list[InputPart] | None, param: str) -> str:
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
-def _tool(tool: dict[str, Any], param: str) -> dict[str, Any]:
+def _tool(tool: dict[str, Any], param: str) -> ChatTool:
     if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
         raise ApiError(
             f"{param}: only tools of type 'function' with a name are offered, "
             f"got type {tool.get('type')!r}.",
             param=param,
         )
-    keys = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {k: tool[k] for k in keys if tool.get(k) is not None}}
+    try:
+        return ChatTool(function=msgspec.convert(tool, FunctionDefinition))
+    except msgspec.ValidationError as exc:
+        raise ApiError(f"{param}: {exc}", param=param) from None
 
 
-def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+def _tool_choice(choice: str | dict[str, Any] | None) -> str | ToolChoice | None:
     if isinstance(choice, dict):
         if choice.get("type") != "function":
             kind = choice.get("type")
             raise ApiError(f"tool_choice of type {kind!r} is not offered.", param="tool_choice")
-        return {"type": "function", "function": {"name": choice.get("name")}}
+        return ToolChoice(function=FunctionName(name=str(choice.get("name"))))
     return choice
 
 
-def _format(body: InputTokensRequest) -> dict[str, Any] | None:
+def _format(body: InputTokensRequest) -> ResponseFormat | None:
     wanted = body.text.format if body.text else None
-    if wanted is None or wanted.get("type") != "json_schema":
-        return wanted
-    inner = {key: wanted[key] for key in ("name", "schema", "strict") if key in wanted}
-    return {"type": "json_schema", "json_schema": inner}
+    if wanted is None:
+        return None
+    try:
+        if wanted.get("type") != "json_schema":
+            return msgspec.convert(wanted, ResponseFormat)
+        inner = msgspec.convert(wanted, JsonSchemaFormat)
+    except msgspec.ValidationError as exc:
+        raise ApiError(f"text.format: {exc}", param="text.format") from None
+    return ResponseFormat(type="json_schema", json_schema=inner)

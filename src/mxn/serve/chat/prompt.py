@@ -1,0 +1,113 @@
+"""A conversation as prompt text: messages in OpenAI's words through the model's chat template.
+
+Knows templates and message shapes; knows no sampling and no answers. Start at `render`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from mxn.serve.openai.errors import ApiError
+from mxn.serve.openai.types import ChatMessage, ChatRequest, ContentPart
+from mxn.serve.served import ServedModel
+
+# What `chat_template_kwargs` must not set: fields of their own, and Python's name for the renderer.
+_TAKEN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "tokenize", "self")
+# A template takes about 1 ms for this much; below it a thread costs more than it frees.
+_INLINE_CHARS = 256 << 10
+
+
+async def render_aside(
+    body: ChatRequest, model: ServedModel, tools: Sequence[dict[str, Any]] | None = None
+) -> str:
+    """Return `render`'s text; a huge conversation goes through a thread, so that the loop lives."""
+    if _num_chars(body) < _INLINE_CHARS:
+        return render(body, model, tools)
+    return await asyncio.to_thread(render, body, model, tools)
+
+
+def _num_chars(body: ChatRequest) -> int:
+    total = 0
+    for message in body.messages:
+        if isinstance(message.content, str):
+            total += len(message.content)
+        else:
+            total += sum(len(part.text or "") for part in message.content or ())
+    return total
+
+
+def render(
+    body: ChatRequest, model: ServedModel, tools: Sequence[dict[str, Any]] | None = None
+) -> str:
+    """Return a conversation as prompt text. Raises: UserError for template errors, ApiError."""
+    try:
+        return _render(body, model, tools)
+    except RecursionError:
+        raise ApiError("The messages are nested too deeply.", param="messages") from None
+
+
+def _render(body: ChatRequest, model: ServedModel, tools: Sequence[dict[str, Any]] | None) -> str:
+    continues = bool(body.continue_final_message)
+    adds = body.add_generation_prompt
+    messages = [_template_message(message, model, at) for at, message in enumerate(body.messages)]
+    return model.tokenizer.render_chat(
+        messages,
+        **{
+            **_variables(body),
+            "add_generation_prompt": not continues if adds is None else adds,
+            "continue_final_message": continues,
+            "documents": body.documents,
+            "tools": tools,
+        },
+    )
+
+
+def _variables(body: ChatRequest) -> dict[str, Any]:
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    for name in _TAKEN_VARIABLES:
+        if name in variables:
+            raise ApiError(
+                f"chat_template_kwargs must not hold {name!r}.", param="chat_template_kwargs"
+            )
+    return variables
+
+
+def _template_message(message: ChatMessage, model: ServedModel, position: int) -> dict[str, Any]:
+    """Return a message as templates expect it: content as text, arguments as objects."""
+    out: dict[str, Any] = msgspec.structs.asdict(message)
+    if message.role == "developer" and not model.tokenizer.templates.mentions("developer"):
+        out["role"] = "system"  # the newer name of the same role
+    if isinstance(message.content, list):
+        out["content"] = _joined(message.content, f"messages[{position}].content")
+    if message.tool_calls is not None:
+        out["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
+        for call in out["tool_calls"]:
+            call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+    return out
+
+
+def _joined(parts: list[ContentPart], param: str) -> str:
+    for at, part in enumerate(parts):
+        if part.type not in ("text", "input_text", "refusal") or part.text is None:
+            raise ApiError(
+                f"Content part {at} has type {part.type!r}; this model takes text parts only.",
+                param=f"{param}[{at}]",
+            )
+    return "\n".join(part.text or "" for part in parts)
+
+
+def _arguments(arguments: Any) -> Any:
+    """Return a tool call's arguments as an object; text that is none stays what it is."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
