@@ -16,7 +16,6 @@ from sqlalchemy import Connection, delete, func, insert, literal, select
 from mxn.errors import ConfigError
 from mxn.ledger import schema
 from mxn.ledger.moments import MAX_US, day_of, day_start_us, next_day, parse_zone
-from mxn.ledger.tables_rollup import rollup_state
 
 # Rows of a day may become visible shortly after its end: transactions under way, slow clocks.
 GRACE_US = 15 * 60 * 1_000_000
@@ -42,7 +41,7 @@ def roll_up(
     Raises: ConfigError for an unknown time zone.
     """
     zone = parse_zone(zone_name)
-    known = connection.execute(select(rollup_state)).first()
+    known = connection.execute(select(schema.rollup_state)).first()
     if known is None or known.time_zone != zone_name or is_rebuild:
         connection.execute(delete(schema.usage_days))
         known = None
@@ -51,9 +50,9 @@ def roll_up(
     done = list(_days_with_rows(connection, first, end, zone))
     for day in done:
         _roll_day(connection, day, zone)
-    connection.execute(delete(rollup_state))
+    connection.execute(delete(schema.rollup_state))
     values = {"id": 1, "time_zone": zone_name, "through_day": max(first, end)}
-    connection.execute(insert(rollup_state).values(**values))
+    connection.execute(insert(schema.rollup_state).values(**values))
     return done
 
 
@@ -97,7 +96,7 @@ def _rolled_days(
     connection: Connection, since_us: int, until_us: int, zone_name: str, zone: tzinfo
 ) -> tuple[str, str] | None:
     """Return (first day, day behind the last) of the roll-up that lie whole in an interval."""
-    known = connection.execute(select(rollup_state)).first()
+    known = connection.execute(select(schema.rollup_state)).first()
     if known is None or known.time_zone != zone_name:
         return None
     first = day_of(since_us, zone)

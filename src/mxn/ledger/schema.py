@@ -122,6 +122,7 @@ budgets = Table(
     Column("subject_kind", Text, nullable=False),
     Column("subject_id", Text, nullable=False),
     Column("unit", Text, nullable=False),  # tokens, micro
+    Column("currency", Text, nullable=False, server_default=""),  # of micro; '' for tokens
     Column("period", Text, nullable=False),  # total, day, month
     Column("limit_amount", BigInteger, nullable=False),
     _micros("created_us"),
@@ -220,4 +221,12 @@ usage_days = Table(
     _count("reasoning_tokens"),
     _count("device_us"),
     _count("cost_micro"),
+)
+
+rollup_state = Table(
+    "rollup_state",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),  # always 1
+    Column("time_zone", Text, nullable=False),  # whose midnight separates the days
+    Column("through_day", Text, nullable=False),  # the first day that is not rolled up
 )
