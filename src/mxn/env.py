@@ -25,6 +25,8 @@ VARIABLES = (
     Variable("MXN_KERNEL_TUNING", "on", "measure kernels at load: on, off (priority decides)"),
     Variable("MXN_FALLBACK_CHECK", "on", "check a fallback model at load: on, off"),
     Variable("MXN_API_KEY", "", "key that callers of `mxn serve` must send"),
+    Variable("MXN_DATABASE", "", "URL of the ledger; empty: the SQLite file MXN_HOME/ledger.db"),
+    Variable("MXN_DATABASE_SYNC", "normal", "SQLite: normal survives a crash, full a power loss"),
     Variable("MXN_LOG", "info", "log level of engine and server: debug, info, warning, error"),
     Variable("MXN_BUILD_DIR", "", "where compiled extensions are cached; empty: MXN_HOME/build"),
     Variable("MXN_SIM", "0", "simulated chip: 1 lists its devices in detection"),
