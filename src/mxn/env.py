@@ -26,6 +26,7 @@ VARIABLES = (
     Variable("MXN_FALLBACK_CHECK", "on", "check a fallback model at load: on, off"),
     Variable("MXN_API_KEY", "", "key that callers of `mxn serve` must send"),
     Variable("MXN_DATABASE", "", "URL of the ledger; empty: the SQLite file MXN_HOME/ledger.db"),
+    Variable("MXN_TIME_ZONE", "UTC", "time zone of the days and months of usage and statements"),
     Variable("MXN_DATABASE_SYNC", "normal", "SQLite: normal survives a crash, full a power loss"),
     Variable("MXN_LOG", "info", "log level of engine and server: debug, info, warning, error"),
     Variable("MXN_BUILD_DIR", "", "where compiled extensions are cached; empty: MXN_HOME/build"),

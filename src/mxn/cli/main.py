@@ -7,7 +7,23 @@ import sys
 import typer
 
 from mxn import __version__
-from mxn.cli import bench, chat, chips, doctor, kernels, models, ps, run, serve, up
+from mxn.cli import (
+    bench,
+    chat,
+    chips,
+    doctor,
+    kernels,
+    keys,
+    limits,
+    models,
+    prices,
+    ps,
+    run,
+    serve,
+    tenants,
+    up,
+    usage,
+)
 from mxn.errors import MxnError
 
 app = typer.Typer(
@@ -27,6 +43,14 @@ app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.add_typer(chips.app, name="chips")
 app.add_typer(kernels.app, name="kernels")
+app.add_typer(keys.app, name="keys")
+app.add_typer(usage.app, name="usage")
+app.add_typer(limits.budget, name="budget")
+app.add_typer(limits.limit, name="limit")
+app.add_typer(prices.app, name="price")
+app.add_typer(tenants.orgs, name="org")
+app.add_typer(tenants.projects, name="project")
+app.add_typer(tenants.users, name="user")
 
 
 def _print_version(wanted: bool) -> None:

@@ -27,7 +27,7 @@ USAGE_COLUMNS = (
 )  # fmt: skip
 PRICE_COLUMNS = ("model", "chip", "kind", "price", "currency", "valid_from", "valid_to")
 
-# Decimals that make the price of a row of `prices` from its integer: a request is priced one by one.
+# Decimals of the price as people say it: a request is priced one by one, tokens by the million.
 _DECIMALS = {"request": 12}
 
 
