@@ -1,0 +1,134 @@
+"""Lets requests in to a fleet: at once where there is room, else through the fair queue.
+
+The waiting is here, who goes next is decided by `routing.admission`. Knows no streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mxn.errors import EngineDiedError
+from mxn.serve.context import RequestContext
+from mxn.serve.fleet import Fleet, Seat
+from mxn.serve.routing.admission import Admission, Entry
+from mxn.serve.routing.policy import Choice
+
+_RETRY_S = 1.0  # a replica that died is back in seconds, if at all
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Asked:
+    """What a request asks for."""
+
+    entry: Entry
+    prompt_ids: Sequence[int] = ()
+    chip: str | None = None
+    adapter: str | None = None
+
+
+Granted = tuple[Seat, Choice]
+
+
+class Gate:
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self.admission = Admission(fleet.rules.admission)
+        self._waiting: dict[Entry, tuple[Asked, asyncio.Future[Granted]]] = {}
+
+    async def enter(self, asked: Asked) -> Granted:
+        """Return a seat; pair it with `leave`.
+
+        Raises: EngineDiedError when no replica is there, OverloadedError when all are full and the
+        queue is, or the deadline passed.
+        """
+        if not len(self.admission):
+            granted = self._pick(asked)
+            if granted is not None:
+                self.admission.admit(asked.entry)
+                return granted
+        if not self._fleet.has_any(asked.chip):
+            raise self.unavailable(asked.chip)
+        return await self._wait(asked)
+
+    def leave(self, seat: Seat, entry: Entry, tokens: float) -> None:
+        """The request is over; `tokens` is what it really used."""
+        self._fleet.release(seat)
+        self.admission.ended(entry, tokens, self._fleet.clock())
+        self.wake()
+
+    def gave_up(self, entry: Entry, tokens: float) -> None:
+        """The request is over while it had no seat."""
+        self.admission.ended(entry, tokens, self._fleet.clock())
+
+    def wake(self) -> None:
+        """Let in whom there is room for; also to be called when replicas come or go."""
+        while len(self.admission):
+            entry = self.admission.next(self._fleet.has_room)
+            if entry is None:
+                return
+            asked, future = self._waiting.pop(entry)
+            granted = None if future.done() else self._pick(asked)
+            if granted is None:
+                self.admission.ended(entry, 0.0, self._fleet.clock())
+            else:
+                future.set_result(granted)
+
+    def unavailable(self, chip: str | None) -> EngineDiedError:
+        where = f" on {chip!r}" if chip else ""
+        return EngineDiedError(
+            f"no replica{where} is up: {self._fleet.states(chip)}",
+            hint="the server tries to bring them back; send the request again",
+            retry_after_s=_RETRY_S,
+        )
+
+    def _pick(self, asked: Asked) -> Granted | None:
+        return self._fleet.pick(asked.prompt_ids, chip=asked.chip, adapter=asked.adapter)
+
+    async def _wait(self, asked: Asked) -> Granted:
+        entry, now_s = asked.entry, self._fleet.clock()
+        victim = self.admission.wait(entry, now_s)
+        if victim is not None:
+            _, future = self._waiting.pop(victim)
+            why = "another tenant's request took its place in the queue"
+            future.set_exception(self.admission.overloaded(why))
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[entry] = asked, future
+        self.wake()  # there may be room that the requests before this one cannot use
+        try:
+            async with asyncio.timeout(max(0.0, entry.deadline_s - now_s)):
+                return await future
+        except TimeoutError:
+            self._forget(entry, future)
+            waited_s = self._fleet.clock() - now_s
+            raise self.admission.overloaded(f"it waited {waited_s:.1f} s in the queue") from None
+        except asyncio.CancelledError:
+            self._forget(entry, future)
+            raise
+
+    def _forget(self, entry: Entry, future: asyncio.Future[Granted]) -> None:
+        """Undo a wait that ended early, also where a seat was granted in the same moment."""
+        if entry in self._waiting:
+            del self._waiting[entry]
+            self.admission.remove(entry)
+        elif future.done() and not future.cancelled() and future.exception() is None:
+            seat, _ = future.result()
+            seat.breaker.abandoned()
+            self.leave(seat, entry, 0.0)
+
+
+def entry_of(context: RequestContext, cost: float, priority: int, chip: str | None) -> Entry:
+    """Return the queue's view of a request; without a key all requests are one tenant's."""
+    principal = context.principal
+    deadline_s = float("inf") if context.deadline_s is None else context.deadline_s
+    if principal is None:
+        return Entry(tenant="", cost=cost, priority=priority, deadline_s=deadline_s, target=chip)
+    return Entry(
+        tenant=f"{principal.org_id}/{principal.project_id}",
+        cost=cost,
+        weight=principal.weight,
+        priority=priority + principal.priority,
+        deadline_s=deadline_s,
+        target=chip,
+    )

@@ -1,0 +1,184 @@
+"""PooledClient: several replicas as one, whose streams go on when a replica dies.
+
+A stream that loses its replica is sent to another with the token ids made so far; what the client
+has already got is cut from the new one's text, so it sees no seam. Which replica takes a request is
+decided in `fleet.py` and `routing`. Start at `PooledClient.generate`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+
+from mxn.engine.protocol import (
+    AdapterLoaded,
+    Delta,
+    Encode,
+    Encoded,
+    EngineStats,
+    Generate,
+    LoadAdapter,
+    ModelInfo,
+    UnloadAdapter,
+)
+from mxn.errors import MxnError, NotFoundError, UnsupportedError
+from mxn.serve.calls import LOST, Core, EncodeCall, StreamCall
+from mxn.serve.fleet import Clock, PoolRules, Replica, Seat
+
+_DRAIN_LOOK_S = 0.05
+
+
+class PooledClient:
+    """An `EngineClient` over replicas of one model. Views of it share everything but their chip."""
+
+    def __init__(
+        self,
+        replicas: Iterable[Replica] = (),
+        rules: PoolRules | None = None,
+        *,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._core = Core(rules or PoolRules(), clock)
+        self._chip: str | None = None
+        for replica in replicas:
+            self.add(replica)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What all replicas together can do; `max_context` is the smallest."""
+        return self._core.fleet.info(self._chip)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether any replica is there."""
+        seats = self._core.fleet.of(self._chip)
+        return any(seat.replica.client.is_healthy for seat in seats)
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return [seat.replica for seat in self._core.fleet.of(self._chip)]
+
+    def chips(self) -> list[str]:
+        """Return the chips of the replicas, each once."""
+        return [self._chip] if self._chip else self._core.fleet.chips()
+
+    def pinned(self, chip: str) -> PooledClient:
+        """Return a view of the replicas on one chip. Raises: NotFoundError."""
+        if chip not in self.chips():
+            raise NotFoundError(f"no replica runs on {chip!r}; there are {self.chips()}")
+        view = PooledClient.__new__(PooledClient)
+        view._core, view._chip = self._core, chip
+        return view
+
+    def add(self, replica: Replica) -> None:
+        """Send requests to one more replica.
+
+        Raises: ConfigError for an id in use, or when it runs another model than the others.
+        """
+        self._core.fleet.add(replica)
+        self._core.gate.wake()
+
+    def drain(self, replica_id: str) -> None:
+        """Send nothing new to a replica. Raises: NotFoundError."""
+        self._seat(replica_id).is_draining = True
+
+    async def remove(self, replica_id: str, *, drain_s: float = 30.0) -> None:
+        """Drain a replica, wait for its requests, close it.
+
+        What is not over after `drain_s` goes on from other replicas. Raises: NotFoundError.
+        """
+        seat = self._seat(replica_id)
+        seat.is_draining = True
+        until_s = self._core.fleet.clock() + drain_s
+        while seat.in_flight and self._core.fleet.clock() < until_s:
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        self._core.fleet.drop(seat)
+        await seat.replica.client.close()
+
+    async def generate(self, request: Generate) -> AsyncIterator[Delta]:
+        """Yield deltas until one has a `finish_reason`, from as many replicas as it takes.
+
+        Raises: UserError subclasses for a bad request; OverloadedError when none has room in time;
+        EngineDiedError when no replica is left.
+        """
+        call = StreamCall(self._core, request, self._chip)
+        try:
+            await call.begin()
+            while True:
+                try:
+                    delta = await call.next()
+                except LOST as exc:
+                    await call.move(exc)
+                    continue
+                if delta is not None:
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+        finally:
+            await call.close()
+
+    async def encode(self, request: Encode) -> Encoded:
+        """Return one row for each sequence; sent whole to another replica when one is lost.
+
+        Raises: like `generate`.
+        """
+        return await EncodeCall(self._core, request, self._chip).run()
+
+    async def stats(self) -> EngineStats:
+        """Return the sums over the replicas that answer. Raises: EngineDiedError when none does."""
+        seats = self._core.fleet.of(self._chip)
+        answers = await asyncio.gather(*(self._stats_of(seat) for seat in seats))
+        known = [answer for answer in answers if answer is not None]
+        if not known:
+            raise self._core.gate.unavailable(self._chip)
+        return EngineStats(
+            **{
+                name: sum(getattr(stats, name) for stats in known)
+                for name in EngineStats.__struct_fields__
+                if name != "request_id"
+            }
+        )
+
+    async def load_adapter(self, request: LoadAdapter) -> AdapterLoaded:
+        """Load an adapter on every replica, so that each can take its requests."""
+        return await self._on_all("load_adapter", request)
+
+    async def unload_adapter(self, request: UnloadAdapter) -> AdapterLoaded:
+        return await self._on_all("unload_adapter", request)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that every replica has loaded."""
+        lists = [tuple(getattr(replica.client, "adapters", ())) for replica in self.replicas]
+        return tuple(name for name in lists[0] if all(name in names for names in lists))
+
+    async def close(self) -> None:
+        """Close the replicas, all at the same time."""
+        await self._core.prober.close()
+        await asyncio.gather(*(replica.client.close() for replica in self.replicas))
+
+    async def _on_all(self, method: str, request: LoadAdapter | UnloadAdapter) -> AdapterLoaded:
+        changes = [getattr(replica.client, method, None) for replica in self.replicas]
+        if None in changes:
+            raise UnsupportedError("not every replica of this model takes adapters")
+        done = await asyncio.gather(*(change(request) for change in changes if change))
+        if not done:
+            raise self._core.gate.unavailable(self._chip)
+        return done[0]
+
+    async def _stats_of(self, seat: Seat) -> EngineStats | None:
+        if not seat.replica.client.is_healthy:
+            return None
+        try:
+            async with asyncio.timeout(self._core.fleet.rules.probe_limit_s * 0.75):
+                return await seat.replica.client.stats()
+        except (TimeoutError, MxnError):
+            return None  # its counters are missing from the sum until it answers again
+
+    def _seat(self, replica_id: str) -> Seat:
+        seat = self._core.fleet.get(replica_id)
+        if seat is None:
+            known = [replica.id for replica in self.replicas]
+            raise NotFoundError(f"there is no replica {replica_id!r}; there are {known}")
+        return seat

@@ -1,0 +1,370 @@
+"""PooledClient: one stream out of several replicas, without a seam."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, cast
+
+import pytest
+
+from mxn.engine.protocol import Delta, Encode, Generate, SamplingParams
+from mxn.errors import (
+    CapacityError,
+    ConfigError,
+    EngineDiedError,
+    NotFoundError,
+    OverloadedError,
+    UserError,
+)
+from mxn.ledger.types import Principal
+from mxn.serve.context import RequestContext, enter
+from mxn.serve.fleet import PoolRules, Replica
+from mxn.serve.pooled import PooledClient
+from mxn.serve.routing.admission import AdmissionRules
+from mxn.serve.testing import Scripted
+
+WHOLE = "abcdefghij"
+QUICK = PoolRules(stall_floor_s=0.05, first_token_floor_s=0.1, probe_s=0.05, recover_s=0.5)
+
+
+def pool_of(*engines: Scripted, rules: PoolRules = QUICK, **options: Any) -> PooledClient:
+    replicas = [Replica(id=f"r{at}", client=engine, **options) for at, engine in enumerate(engines)]
+    return PooledClient(replicas, rules)
+
+
+def ask(request_id: str = "q", **fields: Any) -> Generate:
+    fields = {"prompt_ids": [1, 2, 3], "sampling": SamplingParams()} | fields
+    return Generate(request_id=request_id, **fields)
+
+
+async def collect(pool: PooledClient, request: Generate | None = None) -> list[Delta]:
+    return [delta async for delta in pool.generate(request or ask())]
+
+
+def run(work: Callable[[], Awaitable[Any]], context: RequestContext | None = None) -> Any:
+    async def main() -> Any:
+        enter(context or RequestContext())
+        async with asyncio.timeout(10):
+            return await work()
+
+    return asyncio.run(main())
+
+
+def check_whole(deltas: list[Delta]) -> None:
+    assert "".join(delta.text for delta in deltas) == WHOLE
+    assert [i for delta in deltas for i in delta.token_ids] == list(range(10))
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["length"]
+    assert deltas[-1].finish_reason == "length"
+    assert deltas[-1].completion_tokens == 10
+    assert {delta.request_id for delta in deltas} == {"q"}
+    assert {delta.prompt_tokens for delta in deltas} == {3}
+    assert {delta.cached_tokens for delta in deltas} == {1}
+    assert sum(delta.device_s for delta in deltas) == 0.5
+
+
+def test_an_undisturbed_stream_passes_unchanged() -> None:
+    pool = pool_of(Scripted(), Scripted())
+    check_whole(run(lambda: collect(pool)))
+
+
+@pytest.mark.parametrize("at", range(10))
+@pytest.mark.parametrize("first_holds", [0, 3])
+@pytest.mark.parametrize("second_holds", [0, 3])
+@pytest.mark.parametrize("how", ["dies_at", "stalls_at", "gives_up_at"])
+def test_a_stream_goes_on_from_another_replica(
+    how: str, at: int, first_holds: int, second_holds: int
+) -> None:
+    rules = PoolRules(stall_floor_s=0.01, first_token_floor_s=0.01, probe_s=9)
+    first = Scripted(holds=first_holds, **cast("Any", {how: at}))
+    second = Scripted(holds=second_holds, chip="sim-b")
+    context = RequestContext()
+    deltas = run(lambda: collect(pool_of(first, second, rules=rules)), context)
+    check_whole(deltas)
+    assert [hop.chip for hop in context.hops] == ["sim-a", "sim-b"]
+    assert context.hops[1].resumed_tokens == at
+    (resumed,) = second.seen
+    assert isinstance(resumed, Generate)
+    assert resumed.resume_ids == list(range(at))
+    assert resumed.request_id != "q", "the other replica may still know the first id"
+
+
+def test_three_failures_in_a_row_leave_no_seam() -> None:
+    engines = [Scripted(dies_at=2, holds=1), Scripted(dies_at=5), Scripted(stalls_at=7), Scripted()]
+    check_whole(run(lambda: collect(pool_of(*engines))))
+
+
+def test_a_request_that_came_with_resume_ids_moves_with_all_of_them() -> None:
+    first, second = Scripted(dies_at=5), Scripted()
+    deltas = run(lambda: collect(pool_of(first, second), ask(resume_ids=[0, 1, 2])))
+    assert "".join(delta.text for delta in deltas) == WHOLE
+    assert [i for delta in deltas for i in delta.token_ids] == list(range(3, 10))
+    assert cast("Generate", second.seen[0]).resume_ids == [0, 1, 2, 3, 4]
+
+
+def test_the_callers_fault_is_not_retried() -> None:
+    for error in (UserError("no"), CapacityError("too long", code="context_length_exceeded")):
+        first, second = Scripted(refuses=error), Scripted()
+        pool = pool_of(first, second)
+        with pytest.raises(type(error)):
+            run(lambda pool=pool: collect(pool))
+        assert not second.seen
+
+
+def test_a_full_engine_sends_the_request_to_another() -> None:
+    for error in (OverloadedError("full"), CapacityError("full", code="overloaded")):
+        second = Scripted()
+        check_whole(run(lambda e=error, s=second: collect(pool_of(Scripted(refuses=e), s))))
+
+
+def test_when_nothing_is_left_the_error_says_when_to_retry() -> None:
+    pool = pool_of(Scripted(dies_at=2), Scripted(dies_at=4))
+    with pytest.raises(EngineDiedError) as caught:
+        run(lambda: collect(pool))
+    assert caught.value.retry_after_s is not None
+    with pytest.raises(EngineDiedError) as caught:
+        run(lambda: collect(pool))
+    assert caught.value.retry_after_s is not None
+    assert "r0 is down" in str(caught.value)
+
+
+def test_attempts_are_bounded() -> None:
+    engines = [Scripted(gives_up_at=2) for _ in range(9)]
+    with pytest.raises(EngineDiedError):
+        run(lambda: collect(pool_of(*engines)))
+    assert sum(len(engine.seen) for engine in engines) == QUICK.max_attempts
+
+
+def test_a_stream_waits_for_its_only_replica_to_come_back() -> None:
+    engine = Scripted(dies_at=4, retry_after_s=0.1)
+
+    async def work() -> list[Delta]:
+        pool = pool_of(engine)
+
+        async def restart() -> None:
+            while engine.is_healthy:
+                await asyncio.sleep(0.01)
+            engine.dies_at = None
+            await asyncio.sleep(0.15)
+            engine.is_healthy = True
+
+        task = asyncio.create_task(restart())
+        deltas = await collect(pool)
+        await task
+        return deltas
+
+    deltas = run(work)
+    assert "".join(delta.text for delta in deltas) == WHOLE
+
+
+def test_an_iterator_that_swallows_its_cancellation_holds_nobody_up() -> None:
+    check_whole(
+        run(lambda: collect(pool_of(Scripted(stalls_at=3, swallows_cancel=True), Scripted())))
+    )
+
+
+def test_a_lone_slow_replica_is_waited_for() -> None:
+    engine = Scripted(token_s=0.12, num_tokens=3)
+    deltas = run(lambda: collect(pool_of(engine)))
+    assert "".join(delta.text for delta in deltas) == "abc"
+
+
+def test_a_lone_silent_replica_is_given_up_in_the_end() -> None:
+    with pytest.raises(EngineDiedError, match="stalled"):
+        run(lambda: collect(pool_of(Scripted(stalls_at=0))))
+
+
+def test_closing_early_cancels_and_frees_the_seat() -> None:
+    engine = Scripted(token_s=0.001)
+
+    async def work() -> None:
+        pool = pool_of(engine, max_in_flight=1)
+        for at in range(3):
+            async with aclosing(cast("Any", pool.generate(ask(f"q{at}")))) as deltas:
+                await anext(deltas)
+            assert engine.num_running == 0
+        assert engine.num_cancelled == 3
+        task = asyncio.create_task(collect(pool))
+        await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.num_running == 0
+        assert len(await collect(pool)) == 10
+
+    run(work)
+
+
+def test_a_cancelled_consumer_is_not_taken_for_a_stall() -> None:
+    async def work() -> None:
+        pool = pool_of(Scripted(stalls_at=2), Scripted())
+        task = asyncio.create_task(collect(pool))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(work)
+
+
+def test_hops_and_waiting_are_noted() -> None:
+    context = RequestContext()
+    run(lambda: collect(pool_of(Scripted(token_s=0.005))), context)
+    (hop,) = context.hops
+    assert (hop.replica, hop.chip, hop.device) == ("r0", "sim-a", "sim:0")
+    assert hop.reason == "only replica"
+    assert 0.04 < context.upstream_s < 1
+
+
+def test_encode_is_retried_whole() -> None:
+    first, second = Scripted(dies_at=0), Scripted()
+    request = Encode(request_id="e", sequences=[[1], [2]])
+    encoded = run(lambda: pool_of(first, second).encode(request))
+    assert len(encoded.rows) == 2
+    stalled, third = Scripted(stalls_at=0), Scripted()
+    assert run(lambda: pool_of(stalled, third).encode(request)).rows
+    with pytest.raises(UserError):
+        run(lambda: pool_of(Scripted(refuses=UserError("no")), third).encode(request))
+
+
+def test_replicas_of_another_model_are_refused() -> None:
+    pool = pool_of(Scripted())
+    with pytest.raises(ConfigError, match="vocab_size 27"):
+        pool.add(Replica(id="other", client=Scripted(vocab_size=27)))
+    with pytest.raises(ConfigError, match="r0"):
+        pool.add(Replica(id="r0", client=Scripted()))
+
+
+def test_info_is_what_all_can_do() -> None:
+    pool = pool_of(Scripted(max_context=50), Scripted(chip="sim-b"))
+    assert pool.info.max_context == 50
+    assert pool.chips() == ["sim-a", "sim-b"]
+    assert pool.pinned("sim-b").info.max_context == 100
+    with pytest.raises(NotFoundError, match="sim-a"):
+        pool.pinned("sim-c")
+
+
+def test_a_pinned_view_uses_only_its_chip() -> None:
+    first, second = Scripted(), Scripted(chip="sim-b", dies_at=3)
+    pool = pool_of(first, second).pinned("sim-b")
+    with pytest.raises(EngineDiedError):
+        run(lambda: collect(pool))
+    assert not first.seen
+
+
+def test_stats_are_sums_and_a_dead_replica_takes_nobody_along() -> None:
+    first, second, third = Scripted(), Scripted(), Scripted()
+    third.die()
+    pool = pool_of(first, second, third)
+    run(lambda: collect(pool))
+    run(lambda: collect(pool))
+    assert run(pool.stats).requests_total == 2
+    first.die(), second.die()
+    with pytest.raises(EngineDiedError):
+        run(pool.stats)
+
+
+def test_a_removed_replica_drains_first() -> None:
+    first = Scripted(token_s=0.01)
+
+    async def work() -> list[Delta]:
+        pool = pool_of(first)
+        task = asyncio.create_task(collect(pool))
+        await asyncio.sleep(0.02)
+        pool.add(Replica(id="new", client=Scripted(chip="sim-b")))
+        await pool.remove("r0")
+        assert first.is_closed
+        assert pool.chips() == ["sim-b"]
+        return await task
+
+    check_whole(run(work))
+    assert first.num_cancelled == 0
+
+
+def test_what_a_drain_does_not_wait_for_goes_on_elsewhere() -> None:
+    first = Scripted(token_s=0.03)
+
+    async def work() -> list[Delta]:
+        pool = pool_of(first)
+        task = asyncio.create_task(collect(pool))
+        await asyncio.sleep(0.05)
+        pool.add(Replica(id="new", client=Scripted()))
+        await pool.remove("r0", drain_s=0.0)
+        return await task
+
+    check_whole(run(work))
+
+
+def test_full_replicas_queue_requests_and_the_queue_has_an_end() -> None:
+    rules = PoolRules(admission=AdmissionRules(max_waiting=2, max_wait_s=5.0))
+
+    async def work() -> None:
+        pool = pool_of(Scripted(token_s=0.005), max_in_flight=1, rules=rules)
+        tasks = [asyncio.create_task(collect(pool, ask(f"q{at}"))) for at in range(4)]
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        refused = [item for item in done if isinstance(item, OverloadedError)]
+        assert len(refused) == 1
+        assert refused[0].retry_after_s >= 1
+        assert sum(isinstance(item, list) for item in done) == 3
+        pool._core.gate.admission.validate()
+
+    run(work)
+
+
+def test_waiting_has_a_deadline_and_leaving_the_queue_leaves_nothing() -> None:
+    rules = PoolRules(admission=AdmissionRules(max_wait_s=0.02))
+
+    async def work() -> None:
+        engine = Scripted(token_s=0.02)
+        pool = pool_of(engine, max_in_flight=1, rules=rules)
+        first = asyncio.create_task(collect(pool, ask("a")))
+        await asyncio.sleep(0.001)
+        with pytest.raises(OverloadedError, match="queue"):
+            await collect(pool, ask("b"))
+        third = asyncio.create_task(collect(pool, ask("c")))
+        await asyncio.sleep(0.001)
+        third.cancel()
+        await asyncio.gather(first, third, return_exceptions=True)
+        assert len(pool._core.gate.admission) == 0
+        assert engine.num_running == 0
+        assert len(await collect(pool, ask("d"))) == 10
+
+    run(work)
+
+
+def test_tenants_share_a_full_replica_by_weight() -> None:
+    done: list[str] = []
+
+    async def one(pool: PooledClient, org: str, weight: float, at: int) -> None:
+        principal = Principal(key_id="k", org_id=org, project_id="p", weight=weight)
+        enter(RequestContext(principal=principal))
+        await collect(pool, ask(f"{org}{at}", sampling=SamplingParams(max_tokens=3)))
+        done.append(org)
+
+    async def work() -> None:
+        pool = pool_of(Scripted(), max_in_flight=1)
+        jobs = [one(pool, "a", 1, at) for at in range(30)]
+        jobs += [one(pool, "b", 2, at) for at in range(30)]
+        await asyncio.gather(*(asyncio.create_task(job) for job in jobs))
+
+    run(work)
+    assert abs(done[:30].count("b") - 20) <= 1
+
+
+def test_a_lost_replica_comes_back_after_probes() -> None:
+    engine = Scripted(dies_at=3)
+
+    async def work() -> None:
+        other = Scripted(chip="sim-b")
+        pool = pool_of(engine, other)
+        await collect(pool)
+        engine.dies_at, engine.is_healthy = None, True
+        await collect(pool)
+        assert len(other.seen) == 2, "held down at first"
+        seat = pool._core.fleet.get("r0")
+        assert seat is not None
+        while not seat.health.is_up:
+            await asyncio.sleep(0.02)
+
+    run(work)
