@@ -115,9 +115,11 @@ class UpstreamModel:
         """Answer a body of /v1/embeddings. Raises: like `chat`."""
         return await self._answer(request, body, "/v1/embeddings", "embd-", ledger)
 
-    async def run(self, body: bytes, ledger: Ledger | None = None) -> UpstreamChatRun:
+    async def run(
+        self, body: bytes, ledger: Ledger | None = None, *, prefix: str = "chatcmpl-"
+    ) -> UpstreamChatRun:
         """Return a `ChatRun` of a chat body, for protocols that write events of their own."""
-        plan = self._plan(body, "/v1/chat/completions", "chatcmpl-", current())
+        plan = self._plan(body, "/v1/chat/completions", prefix, current())
         plan.head.stream = True
         plan.fields["stream"] = msgspec.Raw(b"true")
         return UpstreamChatRun(await self._open(plan, ledger), self.name)

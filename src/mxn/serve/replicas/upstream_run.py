@@ -121,7 +121,7 @@ class UpstreamRun:
     upstreams: UpstreamSet
     account: Account
     usage: UpstreamUsage | None = None
-    num_events: int = 0  # with a piece of the answer
+    num_events: int = 0  # from the first one with a piece of the answer on
     is_over: bool = False  # the last batch is out
     upstream: Upstream | None = None
     num_replicas: int = 0
@@ -265,7 +265,7 @@ class UpstreamRun:
             for choice in chunk.choices:
                 if choice.finish_reason is not None:
                     self._finished += 1
-                elif choice.text or len(choice.delta) > 40 or not _is_opening(choice):
+                elif self.num_events or choice.text or not _is_opening(choice):
                     self.num_events += 1
                 if keeps:
                     self._sent.append(choice)

@@ -1,0 +1,146 @@
+"""An OpenAI-compatible server as a replica over token ids; our own server plays the foreign one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any, cast
+
+import httpx
+import msgspec
+import pytest
+
+from mxn.engine.echo import EchoEngine
+from mxn.engine.protocol import Delta, Encode, Generate, SamplingParams
+from mxn.errors import ConfigError, EngineDiedError, UnsupportedError
+from mxn.serve.app import create_app
+from mxn.serve.replicas.openai_compat import CompatConfig, CompatEngine, _Chunk, _Made
+from mxn.serve.served import ServedModel, ServedModels
+from mxn.serve.server import running
+
+
+@pytest.fixture
+def echo() -> EchoEngine:
+    return EchoEngine()
+
+
+@pytest.fixture
+def url(echo: EchoEngine) -> Iterator[str]:
+    vectors = EchoEngine(kind="embedder")
+    models = ServedModels(
+        [
+            ServedModel(name="echo", client=echo, tokenizer=echo.tokenizer),
+            ServedModel(name="embed", client=vectors, tokenizer=vectors.tokenizer),
+        ]
+    )
+    with running(create_app(models)) as url:
+        yield url
+
+
+def ask(text: str, **more: Any) -> Generate:
+    resume = more.pop("resume_ids", [])
+    params = SamplingParams(**({"temperature": 0, "max_tokens": 8} | more))
+    return Generate(
+        request_id="r", prompt_ids=list(text.encode()), sampling=params, resume_ids=resume
+    )
+
+
+def on(url: str, work: Any, **config: Any) -> Any:
+    async def go() -> Any:
+        tokenizer = EchoEngine().tokenizer
+        options: dict[str, Any] = {"url": url, "model": "echo"} | config
+        engine = await CompatEngine.connect(CompatConfig(**options), tokenizer)
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(go())
+
+
+async def deltas_of(engine: CompatEngine, request: Generate) -> list[Delta]:
+    return [delta async for delta in engine.generate(request)]
+
+
+def test_a_foreign_server_tells_what_it_is(url: str) -> None:
+    async def work(engine: CompatEngine) -> Any:
+        return engine.info, engine.count_basis, engine.is_healthy
+
+    info, basis, is_healthy = on(url, work)
+    assert (info.family, info.max_context, info.kind) == ("mxn", 4096, "decoder")
+    assert basis == "counted"
+    assert is_healthy
+
+
+def test_text_ids_and_counts_are_those_of_the_engine_behind_it(url: str) -> None:
+    deltas = cast("list[Delta]", on(url, lambda engine: deltas_of(engine, ask("hello"))))
+    assert "".join(delta.text for delta in deltas) == "hellohel"
+    assert [item for delta in deltas for item in delta.token_ids] == list(b"hellohel")
+    last = deltas[-1]
+    assert (last.finish_reason, last.prompt_tokens, last.completion_tokens) == ("length", 5, 8)
+
+
+def test_a_resumed_request_continues_and_its_first_delta_has_all_the_text(
+    url: str, echo: EchoEngine
+) -> None:
+    request = ask("abc", resume_ids=list(b"abca"), max_tokens=6)
+    deltas = on(url, lambda engine: deltas_of(engine, request))
+    assert cast("Generate", echo.seen[-1]).prompt_ids == list(b"abcabca")
+    assert deltas[0].text.startswith("abca")
+    assert sum(len(delta.token_ids) for delta in deltas) == 2
+    assert deltas[-1].completion_tokens == 6
+
+
+def test_stop_strings_and_vectors_go_through(url: str) -> None:
+    deltas = on(url, lambda engine: deltas_of(engine, ask("one two", stop=("two",))))
+    assert "".join(delta.text for delta in deltas) == "one "
+    assert deltas[-1].finish_reason == "stop"
+    request = Encode(request_id="e", sequences=[[1, 2, 3], [4]])
+    config = {"model": "embed", "is_embedder": True}
+    got = on(url, lambda engine: engine.encode(request), **config)
+    assert got == asyncio.run(EchoEngine(kind="embedder").encode(request))
+
+
+def test_what_the_server_cannot_do_is_refused_and_not_left_out(url: str) -> None:
+    with pytest.raises(UnsupportedError, match="min_p"):
+        on(url, lambda engine: deltas_of(engine, ask("x", min_p=0.5)), kind="openai")
+    with pytest.raises(UnsupportedError, match="logprobs"):
+        on(url, lambda engine: deltas_of(engine, ask("x", logprobs=1)))
+
+
+def test_an_unknown_model_and_a_dead_server_are_told_apart(url: str) -> None:
+    async def nothing(engine: CompatEngine) -> None: ...
+
+    with pytest.raises(ConfigError, match="has no model 'other'; it has 'echo'"):
+        on(url, nothing, model="other")
+    with pytest.raises(EngineDiedError, match="takes no connections"):
+        on("http://127.0.0.1:9", nothing)
+
+
+def test_a_server_that_dies_in_mid_stream_is_a_died_engine(url: str, echo: EchoEngine) -> None:
+    echo.dies_after = 3
+    with pytest.raises(EngineDiedError):
+        on(url, lambda engine: deltas_of(engine, ask("hello")))
+
+
+def test_ids_of_the_server_make_the_text_also_across_a_resume() -> None:
+    tokenizer = EchoEngine().tokenizer
+    ids = list("né🙂".encode())
+    request = ask("x", resume_ids=ids[:2], max_tokens=10)
+    made = _Made(request, tokenizer, knows_ids=True)
+    text = ""
+    for token_id in ids[2:]:  # cut in the middle of é; what the server shows does not matter
+        raw = {"choices": [{"text": "\ufffd", "token_ids": [token_id]}]}
+        chunk = msgspec.json.decode(json.dumps(raw), type=_Chunk)
+        delta = made.push(chunk)
+        assert delta is not None
+        assert delta.token_ids == [token_id]
+        text += delta.text
+    assert text == "né🙂"
+
+
+def test_our_own_server_answers_what_a_probe_asks(url: str) -> None:
+    cards = httpx.get(f"{url}/v1/models").json()["data"]
+    assert cards[0]["owned_by"] == "mxn"
+    assert cards[0]["max_model_len"] == 4096

@@ -1,0 +1,389 @@
+"""Foreign servers behind mxn: passed through, counted, retried, continued, and never mixed up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mxn.engine.echo import EchoEngine
+from mxn.ledger.types import OpenUsage, Principal, Receipt, Settlement, Ticket
+from mxn.serve.app import create_app
+from mxn.serve.context import current
+from mxn.serve.replicas.http_client import HttpLimits
+from mxn.serve.replicas.sse import Renamer, SseReader
+from mxn.serve.replicas.upstream import UpstreamConfig
+from mxn.serve.replicas.upstream_chat import UpstreamModel
+from mxn.serve.served import ServedModel, ServedModels
+from mxn.serve.server import running
+
+WORDS = ["Grüße", " 世界", " 🙂", " end"]
+USAGE = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
+Script = Callable[[dict[str, Any]], list[bytes | float]]
+
+
+def chunk(delta: dict[str, Any] | None, reason: str | None = None, **more: Any) -> bytes:
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason}]
+    base = {"id": "up-1", "object": "chat.completion.chunk", "created": 1, "model": "up"}
+    return b"data: " + json.dumps(base | {"choices": choices} | more).encode() + b"\n\n"
+
+
+def stream_of(words: list[str], *, has_usage: bool = True, has_end: bool = True) -> bytes:
+    events = [chunk({"role": "assistant", "content": ""})]
+    events += [chunk({"content": word}) for word in words]
+    if has_end:
+        events.append(chunk({}, "stop"))
+        events += [chunk(None, usage=USAGE)] if has_usage else []
+        events.append(b"data: [DONE]\n\n")
+    return b"".join(events)
+
+
+def whole(body: bytes, status: int = 200, more: bytes = b"") -> bytes:
+    head = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\n\r\n"
+    return head % (status, more, len(body)) + body
+
+
+def sse(body: bytes) -> bytes:
+    """Return an answer without a length: it ends when the connection does."""
+    return b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + body
+
+
+class Fake:
+    """A server that answers as a script says: bytes are sent, numbers are pauses in seconds, and
+    the connection is closed at the end (`ABORT`: reset)."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.bodies: list[dict[str, Any]] = []
+        self.num_gone = 0
+        self.url = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            size = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+            body = json.loads(await reader.readexactly(size))
+            self.bodies.append(body)
+            gone = asyncio.ensure_future(reader.read(1))
+            for step in self.script(body):
+                if isinstance(step, bytes):
+                    writer.write(step)
+                    await writer.drain()
+                else:
+                    await asyncio.wait({gone}, timeout=step)
+                    self.num_gone += reader.at_eof()
+            gone.cancel()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the gateway has left, which is what some tests are about
+        finally:
+            writer.close()
+
+
+@contextlib.contextmanager
+def fakes(*scripts: Script) -> Iterator[list[Fake]]:
+    """Run fake servers in a thread."""
+    found = [Fake(script) for script in scripts]
+    is_up = threading.Event()
+    loop = asyncio.new_event_loop()
+
+    async def start() -> None:
+        for fake in found:
+            server = await asyncio.start_server(fake.serve, "127.0.0.1", 0)
+            fake.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        is_up.set()
+
+    def work() -> None:
+        starting = loop.create_task(start())
+        loop.run_forever()
+        starting.result()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert is_up.wait(5)
+    try:
+        yield found
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)
+
+
+class Book:
+    """A ledger in memory that keeps the rules of the real one: open once, settle once."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, OpenUsage] = {}
+        self.settled: dict[str, Settlement] = {}
+
+    async def authenticate(self, key: str) -> Principal:
+        return Principal(key_id="k", org_id="o", project_id="p")
+
+    async def open(self, usage: OpenUsage) -> Ticket:
+        assert usage.usage_id not in self.opened
+        self.opened[usage.usage_id] = usage
+        return Ticket(usage=usage, opened_us=0)
+
+    def progress(self, ticket: Ticket, input_tokens: int, output_tokens: int) -> None: ...
+
+    async def settle(self, ticket: Ticket, settlement: Settlement) -> Receipt:
+        await asyncio.sleep(0.005)
+        assert ticket.usage.usage_id not in self.settled
+        self.settled[ticket.usage.usage_id] = settlement
+        return Receipt(usage_id=ticket.usage.usage_id, cost_micro=0, currency="CNY")
+
+    async def close(self) -> None: ...
+
+    def only(self) -> Settlement:
+        assert len(self.opened) == len(self.settled) == 1
+        return next(iter(self.settled.values()))
+
+
+class _Model(UpstreamModel):
+    """As behind a gateway that knows who asks, with a ledger."""
+
+    book: Book
+
+    async def _answer(self, request: Any, body: bytes, path: str, prefix: str, ledger: Any) -> Any:
+        from mxn.serve.context import RequestContext, enter
+
+        context = RequestContext(principal=await self.book.authenticate(""))
+        enter(context)
+        assert current() is context
+        return await super()._answer(request, body, path, prefix, self.book)
+
+
+@contextlib.contextmanager
+def gateway(
+    *configs: UpstreamConfig | Fake, heartbeat_s: float = 15.0
+) -> Iterator[tuple[httpx.Client, Book]]:
+    found = [
+        UpstreamConfig(
+            url=item.url, model="up", kind="vllm", chip="c1", limits=HttpLimits(silence_s=1.0)
+        )
+        if isinstance(item, Fake)
+        else item
+        for item in configs
+    ]
+    app = create_app(ServedModels())
+    model = _Model("m", found, heartbeat_s=heartbeat_s)
+    model.book = Book()
+    app.state.mxn.upstreams.add(model)
+    with running(app) as url, httpx.Client(base_url=url, timeout=20) as client:
+        yield client, model.book
+
+
+def ask(client: httpx.Client, **more: Any) -> httpx.Response:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "odd_field": [1, None]}
+    return client.post("/v1/chat/completions", json=body | more)
+
+
+def text_of(events: list[Any]) -> str:
+    return "".join(
+        choice["delta"].get("content") or "" for event in events for choice in event["choices"]
+    )
+
+
+COMPLETION = json.dumps(
+    {
+        "id": "up-1",
+        "model": "up",
+        "odd": {"id": "up-1"},
+        "choices": [{"index": 0, "message": {"content": "hey"}, "finish_reason": "stop"}],
+        "usage": USAGE,
+    }
+).encode()
+
+
+def test_a_whole_answer_gets_our_name_and_keeps_what_we_do_not_know() -> None:
+    with fakes(lambda body: [whole(COMPLETION)]) as [fake], gateway(fake) as (client, book):
+        answer = ask(client).json()
+        assert answer["model"] == "m"
+        assert answer["id"].startswith("chatcmpl-")
+        assert answer["odd"] == {"id": "up-1"}
+        assert fake.bodies[0]["model"] == "up"
+        assert fake.bodies[0]["odd_field"] == [1, None]
+        settled = book.settled[answer["id"]]
+    assert (settled.reason, settled.basis) == ("complete", "server")
+    assert (settled.input_tokens, settled.output_tokens, settled.chip) == (5, 4, "c1")
+
+
+@pytest.mark.parametrize("wants_usage", [True, False])
+def test_a_stream_is_passed_on_and_usage_is_always_asked_for(events, wants_usage: bool) -> None:
+    with fakes(lambda body: [sse(stream_of(WORDS))]) as [fake], gateway(fake) as (client, book):
+        more = {"stream_options": {"include_usage": True}} if wants_usage else {}
+        got = events(ask(client, stream=True, **more))
+        assert fake.bodies[0]["stream_options"] == {"include_usage": True}
+    assert text_of(got) == "".join(WORDS)
+    assert {item["model"] for item in got} == {"m"}
+    assert len({item["id"] for item in got}) == 1
+    assert (got[-1].get("usage") is not None) == wants_usage
+    assert (book.only().output_tokens, book.only().reason) == (4, "complete")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_split_of_the_bytes_gives_the_same_events(data: st.DataObject) -> None:
+    ending = data.draw(st.sampled_from([b"\n", b"\r\n"]))
+    raw = (b": ping\n\n" + stream_of(WORDS)).replace(b"\n", ending)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=12)))
+    reader, renamer, out, is_done = SseReader(), Renamer("new", "m"), b"", False
+    for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True):
+        batch = reader.feed(raw[start:end])
+        assert batch.problem is None
+        is_done = is_done or batch.is_done
+        out += renamer.rename(batch)
+    assert is_done
+    got = [json.loads(block[6:]) for block in out.decode().split("\n\n") if block]
+    assert text_of(got) == "".join(WORDS)
+    assert {(item["id"], item["model"]) for item in got} == {("new", "m")}
+
+
+def test_every_piece_of_utf8_arrives_whole(events) -> None:
+    raw = sse(stream_of(WORDS))
+    pieces = [raw[at : at + 1] for at in range(len(raw))]
+    with fakes(lambda body: pieces) as [fake], gateway(fake) as (client, _):
+        assert text_of(events(ask(client, stream=True))) == "".join(WORDS)
+
+
+def test_an_upstream_without_usage_is_counted_by_events(events) -> None:
+    script = lambda body: [sse(stream_of(WORDS, has_usage=False))]  # noqa: E731
+    with fakes(script) as [fake], gateway(fake) as (client, book):
+        events(ask(client, stream=True))
+    assert (book.only().basis, book.only().output_tokens) == ("events", 4)
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_the_callers_mistakes_come_back_in_the_servers_words(status: int) -> None:
+    error = {"error": {"message": "bad thing", "type": "t", "param": "p", "code": "c"}}
+    script = lambda body: [whole(json.dumps(error).encode(), status)]  # noqa: E731
+    with fakes(script) as [fake], gateway(fake) as (client, book):
+        for stream in (False, True):
+            answer = ask(client, stream=stream)
+            assert answer.status_code == status
+            assert answer.json() == error
+    assert {item.reason for item in book.settled.values()} == {"error"}
+    assert {item.input_tokens for item in book.settled.values()} == {0}
+
+
+@pytest.mark.parametrize("bad", ["429", "503", "reset", "refused", "half", "garbage", "html"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_before_the_first_byte_another_server_answers(events, bad: str, stream: bool) -> None:
+    failure = {
+        "429": [whole(b'{"error":"busy"}', 429, b"retry-after: 1\r\n")],
+        "503": [whole(b"", 503)],
+        "reset": [],
+        "half": [whole(COMPLETION)[:-20]],
+        "garbage": [b"\x16\x03\x01 nonsense\r\n\r\n"],
+        "html": [whole(b"<html>gateway</html>", 502)],
+        "refused": [],
+    }[bad]
+    good = lambda body: [sse(stream_of(WORDS)) if body.get("stream") else whole(COMPLETION)]  # noqa: E731
+    with fakes(lambda body: failure, good) as [first, second]:
+        configs: list[UpstreamConfig | Fake] = [first, second]
+        if bad == "refused":
+            configs[0] = UpstreamConfig(url="http://127.0.0.1:9", model="up")
+        if bad == "half" and stream:
+            pytest.skip("half a body without events is the case of another test")
+        with gateway(*configs) as (client, book):
+            answer = ask(client, stream=stream)
+            assert answer.status_code == 200
+            if stream:
+                assert text_of(events(answer)) == "".join(WORDS)
+            else:
+                assert answer.json()["choices"][0]["message"]["content"] == "hey"
+            assert ask(client, stream=stream).status_code == 200
+    assert len(second.bodies) == 2
+    assert len(first.bodies) <= 1, "a server that failed is left alone for a while"
+    assert {item.reason for item in book.settled.values()} == {"complete"}
+
+
+@pytest.mark.parametrize("how", ["lost", "malformed", "error", "silent"])
+def test_in_mid_stream_another_server_goes_on(events, how: str) -> None:
+    broken = sse(stream_of(WORDS[:2], has_end=False))
+    after: list[bytes | float] = {
+        "lost": [],
+        "malformed": [b"data: {nonsense\n\n"],
+        "error": [b'data: {"error": {"message": "out of memory", "code": 500}}\n\n'],
+        "silent": [5.0],
+    }[how]
+    with (
+        fakes(lambda body: [broken, *after], lambda body: [sse(stream_of(WORDS[2:]))]) as found,
+        gateway(*found) as (client, book),
+    ):
+        got = events(ask(client, stream=True, max_tokens=10))
+    body = found[1].bodies[0]
+    assert text_of(got) == "".join(WORDS)
+    assert len({item["id"] for item in got}) == 1
+    roles = [item for item in got if item["choices"] and "role" in item["choices"][0]["delta"]]
+    assert len(roles) == 1
+    assert body["messages"][-1] == {"role": "assistant", "content": "".join(WORDS[:2])}
+    assert body["continue_final_message"] is True
+    assert body["max_tokens"] == 8
+    assert book.only().num_replicas == 2
+
+
+def test_without_another_server_a_broken_stream_ends_with_an_error_event() -> None:
+    broken = sse(stream_of(WORDS[:2], has_end=False))
+    with fakes(lambda body: [broken]) as [fake], gateway(fake) as (client, book):
+        answer = ask(client, stream=True)
+    blocks = answer.text.strip().split("\n\n")
+    assert blocks[-1] == "data: [DONE]"
+    assert json.loads(blocks[-2][6:])["error"]["code"] == "engine_unavailable"
+    assert (book.only().reason, book.only().output_tokens) == ("replica_lost", 2)
+
+
+def test_a_client_that_leaves_closes_the_upstream_and_pays_for_what_it_got() -> None:
+    script = lambda body: [sse(stream_of(WORDS[:2], has_end=False)), 10.0]  # noqa: E731
+    with fakes(script) as [fake], gateway(fake) as (client, book):
+        body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            next(answer.iter_bytes())
+        for _ in range(200):
+            if book.settled and fake.num_gone:
+                break
+            threading.Event().wait(0.02)
+        assert fake.num_gone == 1
+    assert (book.only().reason, book.only().output_tokens) == ("client_gone", 2)
+
+
+def test_a_silent_stream_breathes_and_a_slow_loris_is_given_up() -> None:
+    head = sse(stream_of(WORDS[:1], has_end=False))
+    script = lambda body: [head, *([0.3, b": x\n"] * 2), 10.0]  # noqa: E731
+    with fakes(script) as [fake], gateway(fake, heartbeat_s=0.2) as (client, book):
+        answer = ask(client, stream=True)
+    assert ": ping" in answer.text
+    assert "sent nothing for 1 s" in answer.text
+    assert book.only().reason == "replica_lost"
+
+
+def test_mxn_behind_mxn_keeps_text_and_counts(events) -> None:
+    echo = EchoEngine()
+    inner = create_app(
+        ServedModels([ServedModel(name="echo", client=echo, tokenizer=echo.tokenizer)])
+    )
+    with (
+        running(inner) as url,
+        gateway(UpstreamConfig(url=url, model="echo", kind="mxn")) as (client, book),
+    ):
+        direct = httpx.post(
+            f"{url}/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
+        ).json()
+        answer = ask(client, max_tokens=9).json()
+        assert answer["choices"] == direct["choices"]
+        assert answer["usage"] == direct["usage"]
+        got = events(ask(client, max_tokens=9, stream=True))
+        assert text_of(got) == direct["choices"][0]["message"]["content"]
+    made = direct["usage"]["completion_tokens"]
+    assert {item.output_tokens for item in book.settled.values()} == {made}
