@@ -103,6 +103,10 @@ class Account:
         )
         plan.context.limits = self.ticket.limits
 
+    def progress(self, input_tokens: int, output_tokens: int) -> None:
+        if self.ticket is not None and self.ledger is not None:
+            self.ledger.progress(self.ticket, input_tokens, output_tokens)
+
     async def settle(self, settlement: Settlement) -> None:
         ticket, self.ticket = self.ticket, None
         if ticket is not None and self.ledger is not None:
@@ -269,6 +273,9 @@ class UpstreamRun:
                     self.num_events += 1
                 if keeps:
                     self._sent.append(choice)
+        if batch.chunks and not self.plan.context.is_batch:
+            input_tokens, output_tokens, _ = self.counts()
+            self.account.progress(input_tokens, max(self.num_events, output_tokens))
 
     @property
     def _may_continue(self) -> bool:
