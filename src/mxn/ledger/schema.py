@@ -139,6 +139,15 @@ budget_periods = Table(
     _count("spent"),
 )
 
+# One row, counted up by triggers whenever a key, tenant, limit, budget or price changes, so that
+# gateways can hold these in memory and see each change in time.
+rules = Table(
+    "rules",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),  # always 1
+    Column("version", BigInteger, nullable=False),
+)
+
 prices = Table(
     "prices",
     metadata,
@@ -183,14 +192,16 @@ usage = Table(
     _count("cost_micro"),
     Column("currency", Text, nullable=False, server_default=""),
     Column("prices", Text),  # JSON: what was applied
-    Column("reserved", Text),  # JSON: [[budget, period start, amount]…] while open
+    Column("reserved", Text),  # JSON: [[budget, period start, amount]…] it is charged to
     Column("batch_id", Text),
     Column("is_stream", Boolean, nullable=False),
-    Index(None, "settled_us"),
     Index(None, "org_id", "opened_us"),
 )
 # Partial, since each index that a row is in costs time when it is opened and when it is settled.
 _is_open, _is_of_batch = usage.c.state == "open", usage.c.batch_id.is_not(None)
+_is_settled = usage.c.settled_us.is_not(None)
+Index("ix_usage_settled_us", usage.c.settled_us, sqlite_where=_is_settled,
+      postgresql_where=_is_settled)  # fmt: skip
 Index("ix_usage_open", usage.c.gateway_id, sqlite_where=_is_open, postgresql_where=_is_open)
 Index("ix_usage_batch", usage.c.batch_id, sqlite_where=_is_of_batch, postgresql_where=_is_of_batch)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from mxn.ledger.migrations.rules_triggers import statements
+
 revision = "0001_ledger"
 down_revision = None
 branch_labels = None
@@ -109,6 +111,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_rollup_state")),
     )
     op.create_table(
+        "rules",
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("version", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_rules")),
+    )
+    op.create_table(
         "usage",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("request_id", sa.Text(), nullable=False),
@@ -160,7 +168,14 @@ def upgrade() -> None:
     op.create_index(
         op.f("ix_usage_org_id_opened_us"), "usage", ["org_id", "opened_us"], unique=False
     )
-    op.create_index(op.f("ix_usage_settled_us"), "usage", ["settled_us"], unique=False)
+    op.create_index(
+        "ix_usage_settled_us",
+        "usage",
+        ["settled_us"],
+        unique=False,
+        sqlite_where=sa.text("settled_us IS NOT NULL"),
+        postgresql_where=sa.text("settled_us IS NOT NULL"),
+    )
     op.create_table(
         "usage_days",
         sa.Column("day", sa.Text(), nullable=False),
@@ -236,6 +251,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_api_keys")),
         sa.UniqueConstraint("digest", name=op.f("uq_api_keys_digest")),
     )
+    for statement in statements(op.get_bind().dialect.name):
+        op.execute(statement)
 
 
 def downgrade() -> None:
@@ -243,7 +260,12 @@ def downgrade() -> None:
     op.drop_table("users")
     op.drop_table("projects")
     op.drop_table("usage_days")
-    op.drop_index(op.f("ix_usage_settled_us"), table_name="usage")
+    op.drop_index(
+        "ix_usage_settled_us",
+        table_name="usage",
+        sqlite_where=sa.text("settled_us IS NOT NULL"),
+        postgresql_where=sa.text("settled_us IS NOT NULL"),
+    )
     op.drop_index(op.f("ix_usage_org_id_opened_us"), table_name="usage")
     op.drop_index(
         "ix_usage_open",
@@ -258,6 +280,7 @@ def downgrade() -> None:
         postgresql_where=sa.text("batch_id IS NOT NULL"),
     )
     op.drop_table("usage")
+    op.drop_table("rules")
     op.drop_table("rollup_state")
     op.drop_table("rate_windows")
     op.drop_index(op.f("ix_rate_limits_subject_kind_subject_id"), table_name="rate_limits")
@@ -269,3 +292,5 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_budgets_subject_kind_subject_id"), table_name="budgets")
     op.drop_table("budgets")
     op.drop_table("budget_periods")
+    if op.get_bind().dialect.name == "postgresql":
+        op.execute("DROP FUNCTION mxn_rules_changed()")
