@@ -36,9 +36,15 @@ def routes(app):
     return sorted((route.path, method) for route in app.routes for method in route.methods)
 
 
+# Another shape, a form, or no model in the body: tested in files of their own.
+OTHERS = ("/v1/messages", "/v1/responses", "/v1/files", "/v1/batches")
+
+
 def test_every_route_answers_mistakes_in_the_one_shape(api):
     walked = 0
     for path, method in routes(api.app):
+        if path.startswith(OTHERS):
+            continue
         assert_error(api.request("DELETE", path), 405, "method_not_allowed")
         if method != "POST":
             continue

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mxn.serve.dialects import response_on
 from mxn.serve.openai.errors import ApiError, ClientGone, from_exception
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Endpoint:
         except (ClientGone, ClientDisconnect):
             response = Response(status_code=499)  # nobody reads it; the number is for the log
         except Exception as exc:  # the one place that turns failures into answers
-            response = from_exception(exc).response()
+            response = response_on(scope["path"], from_exception(exc))
         await response(scope, receive, send)
 
 

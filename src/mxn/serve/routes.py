@@ -5,6 +5,8 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mxn.serve.anthropic.routes import message_operations
+from mxn.serve.batch.routes import batch_operations
 from mxn.serve.http import json_response
 from mxn.serve.openai.chat import ChatRoutes
 from mxn.serve.openai.completions import CompletionRoutes
@@ -25,6 +27,7 @@ from mxn.serve.openapi import Operation, document
 from mxn.serve.replicas.passthrough import PassThrough
 from mxn.serve.replicas.server import replica_operations
 from mxn.serve.rerank import RerankAnswer, RerankRequest, RerankRoutes, ScoreAnswer, ScoreRequest
+from mxn.serve.responses.routes import response_operations
 from mxn.serve.state import State
 from mxn.serve.status import StatusRoutes
 from mxn.serve.tokenize import (
@@ -44,6 +47,9 @@ def operations(state: State) -> list[Operation]:
         *_tokens(state),
         *_status(state),
         *replica_operations(state),
+        *message_operations(state),
+        *response_operations(state, state.stores.responses),
+        *batch_operations(state, state.stores.files, state.stores.batches, state.stores.worker),
     ]
     described = document(table)
 

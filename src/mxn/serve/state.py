@@ -16,6 +16,7 @@ from mxn.serve.openai.types import ModelRequest
 from mxn.serve.replicas.passthrough import UpstreamModels
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.settings import ServeSettings
+from mxn.serve.stores import Stores
 
 R = TypeVar("R", bound=ModelRequest)
 Kind = Literal["decoder", "embedder", "reranker"]
@@ -34,6 +35,7 @@ class State:
     models: ServedModels
     settings: ServeSettings
     metrics: Metrics = field(default_factory=Metrics)
+    stores: Stores = field(default_factory=Stores)
     upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # of foreign servers
 
     async def read(self, request: Request, type: type[R]) -> tuple[R, ServedModel]:

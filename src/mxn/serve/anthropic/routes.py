@@ -17,11 +17,13 @@ from mxn.serve.anthropic.types import (
     Message,
     MessagesRequest,
 )
+from mxn.serve.chat.anywhere import start_anywhere
 from mxn.serve.chat.events import ChatRun
-from mxn.serve.chat.run import count_prompt_tokens, start_chat
+from mxn.serve.chat.run import count_prompt_tokens
 from mxn.serve.http import json_response, parse, unless_gone
 from mxn.serve.openai.stream import EventStream
-from mxn.serve.state import State, new_id
+from mxn.serve.openapi import Operation
+from mxn.serve.state import State
 
 
 class MessageRoutes:
@@ -30,9 +32,7 @@ class MessageRoutes:
 
     async def create(self, request: Request) -> Response:
         body = await parse(request, MessagesRequest, self._state.settings.max_body_bytes)
-        model = self._state.find(body.model)
-        job_id = new_id("msg").replace("-", "_")
-        run = await start_chat(self._state, to_chat(body), model, job_id=job_id)
+        run = await start_anywhere(self._state, to_chat(body), prefix="msg_")
         if not body.stream:
             return json_response(await unless_gone(request, _whole(run)))
         return EventStream(
@@ -69,3 +69,25 @@ async def _events(run: ChatRun) -> AsyncGenerator[bytes, None]:
             data = start + writer.write(event, run.usage())
             if data:
                 yield data
+
+
+def message_operations(state: State) -> list[Operation]:
+    routes = MessageRoutes(state)
+    return [
+        Operation(
+            method="POST",
+            path="/v1/messages",
+            handler=routes.create,
+            summary="Answer a conversation, in Anthropic's words",
+            request=MessagesRequest,
+            response=Message,
+        ),
+        Operation(
+            method="POST",
+            path="/v1/messages/count_tokens",
+            handler=routes.count_tokens,
+            summary="Tokens that a conversation would be billed for",
+            request=CountTokensRequest,
+            response=CountTokensAnswer,
+        ),
+    ]

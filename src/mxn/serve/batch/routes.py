@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -16,6 +16,7 @@ from mxn.serve.batch.files import FileStore
 from mxn.serve.batch.store import BatchStore
 from mxn.serve.batch.types import (
     ENDPOINTS,
+    Batch,
     BatchList,
     BatchRequest,
     FileDeleted,
@@ -27,6 +28,7 @@ from mxn.serve.batch.worker import BatchWorker
 from mxn.serve.context import current
 from mxn.serve.http import json_response, parse, too_large
 from mxn.serve.openai.errors import ApiError
+from mxn.serve.openapi import Operation
 from mxn.serve.state import State
 
 MAX_UPLOAD_BYTES = 512 << 20
@@ -231,11 +233,40 @@ class BatchRoutes:
         return json_response(found)
 
 
+def batch_operations(
+    state: State,
+    files: FileStore | None,
+    batches: BatchStore | None,
+    worker: BatchWorker | None,
+) -> list[Operation]:
+    """The routes of files and batches; without a database they say that they need one."""
+    file = FileRoutes(state, files)
+    batch = BatchRoutes(state, files, batches, worker)
+    rows = (
+        ("POST", "/v1/files", file.create, "Upload a file", None, FileObject),
+        ("GET", "/v1/files", file.page, "Files of this project", None, FileList),
+        ("GET", "/v1/files/{file_id}", file.retrieve, "One file", None, FileObject),
+        ("DELETE", "/v1/files/{file_id}", file.delete, "Remove a file", None, FileDeleted),
+        ("GET", "/v1/files/{file_id}/content", file.content, "A file's bytes", None, None),
+        ("POST", "/v1/batches", batch.create, "Run a file of requests", BatchRequest, Batch),
+        ("GET", "/v1/batches", batch.page, "Batches of this project", None, BatchList),
+        ("GET", "/v1/batches/{batch_id}", batch.retrieve, "One batch", None, Batch),
+        ("POST", "/v1/batches/{batch_id}/cancel", batch.cancel, "Stop a batch", None, Batch),
+    )
+    return [
+        Operation(
+            method=method, path=path, handler=handler, summary=summary, request=given,
+            response=answer,
+            media_type="application/octet-stream" if path.endswith("content") else
+            "application/json",
+        )
+        for method, path, handler, summary, given, answer in rows
+    ]  # fmt: skip
+
+
 def no_database(what: str) -> ApiError:
     return ApiError(
         f"{what} need a database, and this server runs without one (start it with --database).",
-        status=501,
-        type="server_error",
         code="no_database",
     )
 
@@ -266,7 +297,7 @@ def _parts(file: Any) -> Iterator[bytes]:
         yield part
 
 
-async def _limited(stream: Any) -> Any:
+async def _limited(stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     size = 0
     async for part in stream:
         size += len(part)

@@ -70,10 +70,8 @@ class Builder:
 
     def begin(self) -> Events:
         self.response.status = "in_progress"
-        return [
-            ("response.created", {"response": self.response}),
-            ("response.in_progress", {"response": self.response}),
-        ]
+        now = {"response": msgspec.to_builtins(self.response)}  # the object itself grows
+        return [("response.created", now), ("response.in_progress", now)]
 
     def add(self, event: ChatEvent) -> Events:
         """Take one chat event of choice 0."""

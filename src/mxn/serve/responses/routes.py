@@ -14,12 +14,14 @@ from starlette.responses import Response as HttpResponse
 
 from mxn.engine.protocol import TokenLogprob
 from mxn.serve.batch.routes import page_limit, requester
+from mxn.serve.chat.anywhere import start_anywhere
 from mxn.serve.chat.events import ChatRun
-from mxn.serve.chat.run import count_prompt_tokens, start_chat
+from mxn.serve.chat.run import count_prompt_tokens
 from mxn.serve.http import json_response, parse, unless_gone
 from mxn.serve.openai.errors import ApiError, from_exception
 from mxn.serve.openai.logprobs import chat_logprobs
 from mxn.serve.openai.stream import EventStream
+from mxn.serve.openapi import Operation
 from mxn.serve.responses.answer import Builder
 from mxn.serve.responses.convert import items_of, items_of_output, to_chat
 from mxn.serve.responses.store import ResponseStore, Stored, chain
@@ -34,7 +36,7 @@ from mxn.serve.responses.types import (
     TextOptions,
 )
 from mxn.serve.served import ServedModel
-from mxn.serve.state import State, new_id
+from mxn.serve.state import State
 
 
 class ResponseRoutes:
@@ -47,12 +49,12 @@ class ResponseRoutes:
         body = await parse(request, ResponseRequest, self._state.settings.max_body_bytes)
         if body.background and body.stream:
             raise ApiError("A response in the background is not streamed.", param="stream")
-        model = self._state.find(body.model)
         earlier = await self._earlier(body)
         chat = to_chat(body, [*earlier, *items_of(body)])
-        run = await start_chat(self._state, chat, model, job_id=new_id("resp").replace("-", "_"))
+        run = await start_anywhere(self._state, chat, prefix="resp_")
         response = _response(body, run)
-        builder = Builder(response, _logprobs(model) if chat.logprobs else None)
+        own = self._state.models.get(body.model or "")
+        builder = Builder(response, _logprobs(own) if own and chat.logprobs else None)
         project = requester().project_id
         if body.background:
             return await self._begin(body, run, builder, project)
@@ -256,3 +258,48 @@ def _shown(item: InputItem, position: int) -> dict[str, Any]:
 
 def _not_found(response_id: str) -> ApiError:
     return ApiError(f"No such response: {response_id!r}.", status=404, param="id", code="not_found")
+
+
+def response_operations(state: State, store: ResponseStore) -> list[Operation]:
+    routes = ResponseRoutes(state, store)
+    one = "/v1/responses/{response_id}"
+    return [
+        Operation(
+            method="POST",
+            path="/v1/responses",
+            handler=routes.create,
+            summary="Answer, with items and named events",
+            request=ResponseRequest,
+            response=Response,
+        ),
+        Operation(
+            method="POST",
+            path="/v1/responses/input_tokens",
+            handler=routes.input_tokens,
+            summary="Tokens that an input has",
+            request=InputTokensRequest,
+            response=InputTokens,
+        ),
+        Operation(
+            method="GET", path=one, handler=routes.retrieve, summary="A stored answer",
+            response=Response,
+        ),
+        Operation(
+            method="DELETE", path=one, handler=routes.delete, summary="Forget a stored answer",
+            response=Deleted,
+        ),
+        Operation(
+            method="POST",
+            path=f"{one}/cancel",
+            handler=routes.cancel,
+            summary="Stop an answer that is made in the background",
+            response=Response,
+        ),
+        Operation(
+            method="GET",
+            path=f"{one}/input_items",
+            handler=routes.input_items,
+            summary="What a stored answer was an answer to",
+            response=ItemList,
+        ),
+    ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from mxn.serve.openai.types import Fraction, NumLogprobs, Temperature
@@ -36,12 +37,12 @@ class InputItem(Struct, kw_only=True, omit_defaults=True):
     summary: list[InputPart] | None = None  # reasoning
 
 
-class Reasoning(Struct, kw_only=True):
+class Reasoning(Struct, frozen=True, kw_only=True):
     effort: str | None = None
     summary: str | None = None
 
 
-class TextOptions(Struct, kw_only=True):
+class TextOptions(Struct, frozen=True, kw_only=True):
     format: dict[str, Any] | None = None
     verbosity: str | None = None
 
@@ -170,7 +171,7 @@ class Response(Struct, kw_only=True):
     store: bool = True
     background: bool = False
     temperature: float | None = None
-    text: TextOptions = TextOptions(format={"type": "text"})
+    text: TextOptions = msgspec.field(default_factory=lambda: TextOptions(format={"type": "text"}))
     tool_choice: str | dict[str, Any] = "auto"
     tools: list[dict[str, Any]] = []
     top_logprobs: int | None = None
