@@ -241,7 +241,7 @@ class StreamCall(_Call):
         self._leg = _Leg(
             deltas=seat.replica.client.generate(request),
             watch=Watch(limit_s, self._gives_up, clock),
-            meter=_Meter(seat, prompt_tokens, clock),
+            meter=Meter(seat, prompt_tokens, clock),
         )
 
     def _drop(self) -> None:
@@ -319,10 +319,10 @@ class _Leg:
 
     deltas: AsyncIterator[Delta]
     watch: Watch
-    meter: _Meter
+    meter: Meter
 
 
-class _Meter:
+class Meter:
     """Measures one stream on one replica, a few notes each second."""
 
     __slots__ = (

@@ -51,11 +51,12 @@ class Speed:
         fade = math.exp((self._at_s - now_s) / FADE_S)
         self._at_s = now_s
         gap_s = took_s / num_tokens
-        self._weight = self._weight * fade + num_tokens
-        self._load = self._load * fade + num_tokens * load
-        self._load2 = self._load2 * fade + num_tokens * load * load
-        self._gap = self._gap * fade + num_tokens * gap_s
-        self._load_gap = self._load_gap * fade + num_tokens * load * gap_s
+        # By time and not by tokens, or a replica that slows down would hardly be heard.
+        self._weight = self._weight * fade + took_s
+        self._load = self._load * fade + took_s * load
+        self._load2 = self._load2 * fade + took_s * load * load
+        self._gap = self._gap * fade + took_s * gap_s
+        self._load_gap = self._load_gap * fade + took_s * load * gap_s
 
     @property
     def mean_load(self) -> float | None:
