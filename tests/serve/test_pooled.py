@@ -260,7 +260,8 @@ def test_stats_are_sums_and_a_dead_replica_takes_nobody_along() -> None:
     run(lambda: collect(pool))
     run(lambda: collect(pool))
     assert run(pool.stats).requests_total == 2
-    first.die(), second.die()
+    for engine in (first, second):
+        engine.die()
     with pytest.raises(EngineDiedError):
         run(pool.stats)
 

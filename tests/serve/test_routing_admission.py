@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxn.errors import OverloadedError
-from mxn.serve.routing.admission import Admission, AdmissionRules, Entry
+from mxn.serve.routing.admission import Admission, AdmissionRules, Chips, Entry
 
 
-def anywhere(target: str | None) -> bool:
+def anywhere(target: Chips) -> bool:
     return True
 
 
@@ -110,7 +110,7 @@ def test_deadlines_are_found() -> None:
 
 def test_a_request_for_a_full_chip_holds_nobody_up() -> None:
     admission = Admission()
-    pinned = Entry(tenant="a", cost=1, target="full")
+    pinned = Entry(tenant="a", cost=1, target=frozenset({"full"}))
     free = Entry(tenant="a", cost=1)
     admission.wait(pinned, 0)
     admission.wait(free, 0)

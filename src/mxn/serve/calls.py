@@ -23,6 +23,7 @@ from mxn.serve.context import Hop, current
 from mxn.serve.fleet import Clock, Fleet, PoolRules, Seat
 from mxn.serve.gate import Asked, Gate, entry_of
 from mxn.serve.prober import Prober
+from mxn.serve.routing.admission import Chips
 from mxn.serve.routing.seam import Seam
 from mxn.serve.watch import Stalled, Watch
 
@@ -60,11 +61,11 @@ class Core:
 class _Call:
     """What streams and encodings have in common: a seat, hops, losses."""
 
-    def __init__(self, core: Core, chip: str | None, cost: float, priority: int) -> None:
+    def __init__(self, core: Core, chips: Chips, cost: float, priority: int) -> None:
         self._core = core
-        self._chip = chip
+        self._chips = chips
         self._context = current()
-        self._entry = entry_of(self._context, cost, priority, chip)
+        self._entry = entry_of(self._context, cost, priority, chips)
         self._seat: Seat | None = None
         self._is_in = False
         self._num_attempts = 0
@@ -78,7 +79,7 @@ class _Call:
     def _has_other(self) -> bool:
         seat = self._seat
         away = [*self._lost, seat.id] if seat is not None else self._lost
-        return self._core.fleet.has_any(self._chip, away)
+        return self._core.fleet.has_any(self._chips, away)
 
     def _gives_up(self, waited_s: float, limit_s: float) -> bool:
         """A silent replica is left when another can go on, or when all hope is gone."""
@@ -117,7 +118,7 @@ class _Call:
 
     def _end_of(self, exc: Exception) -> Exception:
         """Return what a client is told when no replica is left."""
-        tried = f"{self._num_attempts} attempts; {self._core.fleet.states(self._chip)}"
+        tried = f"{self._num_attempts} attempts; {self._core.fleet.states(self._chips)}"
         if isinstance(exc, Stalled):
             return EngineDiedError(f"a replica stalled ({tried})", retry_after_s=_RETRY_S)
         if self._num_attempts == 1 or not isinstance(exc, EngineDiedError):
@@ -143,7 +144,7 @@ class _Call:
     def _take_other(self, prompt_ids: list[int], adapter: str | None) -> Seat | None:
         """Sit down at another replica, whether it has room or not."""
         granted = self._core.fleet.pick(
-            prompt_ids, chip=self._chip, excluded=self._lost, adapter=adapter, ignores_room=True
+            prompt_ids, chips=self._chips, excluded=self._lost, adapter=adapter, ignores_room=True
         )
         if granted is None:
             return None
@@ -167,10 +168,10 @@ class _Call:
 class StreamCall(_Call):
     """A `Generate` under way. Order: begin, then next and move as often as needed, then close."""
 
-    def __init__(self, core: Core, request: Generate, chip: str | None) -> None:
+    def __init__(self, core: Core, request: Generate, chips: Chips) -> None:
         limit = request.sampling.max_tokens
         cost = len(request.prompt_ids) + (_UNKNOWN_TOKENS if limit is None else limit)
-        super().__init__(core, chip, cost, request.priority)
+        super().__init__(core, chips, cost, request.priority)
         self._request = request
         self._seam = Seam(request)
         self._leg: _Leg | None = None
@@ -181,7 +182,7 @@ class StreamCall(_Call):
         asked = Asked(
             entry=self._entry,
             prompt_ids=request.prompt_ids,
-            chip=self._chip,
+            chips=self._chips,
             adapter=request.adapter,
         )
         seat = await self._enter(asked)
@@ -264,15 +265,15 @@ class StreamCall(_Call):
 class EncodeCall(_Call):
     """An `Encode` under way: tried whole, then whole again elsewhere."""
 
-    def __init__(self, core: Core, request: Encode, chip: str | None) -> None:
+    def __init__(self, core: Core, request: Encode, chips: Chips) -> None:
         self._num_tokens = sum(len(ids) for ids in request.sequences)
-        super().__init__(core, chip, self._num_tokens, 0)
+        super().__init__(core, chips, self._num_tokens, 0)
         self._request = request
 
     async def run(self) -> Encoded:
         """Return the rows. Raises: like `PooledClient.encode`."""
         try:
-            seat = await self._enter(Asked(entry=self._entry, chip=self._chip))
+            seat = await self._enter(Asked(entry=self._entry, chips=self._chips))
             while True:
                 try:
                     return await self._try(seat)

@@ -16,7 +16,7 @@ import msgspec
 
 from mxn.engine.protocol import EngineClient, EngineStats, ModelInfo
 from mxn.errors import ConfigError
-from mxn.serve.routing.admission import AdmissionRules
+from mxn.serve.routing.admission import AdmissionRules, Chips
 from mxn.serve.routing.affinity import Affinity, chain
 from mxn.serve.routing.breaker import Breaker, BreakerRules
 from mxn.serve.routing.health import Health, HealthRules
@@ -166,43 +166,44 @@ class Fleet:
         self._seats.pop(seat.id, None)
         self.affinity.forget(seat.id)
 
-    def info(self, chip: str | None = None) -> ModelInfo:
+    def info(self, chips: Chips = None) -> ModelInfo:
         """Return what all replicas together can do. Raises: ConfigError when there are none."""
-        infos = [seat.replica.client.info for seat in self.of(chip)]
+        infos = [seat.replica.client.info for seat in self.of(chips)]
         if not infos:
-            raise ConfigError("the pool has no replicas" + (f" on {chip!r}" if chip else ""))
+            raise ConfigError("the pool has no replicas" + (f" on {named(chips)}" if chips else ""))
         if len(infos) == 1:
             return infos[0]
-        return _merged(infos, [seat.replica for seat in self.of(chip)])
+        return _merged(infos, [seat.replica for seat in self.of(chips)])
 
-    def of(self, chip: str | None) -> list[Seat]:
-        """Return the seats on a chip; None: all."""
-        return [seat for seat in self if chip is None or seat.replica.chip == chip]
+    def of(self, chips: Chips) -> list[Seat]:
+        """Return the seats on some chips; None: all."""
+        return [seat for seat in self if chips is None or seat.replica.chip in chips]
 
     def chips(self) -> list[str]:
+        """Return the chips of the replicas, each once."""
         return list(dict.fromkeys(seat.replica.chip for seat in self))
 
-    def states(self, chip: str | None = None) -> str:
+    def states(self, chips: Chips = None) -> str:
         """Return one line on why each replica is or is not used, for errors."""
         now_s = self.clock()
-        return ", ".join(f"{seat.id} {seat.state(now_s)}" for seat in self.of(chip)) or "none"
+        return ", ".join(f"{seat.id} {seat.state(now_s)}" for seat in self.of(chips)) or "none"
 
-    def has_room(self, chip: str | None, excluded: Sequence[str] = ()) -> bool:
+    def has_room(self, chips: Chips, excluded: Sequence[str] = ()) -> bool:
         """Whether a request could run now."""
         return any(
             seat.in_flight < seat.replica.max_in_flight
-            for seat in self._candidates(chip, excluded, self.clock())
+            for seat in self._candidates(chips, excluded, self.clock())
         )
 
-    def has_any(self, chip: str | None, excluded: Sequence[str] = ()) -> bool:
+    def has_any(self, chips: Chips, excluded: Sequence[str] = ()) -> bool:
         """Whether there is a replica for it, full or not."""
-        return bool(self._candidates(chip, excluded, self.clock()))
+        return bool(self._candidates(chips, excluded, self.clock()))
 
     def pick(
         self,
         prompt_ids: Sequence[int],
         *,
-        chip: str | None = None,
+        chips: Chips = None,
         excluded: Sequence[str] = (),
         adapter: str | None = None,
         ignores_room: bool = False,
@@ -212,7 +213,7 @@ class Fleet:
         `ignores_room`: a stream that has begun must not wait behind those that have not.
         """
         now_s = self.clock()
-        seats = self._candidates(chip, excluded, now_s)
+        seats = self._candidates(chips, excluded, now_s)
         if not ignores_room:
             seats = [seat for seat in seats if seat.in_flight < seat.replica.max_in_flight]
         if not seats:
@@ -254,8 +255,8 @@ class Fleet:
             if is_dead:
                 self.affinity.forget(seat.id)
 
-    def _candidates(self, chip: str | None, excluded: Sequence[str], now_s: float) -> list[Seat]:
-        seats = [seat for seat in self.of(chip) if seat.id not in excluded]
+    def _candidates(self, chips: Chips, excluded: Sequence[str], now_s: float) -> list[Seat]:
+        seats = [seat for seat in self.of(chips) if seat.id not in excluded]
         usable = [seat for seat in seats if seat.is_usable(now_s)]
         return usable or [seat for seat in seats if seat.is_last_resort(now_s)]
 
@@ -272,6 +273,11 @@ class Fleet:
         mean = sum(measured) / len(measured) if measured else 1.0
         for seat in self:
             seat.weight = capacities[seat.id] or mean
+
+
+def named(chips: Chips) -> str:
+    """Return chips for people."""
+    return " or ".join(sorted(chips or ()))
 
 
 def _load_of(seat: Seat, matched_tokens: int, now_s: float) -> Load:

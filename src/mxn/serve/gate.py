@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from mxn.errors import EngineDiedError
 from mxn.serve.context import RequestContext
-from mxn.serve.fleet import Fleet, Seat
-from mxn.serve.routing.admission import Admission, Entry
+from mxn.serve.fleet import Fleet, Seat, named
+from mxn.serve.routing.admission import Admission, Chips, Entry
 from mxn.serve.routing.policy import Choice
 
 _RETRY_S = 1.0  # a replica that died is back in seconds, if at all
@@ -24,7 +24,7 @@ class Asked:
 
     entry: Entry
     prompt_ids: Sequence[int] = ()
-    chip: str | None = None
+    chips: Chips = None
     adapter: str | None = None
 
 
@@ -48,8 +48,8 @@ class Gate:
             if granted is not None:
                 self.admission.admit(asked.entry)
                 return granted
-        if not self._fleet.has_any(asked.chip):
-            raise self.unavailable(asked.chip)
+        if not self._fleet.has_any(asked.chips):
+            raise self.unavailable(asked.chips)
         return await self._wait(asked)
 
     def leave(self, seat: Seat, entry: Entry, tokens: float) -> None:
@@ -75,16 +75,16 @@ class Gate:
             else:
                 future.set_result(granted)
 
-    def unavailable(self, chip: str | None) -> EngineDiedError:
-        where = f" on {chip!r}" if chip else ""
+    def unavailable(self, chips: Chips) -> EngineDiedError:
+        where = f" on {named(chips)}" if chips else ""
         return EngineDiedError(
-            f"no replica{where} is up: {self._fleet.states(chip)}",
+            f"no replica{where} is up: {self._fleet.states(chips)}",
             hint="the server tries to bring them back; send the request again",
             retry_after_s=_RETRY_S,
         )
 
     def _pick(self, asked: Asked) -> Granted | None:
-        return self._fleet.pick(asked.prompt_ids, chip=asked.chip, adapter=asked.adapter)
+        return self._fleet.pick(asked.prompt_ids, chips=asked.chips, adapter=asked.adapter)
 
     async def _wait(self, asked: Asked) -> Granted:
         entry, now_s = asked.entry, self._fleet.clock()
@@ -118,17 +118,17 @@ class Gate:
             self.leave(seat, entry, 0.0)
 
 
-def entry_of(context: RequestContext, cost: float, priority: int, chip: str | None) -> Entry:
+def entry_of(context: RequestContext, cost: float, priority: int, chips: Chips) -> Entry:
     """Return the queue's view of a request; without a key all requests are one tenant's."""
     principal = context.principal
     deadline_s = float("inf") if context.deadline_s is None else context.deadline_s
     if principal is None:
-        return Entry(tenant="", cost=cost, priority=priority, deadline_s=deadline_s, target=chip)
+        return Entry(tenant="", cost=cost, priority=priority, deadline_s=deadline_s, target=chips)
     return Entry(
         tenant=f"{principal.org_id}/{principal.project_id}",
         cost=cost,
         weight=principal.weight,
         priority=priority + principal.priority,
         deadline_s=deadline_s,
-        target=chip,
+        target=chips,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 from mxn.engine.protocol import (
     AdapterLoaded,
@@ -25,6 +26,7 @@ from mxn.engine.protocol import (
 from mxn.errors import MxnError, NotFoundError, UnsupportedError
 from mxn.serve.calls import LOST, Core, EncodeCall, StreamCall
 from mxn.serve.fleet import Clock, PoolRules, Replica, Seat
+from mxn.serve.routing.admission import Chips
 
 _DRAIN_LOOK_S = 0.05
 
@@ -40,35 +42,36 @@ class PooledClient:
         clock: Clock = time.monotonic,
     ) -> None:
         self._core = Core(rules or PoolRules(), clock)
-        self._chip: str | None = None
+        self._chips: Chips = None
         for replica in replicas:
             self.add(replica)
 
     @property
     def info(self) -> ModelInfo:
         """What all replicas together can do; `max_context` is the smallest."""
-        return self._core.fleet.info(self._chip)
+        return self._core.fleet.info(self._chips)
 
     @property
     def is_healthy(self) -> bool:
         """Whether any replica is there."""
-        seats = self._core.fleet.of(self._chip)
+        seats = self._core.fleet.of(self._chips)
         return any(seat.replica.client.is_healthy for seat in seats)
 
     @property
     def replicas(self) -> list[Replica]:
-        return [seat.replica for seat in self._core.fleet.of(self._chip)]
+        return [seat.replica for seat in self._core.fleet.of(self._chips)]
 
     def chips(self) -> list[str]:
         """Return the chips of the replicas, each once."""
-        return [self._chip] if self._chip else self._core.fleet.chips()
+        return list(dict.fromkeys(replica.chip for replica in self.replicas))
 
-    def pinned(self, chip: str) -> PooledClient:
-        """Return a view of the replicas on one chip. Raises: NotFoundError."""
-        if chip not in self.chips():
-            raise NotFoundError(f"no replica runs on {chip!r}; there are {self.chips()}")
+    def pinned(self, *chips: str) -> PooledClient:
+        """Return a view of the replicas on some chips. Raises: NotFoundError."""
+        for chip in chips:
+            if chip not in self.chips():
+                raise NotFoundError(f"no replica runs on {chip!r}; there are {self.chips()}")
         view = PooledClient.__new__(PooledClient)
-        view._core, view._chip = self._core, chip
+        view._core, view._chips = self._core, frozenset(chips)
         return view
 
     def add(self, replica: Replica) -> None:
@@ -102,7 +105,7 @@ class PooledClient:
         Raises: UserError subclasses for a bad request; OverloadedError when none has room in time;
         EngineDiedError when no replica is left.
         """
-        call = StreamCall(self._core, request, self._chip)
+        call = StreamCall(self._core, request, self._chips)
         try:
             await call.begin()
             while True:
@@ -123,22 +126,18 @@ class PooledClient:
 
         Raises: like `generate`.
         """
-        return await EncodeCall(self._core, request, self._chip).run()
+        return await EncodeCall(self._core, request, self._chips).run()
 
     async def stats(self) -> EngineStats:
         """Return the sums over the replicas that answer. Raises: EngineDiedError when none does."""
-        seats = self._core.fleet.of(self._chip)
+        seats = self._core.fleet.of(self._chips)
         answers = await asyncio.gather(*(self._stats_of(seat) for seat in seats))
         known = [answer for answer in answers if answer is not None]
         if not known:
-            raise self._core.gate.unavailable(self._chip)
-        return EngineStats(
-            **{
-                name: sum(getattr(stats, name) for stats in known)
-                for name in EngineStats.__struct_fields__
-                if name != "request_id"
-            }
-        )
+            raise self._core.gate.unavailable(self._chips)
+        names = [name for name in EngineStats.__struct_fields__ if name != "request_id"]
+        sums: dict[str, Any] = {name: sum(getattr(item, name) for item in known) for name in names}
+        return EngineStats(**sums)
 
     async def load_adapter(self, request: LoadAdapter) -> AdapterLoaded:
         """Load an adapter on every replica, so that each can take its requests."""
@@ -154,7 +153,9 @@ class PooledClient:
         return tuple(name for name in lists[0] if all(name in names for names in lists))
 
     async def close(self) -> None:
-        """Close the replicas, all at the same time."""
+        """Close the replicas, all at the same time; a view closes nothing."""
+        if self._chips is not None:
+            return
         await self._core.prober.close()
         await asyncio.gather(*(replica.client.close() for replica in self.replicas))
 
@@ -164,7 +165,7 @@ class PooledClient:
             raise UnsupportedError("not every replica of this model takes adapters")
         done = await asyncio.gather(*(change(request) for change in changes if change))
         if not done:
-            raise self._core.gate.unavailable(self._chip)
+            raise self._core.gate.unavailable(self._chips)
         return done[0]
 
     async def _stats_of(self, seat: Seat) -> EngineStats | None:
