@@ -10,7 +10,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from mxn.ledger.types import LimitState, Principal
+from mxn.ledger.types import Ledger, LimitState, Principal
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class RequestContext:
 
     request_id: str = "?"
     principal: Principal | None = None
+    ledger: Ledger | None = None  # where this request is accounted; None: nowhere
     endpoint: str = ""
     model: str = ""
     arrived_s: float = field(default_factory=time.perf_counter)
@@ -41,6 +42,9 @@ class RequestContext:
     is_batch: bool = False  # a line of a batch: low priority, progress is not noted
     batch_id: str | None = None
     usage_id: str | None = None  # of the row in the ledger; None: the id of the answer
+    input_tokens: int = 0  # what was settled, for the log
+    output_tokens: int = 0
+    cost_micro: int = 0
     is_billed: bool = True  # False: this work was paid for by an earlier attempt
 
 

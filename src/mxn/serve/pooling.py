@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ from starlette.requests import Request
 from mxn.engine.protocol import Encode, Encoded
 from mxn.errors import UnsupportedError
 from mxn.serve.http import unless_gone
+from mxn.serve.metering import Meter, reason_of
 from mxn.serve.metrics import Trace
-from mxn.serve.openai.generation import check_prompt
+from mxn.serve.openai.generation import check_prompt, chips_of
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State, new_id
 
@@ -59,12 +61,23 @@ async def encode(
     trace = Trace(state.metrics.model(model.name))
     message = Encode(request_id=new_id("enc"), sequences=sequences, token_types=token_types)
     outcome = "client_gone"
+    meter = await Meter.open(
+        message.request_id,
+        model=model.name,
+        chips=chips_of(model.client),
+        input_tokens=sum(len(ids) for ids in sequences),
+    )
     try:
+        started_s = time.perf_counter()
         encoded = await unless_gone(request, model.client.encode(message))
         trace.prompt_tokens = encoded.prompt_tokens
+        device_us = round(1e6 * (time.perf_counter() - started_s))
+        await meter.settle("complete", input_tokens=encoded.prompt_tokens, device_us=device_us)
         outcome = "stop"
-    except Exception:
-        outcome = "error"
+    except BaseException as exc:
+        outcome = "error" if isinstance(exc, Exception) else outcome
+        reason, status = reason_of(exc)
+        await meter.settle(reason, status=status)  # nothing has left
         raise
     finally:
         trace.close(outcome)

@@ -14,7 +14,19 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from mxn.errors import CapacityError, EngineDiedError, MxnError, NotFoundError, UserError
+from mxn.errors import (
+    AuthError,
+    CapacityError,
+    DeadlineError,
+    EngineDiedError,
+    ForbiddenError,
+    MxnError,
+    NotFoundError,
+    OverloadedError,
+    QuotaError,
+    RateLimitError,
+    UserError,
+)
 
 log = logging.getLogger("mxn.serve")
 
@@ -125,6 +137,8 @@ def from_exception(exc: BaseException) -> ApiError:
         return exc
     if isinstance(exc, HTTPException):
         return _from_http(exc)
+    if isinstance(exc, MxnError) and (refusal := _refusal(exc)) is not None:
+        return refusal
     if isinstance(exc, CapacityError) and exc.code == "overloaded":
         return unavailable(_one_line(exc), code="overloaded")
     if isinstance(exc, UserError):
@@ -139,6 +153,44 @@ def from_exception(exc: BaseException) -> ApiError:
         type="server_error",
         code="internal_error",
     )
+
+
+def unauthorized(message: str, *, is_wrong: bool) -> ApiError:
+    """No key was given, or (`is_wrong`) one that does not hold."""
+    challenge = 'Bearer error="invalid_token"' if is_wrong else "Bearer"
+    return ApiError(
+        message, status=401, code="invalid_api_key", headers={"www-authenticate": challenge}
+    )
+
+
+def _refusal(exc: MxnError) -> ApiError | None:
+    """Return the answer for what a tenant, not the request itself, is refused for."""
+    text = _one_line(exc)
+    if isinstance(exc, AuthError):
+        return unauthorized(text, is_wrong=True)
+    if isinstance(exc, ForbiddenError):
+        return ApiError(text, status=403, type="permission_error", code=exc.code)
+    if isinstance(exc, QuotaError):
+        # A retry cannot help, and official clients would try again.
+        headers = {"x-should-retry": "false"}
+        return ApiError(text, status=429, type="insufficient_quota", code=exc.code, headers=headers)
+    if isinstance(exc, RateLimitError):
+        headers = _retry_headers(exc.retry_after_s)
+        return ApiError(text, status=429, type="rate_limit_error", code=exc.code, headers=headers)
+    if isinstance(exc, OverloadedError):
+        headers = _retry_headers(exc.retry_after_s)
+        return ApiError(text, status=503, type="overloaded_error", code=exc.code, headers=headers)
+    if isinstance(exc, DeadlineError):
+        return ApiError(text, status=408, type="timeout", code=exc.code)
+    return None
+
+
+def _retry_headers(after_s: float) -> dict[str, str]:
+    """Whole seconds for everybody, milliseconds for clients that understand them."""
+    return {
+        "retry-after": str(max(1, math.ceil(after_s))),
+        "retry-after-ms": str(max(1, math.ceil(1000 * after_s))),
+    }
 
 
 def _from_http(exc: HTTPException) -> ApiError:

@@ -6,15 +6,19 @@ Knows both request types' common part and the replica contract; knows no JSON sh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import msgspec
 
 from mxn.engine.protocol import Delta, EngineClient, Generate, ModelInfo, SamplingParams
-from mxn.errors import EngineDiedError
+from mxn.errors import DeadlineError, EngineDiedError
+from mxn.ledger.types import CloseReason
+from mxn.serve.context import RequestContext, current
+from mxn.serve.metering import Meter, reason_of
 from mxn.serve.metrics import ModelMetrics, Trace
 from mxn.serve.openai.errors import ApiError, context_exceeded
 from mxn.serve.openai.types import (
@@ -25,6 +29,7 @@ from mxn.serve.openai.types import (
 )
 from mxn.serve.served import GenerationDefaults, ServedModel
 
+BATCH_PRIORITY = 10  # behind everyone who waits for an answer
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1000
 MAX_SEQUENCES = 1024  # prompts × n in one request
@@ -133,9 +138,23 @@ class Job:
     """One HTTP request as engine requests: prompt-major, so index = prompt × n + choice."""
 
     model: ServedModel
+    id: str
     requests: list[Generate]
     traces: list[Trace]
     num_choices: int
+    is_stream: bool = False
+    # Called with each delta before it is passed on; returns the reasoning tokens of its choice so
+    # far. The row is settled before the last delta comes out, so counting later would be too late.
+    count_reasoning: Callable[[int, Delta], int] | None = None
+    device_s: float = 0.0
+    _reasoning: list[int] = field(init=False)
+    _left: list[int] = field(init=False)  # tokens of each sequence that have left
+
+    def __post_init__(self) -> None:
+        self._reasoning = [0] * len(self.requests)
+        self._left = [0] * len(self.requests)
+
+    reasoning_tokens: int = 0  # of all choices so far; the reader of the text keeps it up to date
 
     @classmethod
     def create(
@@ -147,6 +166,7 @@ class Job:
         prompts: Sequence[list[int]],
         sampling: SamplingParams,
         num_choices: int,
+        is_stream: bool = False,
     ) -> Job:
         """Plan `num_choices` engine requests for each prompt, seeded seed, seed + 1, …"""
         total = len(prompts) * num_choices
@@ -157,36 +177,90 @@ class Job:
                 param="n" if num_choices > 1 else "prompt",
             )
         params = [_reseeded(sampling, choice) for choice in range(num_choices)]
+        priority = priority_of(current())
         requests = [
             Generate(
                 request_id=job_id if total == 1 else f"{job_id}-{index}",
                 prompt_ids=prompts[index // num_choices],
                 sampling=params[index % num_choices],
+                priority=priority,
             )
             for index in range(total)
         ]
         traces = [Trace(metrics) for _ in requests]
-        return cls(model=model, requests=requests, traces=traces, num_choices=num_choices)
+        return cls(
+            model=model, id=job_id, requests=requests, traces=traces, num_choices=num_choices,
+            is_stream=is_stream,
+        )  # fmt: skip
 
     async def run(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """Yield (index, delta) as replicas produce them; closing it cancels everything at once.
 
-        Raises: EngineDiedError when the replica died or gave the request up, UserError.
+        The usage row is open before the first and settled before the last one comes out.
+        Raises: EngineDiedError when the replica died or gave the request up, DeadlineError,
+        RateLimitError, QuotaError, UserError.
         """
         outcome = "client_gone"
+        meter = await self._open()
+        num_open = len(self.requests)
         try:
             async with aclosing(_merge(self.model.client, self.requests)) as deltas:
-                async for index, delta in deltas:
+                async for index, delta in _in_time(deltas):
                     self.traces[index].on_delta(delta)
-                    if delta.finish_reason == "cancelled":
-                        raise EngineDiedError("the replica cancelled the request")
+                    if self.count_reasoning is not None:
+                        self._reasoning[index] = self.count_reasoning(index, delta)
+                    if delta.finish_reason is not None:
+                        if delta.finish_reason == "cancelled":
+                            raise EngineDiedError("the replica cancelled the request")
+                        self.device_s += delta.device_s
+                        num_open -= 1
+                        if not num_open:
+                            self._left = [trace.completion_tokens for trace in self.traces]
+                            await self._settle(meter, "complete", 200)
                     yield index, delta
-        except Exception:
-            outcome = "error"
+                    self._left[index] = self.traces[index].completion_tokens
+                    meter.progress(*self._counts())
+        except BaseException as exc:
+            outcome = "error" if isinstance(exc, Exception) else outcome
+            await self._settle(meter, *reason_of(exc))
             raise
         finally:
             for trace in self.traces:
                 trace.close(outcome)
+
+    async def _open(self) -> Meter:
+        model, info = self.model, self.model.info
+        prompts = self.requests[:: self.num_choices]
+        most = sum(_most_tokens(request, info) for request in self.requests)
+        return await Meter.open(
+            self.id,
+            model=model.name,
+            chips=chips_of(model.client),
+            input_tokens=sum(len(request.prompt_ids) for request in prompts),
+            max_output_tokens=most,
+            is_stream=self.is_stream,
+        )
+
+    async def _settle(self, meter: Meter, reason: CloseReason, status: int) -> None:
+        if not meter.is_open:
+            return
+        prompt, output = self._counts()
+        cached = sum(trace.cached_tokens for trace in self.traces[:: self.num_choices])
+        await meter.settle(
+            reason,
+            input_tokens=prompt,
+            cached_tokens=cached,
+            output_tokens=output,
+            reasoning_tokens=min(sum(self._reasoning), output),
+            device_us=round(1e6 * self.device_s),
+            basis=getattr(self.model.client, "count_basis", "engine"),
+            status=status,
+        )
+
+    def _counts(self) -> tuple[int, int]:
+        """Return the prompt tokens that were computed and the output tokens that have left."""
+        prompt = sum(trace.prompt_tokens for trace in self.traces[:: self.num_choices])
+        return prompt, sum(self._left)
 
     def usage(self) -> Usage:
         """Return the counts so far; a prompt counts once, however many choices it has."""
@@ -198,8 +272,49 @@ class Job:
             completion_tokens=completion,
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-            completion_tokens_details=CompletionTokensDetails(),
+            completion_tokens_details=CompletionTokensDetails(
+                reasoning_tokens=self.reasoning_tokens
+            ),
         )
+
+
+def priority_of(context: RequestContext) -> int:
+    """Return who goes first among requests that wait: smaller is sooner."""
+    own = context.principal.priority if context.principal else 0
+    return own + (BATCH_PRIORITY if context.is_batch else 0)
+
+
+def chips_of(client: EngineClient) -> Sequence[str]:
+    """Return the chips that may serve a request: of a pool all of them."""
+    chips = getattr(client, "chips", None)
+    return chips() if chips is not None else (client.info.chip,)
+
+
+def _most_tokens(request: Generate, info: ModelInfo) -> int:
+    room = max(0, info.max_context - len(request.prompt_ids))
+    limit = request.sampling.max_tokens
+    return room if limit is None else min(limit, room)
+
+
+async def _in_time(
+    deltas: AsyncGenerator[tuple[int, Delta], None],
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Pass deltas on until the request's deadline. Raises: DeadlineError."""
+    deadline_s = current().deadline_s
+    if deadline_s is None:
+        async for item in deltas:
+            yield item
+        return
+    offset_s = asyncio.get_running_loop().time() - time.monotonic()
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline_s + offset_s):
+                item = await anext(deltas, None)
+        except TimeoutError:
+            raise DeadlineError("the request took longer than its time limit") from None
+        if item is None:
+            return
+        yield item
 
 
 def _reseeded(sampling: SamplingParams, choice: int) -> SamplingParams:
