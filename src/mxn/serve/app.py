@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 import mxn
+from mxn.serve.dialects import response_on
 from mxn.serve.gateway import Gateway
 from mxn.serve.http import Endpoint, stop
 from mxn.serve.openai.errors import from_exception
@@ -72,7 +73,7 @@ def _routes(state: State) -> list[BaseRoute]:
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:
-    return from_exception(exc).response()
+    return response_on(request.url.path, from_exception(exc))
 
 
 def _lifespan(

@@ -13,11 +13,15 @@ import msgspec
 from starlette.responses import Response
 
 from mxn.serve.anthropic.errors import body_of as anthropic_body
+from mxn.serve.flat import body_of as flat_body
 from mxn.serve.openai.errors import ApiError
 
 Dialect = Callable[[ApiError], dict[str, Any]]
 
-_BY_PREFIX: tuple[tuple[str, Dialect], ...] = (("/v1/messages", anthropic_body),)
+_BY_PREFIX: tuple[tuple[str, Dialect], ...] = (
+    ("/v1/messages", anthropic_body),
+    ("/maas/", flat_body),
+)
 
 
 def body_on(path: str, error: ApiError) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 import mxn
+from mxn.serve.flat import FlatError
 from mxn.serve.http import Handler
 from mxn.serve.openai.types import ErrorBody
 
@@ -36,7 +37,7 @@ class Operation:
 
 def document(operations: Sequence[Operation]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of `operations`."""
-    types = [ErrorBody]
+    types: list[type] = [ErrorBody, FlatError]
     for op in operations:
         types += [item for item in (op.request, op.response, op.chunk) if item is not None]
     unique = list(dict.fromkeys(types))
@@ -64,7 +65,11 @@ def _entry(op: Operation, schemas: dict[type, dict[str, Any]]) -> dict[str, Any]
     }
     if op.chunk is not None:
         content["text/event-stream"] = {"schema": schemas[op.chunk]}
-    error = {"application/json": {"schema": schemas[ErrorBody]}}
+    error = {
+        "application/json": {
+            "schema": schemas[FlatError if op.path.startswith("/maas/") else ErrorBody]
+        }
+    }
     entry: dict[str, Any] = {
         "summary": op.summary,
         "operationId": re.sub(r"\W+", "_", f"{op.method.lower()}{op.path}").strip("_"),

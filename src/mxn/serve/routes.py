@@ -8,6 +8,7 @@ from starlette.responses import Response
 from mxn.serve.anthropic.routes import message_operations
 from mxn.serve.batch.routes import batch_operations
 from mxn.serve.http import json_response
+from mxn.serve.maas import maas_operations
 from mxn.serve.openai.chat import ChatRoutes
 from mxn.serve.openai.completions import CompletionRoutes
 from mxn.serve.openai.embeddings import EmbeddingRoutes
@@ -51,6 +52,7 @@ def operations(state: State) -> list[Operation]:
         *response_operations(state, state.stores.responses),
         *batch_operations(state, state.stores.files, state.stores.batches, state.stores.worker),
     ]
+    table += maas_operations(state, table)
     described = document(table)
 
     async def openapi(request: Request) -> Response:

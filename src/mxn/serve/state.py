@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from mxn.serve.http import parse
 from mxn.serve.metrics import Metrics
+from mxn.serve.names import Names, base_name
 from mxn.serve.openai.errors import ApiError, model_not_found, unavailable
 from mxn.serve.openai.types import ModelRequest
 from mxn.serve.replicas.passthrough import UpstreamModels
@@ -36,6 +37,7 @@ class State:
     settings: ServeSettings
     metrics: Metrics = field(default_factory=Metrics)
     stores: Stores = field(default_factory=Stores)
+    names: Names = field(default_factory=Names)
     upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # of foreign servers
 
     async def read(self, request: Request, type: type[R]) -> tuple[R, ServedModel]:
@@ -46,17 +48,20 @@ class State:
     def find(self, name: str | None) -> ServedModel:
         """Return the model of that name; without a name, the only one.
 
-        Raises: ApiError 404 for an unknown one, 503 for one that still loads.
+        `model@chip` is a view of the replicas on a chip, `batch-model` one at low priority.
+        Raises: ApiError 404 for an unknown model or chip, 400 for a chip without this model, 503
+        for a model that still loads.
         """
-        model = self.models.get(name) if name else self.models.only()
+        model = self.names.find(self.models, name) if name else self.models.only()
         if model is None and self.settings.is_lenient:
             model = self.models.only()
         if model is not None:
             return model
         known = [*self.models.names(), *self.models.pending]
         pending = self.models.pending
-        if (name and name in pending) or (not name and pending and not len(self.models)):
-            raise self._loading(name or next(iter(pending)))
+        plain = base_name(name) if name else next(iter(pending), "")
+        if plain in pending and (name or not len(self.models)):
+            raise self._loading(plain)
         if not name:
             raise ApiError(f"model is required; one of {known}.", param="model")
         raise model_not_found(name, known)

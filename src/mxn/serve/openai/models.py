@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mxn.serve.http import json_response
+from mxn.serve.names import chips_of
 from mxn.serve.openai.errors import model_not_found
 from mxn.serve.openai.types import ModelCard, ModelList
 from mxn.serve.served import ServedModel
@@ -40,6 +41,6 @@ def _card(model: ServedModel, name: str) -> ModelCard:
         kind=model.info.kind,
         family=model.info.family,
         device=model.info.device,
-        chips=[model.info.chip],
+        chips=chips_of(model),
         max_model_len=model.info.max_context,
     )

@@ -14,6 +14,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mxn.serve.dialects import body_on, response_on
 from mxn.serve.http import disconnected, stop
 from mxn.serve.openai.errors import ApiError, ClientGone, from_exception
 
@@ -52,7 +53,8 @@ class EventStream(Response):
         self._heartbeat_s = heartbeat_s
         self._done = done
         self._ping = ping
-        self._error_event = error_event or (lambda error: event(error.body()))
+        self._error_event = error_event
+        self._path = ""
         own = [(key.lower().encode(), value.encode("latin-1")) for key, value in headers.items()]
         self.raw_headers = [*_HEADERS, *own]
         self._sending = asyncio.Lock()
@@ -61,6 +63,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the stream beside a watch on the connection and a heartbeat."""
+        self._path = scope["path"]
         producer = asyncio.create_task(self._produce(send))
         watcher = asyncio.create_task(disconnected(receive))
         heart = asyncio.create_task(self._beat(send))
@@ -71,7 +74,7 @@ class EventStream(Response):
                 await stop(task)
         failure = None if producer.cancelled() else producer.exception()
         if isinstance(failure, ApiError):
-            await failure.response()(scope, receive, send)
+            await response_on(self._path, failure)(scope, receive, send)
         elif failure is not None and not isinstance(failure, OSError | ClientGone):
             raise failure
 
@@ -85,10 +88,15 @@ class EventStream(Response):
                 error = from_exception(exc)
                 if not self._has_started:
                     raise error from None
-                await self._send(send, self._error_event(error))
+                await self._send(send, self._event_of(error))
         if self._done:
             await self._send(send, self._done)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _event_of(self, error: ApiError) -> bytes:
+        if self._error_event is not None:
+            return self._error_event(error)
+        return event(body_on(self._path, error))
 
     async def _send(self, send: Send, data: bytes) -> None:
         async with self._sending:
