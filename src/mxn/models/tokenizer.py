@@ -139,7 +139,8 @@ class Tokenizer:
             max(backend.vocab().values(), default=-1) + 1
         )  # largest id + 1; a model's matrix may be larger
         self.special_ids = backend.special_ids()
-        self._bytes = ByteTable(byte_scheme, backend.added_ids())
+        self._added_ids = backend.added_ids()
+        self._bytes = ByteTable(byte_scheme, self._added_ids)
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -234,6 +235,11 @@ class Tokenizer:
     def vocab(self) -> dict[str, int]:
         """Return token → id, as spelled in the vocabulary; built anew on each call."""
         return self._backend.vocab()
+
+    def added_id(self, text: str) -> int | None:
+        """Return the id of a token that was added to the vocabulary whole, such as `<think>`."""
+        token_id = self._backend.token_id(text)
+        return token_id if token_id in self._added_ids else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens)

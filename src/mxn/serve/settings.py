@@ -11,8 +11,15 @@ class ServeSettings:
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # never in a log
     max_body_bytes: int = 32 << 20
+    body_timeout_s: float = 60.0  # for a client that sends its body slowly
+    request_timeout_s: float | None = None  # from arrival to the last token; None: no limit
+    max_requests: int | None = None  # under way at the same time; None: no limit
     heartbeat_s: float = 15.0  # silence after which a stream sends `: ping`
     max_inputs: int = 2048  # texts in one embeddings, rerank or score request
     cors_origins: tuple[str, ...] = ()
+    # How answers are read; None: as the model's chat template and vocabulary say. The names are in
+    # mxn.serve.chat.tools.formats and mxn.serve.chat.reasoning.
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     # For other projects' test suites: any name means the only model, max_tokens 0 means unset.
     is_lenient: bool = False

@@ -9,10 +9,16 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from mxn.engine.protocol import SamplingParams
+import msgspec
+
+from mxn.engine.protocol import Grammar, SamplingParams
+from mxn.serve.chat.choice import ChoiceReader, Reading
+from mxn.serve.chat.dialect import Dialect, dialect_of
 from mxn.serve.chat.events import ChatEvent, ChatRun, Finished, Text
+from mxn.serve.chat.plan import Thought, ToolPlan, answer_form, constraint, plan_tools
 from mxn.serve.chat.prompt import render_aside
-from mxn.serve.openai.errors import ApiError, not_supported
+from mxn.serve.chat.reasoning import Begins, how_it_begins
+from mxn.serve.openai.errors import ApiError
 from mxn.serve.openai.generation import Job, build_sampling, check_prompt
 from mxn.serve.openai.types import ChatRequest, Usage
 from mxn.serve.served import ServedModel
@@ -27,43 +33,57 @@ async def start_chat(
     Raises: ApiError with `param`, UserError.
     """
     require_kind(model, "decoder")
-    _refuse_unsupported(body)
-    prompt_ids = await _prompt_ids(body, model)
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    dialect = _dialect(state, model)
+    tools, form = plan_tools(body), answer_form(body)
+    prompt = await render_aside(body, model, dialect, tools.definitions())
+    prompt_ids = await model.encode(prompt, bool(body.add_special_tokens))
     max_tokens = _max_tokens(body, is_lenient=state.settings.is_lenient)
     check_prompt(prompt_ids, model.info, max_tokens=max_tokens, param="messages")
+    continues = bool(body.continue_final_message)
+    begins = how_it_begins(prompt, dialect.reasoning, continues=continues)
+    reading = _reading(body, model, dialect, tools, begins)
+    sampling = _sampling(body, model, max_tokens, reading, form)
     run_id = job_id or new_id("chatcmpl")
     job = Job.create(
         model,
         state.metrics.model(model.name),
         job_id=run_id,
         prompts=[prompt_ids],
-        sampling=_sampling(body, model, max_tokens),
+        sampling=sampling,
         num_choices=body.n or 1,
     )
-    return NativeRun(run_id, model, job)
+    return NativeRun(run_id, model, job, reading)
 
 
 async def count_prompt_tokens(state: State, body: ChatRequest, model: ServedModel) -> int:
     """Return how many tokens the prompt of a chat has. Raises: ApiError, UserError."""
     require_kind(model, "decoder")
-    return len(await _prompt_ids(body, model))
+    tools = plan_tools(body).definitions()
+    prompt = await render_aside(body, model, _dialect(state, model), tools)
+    return len(await model.encode(prompt, bool(body.add_special_tokens)))
 
 
-async def _prompt_ids(body: ChatRequest, model: ServedModel) -> list[int]:
-    text = await render_aside(body, model)
-    return await model.encode(text, bool(body.add_special_tokens))
+def _dialect(state: State, model: ServedModel) -> Dialect:
+    settings = state.settings
+    return dialect_of(model, settings.tool_parser, settings.reasoning_parser)
 
 
-def _refuse_unsupported(body: ChatRequest) -> None:
-    """Refuse what would change the answer and is not there; ignoring it would be a lie."""
-    if body.response_format is not None and body.response_format.type != "text":
-        raise not_supported("response_format", f"response_format {body.response_format.type!r}")
-    if body.tools and body.tool_choice != "none":
-        raise not_supported("tools", "Calling tools")
-    if body.functions and body.function_call != "none":
-        raise not_supported("functions", "Calling functions")
-    if body.top_logprobs and not body.logprobs:
-        raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+def _reading(
+    body: ChatRequest, model: ServedModel, dialect: Dialect, tools: ToolPlan, begins: Begins
+) -> Reading:
+    marks = dialect.tools.markers() if tools.parses else ()
+    if dialect.reasoning is not None and begins != "never":
+        marks = (*marks, dialect.reasoning.opens, dialect.reasoning.closes)
+    return Reading(
+        dialect=dialect,
+        tools=tools,
+        begins=begins,
+        cleans=body.skip_special_tokens is not False and dialect.hides(*marks),
+        shows_reasoning=body.include_reasoning is not False,
+        tokenizer=model.tokenizer,
+    )
 
 
 def _max_tokens(body: ChatRequest, *, is_lenient: bool) -> int | None:
@@ -78,40 +98,73 @@ def _max_tokens(body: ChatRequest, *, is_lenient: bool) -> int | None:
     return value
 
 
-def _sampling(body: ChatRequest, model: ServedModel, max_tokens: int | None) -> SamplingParams:
-    return build_sampling(
+def _sampling(
+    body: ChatRequest,
+    model: ServedModel,
+    max_tokens: int | None,
+    reading: Reading,
+    form: Grammar | None,
+) -> SamplingParams:
+    sampling = build_sampling(
         body,
         model.defaults,
         model.info,
         max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    thought = Thought(tags=reading.dialect.reasoning, begins=reading.begins)
+    token_of = model.tokenizer.added_id
+    grammar = constraint(reading.tools, form, reading.dialect.tools, thought, token_of)
+    if grammar is None and not reading.cleans:
+        return sampling
+    return msgspec.structs.replace(
+        sampling,
+        grammar=grammar,
+        # Marks that are special tokens must be in the text; the others are taken out here.
+        skip_special_tokens=sampling.skip_special_tokens and not reading.cleans,
+    )
 
 
 class NativeRun:
     """A `ChatRun` on our own replicas."""
 
-    def __init__(self, run_id: str, model: ServedModel, job: Job) -> None:
+    def __init__(self, run_id: str, model: ServedModel, job: Job, reading: Reading) -> None:
         self.id = run_id
         self.model = model.name
         self.created = int(time.time())
         self._job = job
+        self._reading = reading
 
     async def events(self) -> AsyncGenerator[ChatEvent, None]:
-        """Yield what happens; the last `Finished` comes when the job is over and settled."""
-        num_open = len(self._job.requests)
+        """Yield what happens; the last `Finished` comes when the job is over and settled.
+
+        A choice begins with its first tokens, by an empty `Text` if they have no text yet.
+        """
+        job, reading = self._job, self._reading
+        readers = [ChoiceReader(index, reading) for index in range(len(job.requests))]
+        waiting = set(range(len(readers)))  # choices of which nothing was seen yet
+        num_open = len(readers)
         last: Finished | None = None
-        async with aclosing(self._job.run()) as deltas:
+        async with aclosing(job.run()) as deltas:
             async for index, delta in deltas:
-                if delta.text or delta.logprobs:
-                    yield Text(index, delta.text, delta.logprobs)
-                if delta.finish_reason is None:
-                    continue
-                reason = "length" if delta.finish_reason == "length" else "stop"
-                last = Finished(index, reason, delta.stop_reason)
-                num_open -= 1
-                if num_open:
-                    yield last
+                if reading.is_plain and delta.finish_reason is None:
+                    # The hot path: the text of a delta is the text of the answer.
+                    made = [Text(index, delta.text, delta.logprobs)]
+                    if not (delta.text or delta.logprobs):
+                        made = []
+                else:
+                    made = readers[index].read(delta)
+                    job.reasoning_tokens = sum(reader.reasoning_tokens for reader in readers)
+                if index in waiting:
+                    waiting.remove(index)
+                    made = made or [Text(index, "")]
+                for item in made:
+                    if isinstance(item, Finished):
+                        num_open -= 1
+                        if not num_open:
+                            last = item
+                            break
+                    yield item
         if last is not None:
             yield last
 

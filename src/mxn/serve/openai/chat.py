@@ -163,7 +163,9 @@ class _ChunkWriter:
         async with aclosing(self._run.events()) as events:
             async for item in events:
                 index = item.index
-                if is_plain and type(item) is Text:
+                if type(item) is Text and not item.text and not item.logprobs:
+                    data = b""  # the beginning of a choice: its role alone
+                elif is_plain and type(item) is Text:
                     # The hot path: one small encode between bytes that were made once.
                     data = b'%b%b},"logprobs":null,"finish_reason":null}]%b' % (
                         self._heads[index], encode(item.text), self._tail
@@ -173,7 +175,8 @@ class _ChunkWriter:
                 if not has_begun[index]:
                     has_begun[index] = True
                     data = self._chunk(index, ChatDelta(role="assistant", content="")) + data
-                yield data
+                if data:
+                    yield data
         if self._wants_usage:
             yield event(self._bare([], self._run.usage()))
 

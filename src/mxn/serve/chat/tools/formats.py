@@ -78,7 +78,7 @@ def _deepseek_name(header: str) -> str | None:
 def _mistral_name(header: str) -> str | None:
     """`NAME`, `NAME[ARGS]` or `NAME[CALL_ID]…[ARGS]`."""
     name = header.partition("[")[0].strip()
-    return name if name and not name[0] == '"' and "\n" not in name else None
+    return name if name and name[0] != '"' and "\n" not in name else None
 
 
 def _kimi_name(header: str) -> str | None:
@@ -87,9 +87,11 @@ def _kimi_name(header: str) -> str | None:
     return name or None
 
 
-def _object(key: str) -> dict[str, tuple[str, ...]]:
-    """Return what the grammar writes around the name and the arguments of an object."""
-    return {"before": ('{"name": "',), "middle": (f'", "{key}": ',), "after": ("}",)}
+# What stands around the name and the arguments of an object.
+_NAME = ('{"name": "',)
+_ARGUMENTS = ('", "arguments": ',)
+_PARAMETERS = ('", "parameters": ',)
+_CLOSE = ("}",)
 
 
 FORMATS: dict[str, ToolFormat] = {
@@ -110,7 +112,9 @@ FORMATS: dict[str, ToolFormat] = {
             is_bare=True,
             separators=True,
             between=("; ",),
-            **_object("parameters"),
+            before=_NAME,
+            middle=_PARAMETERS,
+            after=_CLOSE,
         ),
         JsonFormat(
             name="mistral",
@@ -121,7 +125,9 @@ FORMATS: dict[str, ToolFormat] = {
             end=("]",),
             has_short_ids=True,
             name_of=_mistral_name,
-            **_object("arguments"),
+            before=_NAME,
+            middle=_ARGUMENTS,
+            after=_CLOSE,
         ),
         JsonFormat(
             name="mistral-args",
@@ -172,7 +178,9 @@ FORMATS: dict[str, ToolFormat] = {
             begin=("<|tool_call|>", "["),
             between=(", ",),
             end=("]",),
-            **_object("arguments"),
+            before=_NAME,
+            middle=_ARGUMENTS,
+            after=_CLOSE,
         ),
         JsonFormat(
             name="phi4",
@@ -181,7 +189,9 @@ FORMATS: dict[str, ToolFormat] = {
             begin=("<|tool_call|>", "["),
             between=(", ",),
             end=("]", "<|/tool_call|>"),
-            **_object("arguments"),
+            before=_NAME,
+            middle=_ARGUMENTS,
+            after=_CLOSE,
         ),
         JsonFormat(
             name="internlm",
@@ -193,7 +203,13 @@ FORMATS: dict[str, ToolFormat] = {
             between=("\n",),
         ),
         JsonFormat(
-            name="json", is_bare=True, separators=True, between=("\n",), **_object("arguments")
+            name="json",
+            is_bare=True,
+            separators=True,
+            between=("\n",),
+            before=_NAME,
+            middle=_ARGUMENTS,
+            after=_CLOSE,
         ),
         XmlFormat(
             name="qwen3-coder",

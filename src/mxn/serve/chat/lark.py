@@ -1,0 +1,95 @@
+"""Pieces of grammars in llguidance's Lark dialect, and the check of what users send.
+
+A mark such as `<tool_call>` may be a token of its own, which a plain string does not match, so a
+mark is written as the token or its letters. Knows no tools and no formats.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from mxn.engine.protocol import Grammar
+
+TokenOf = Callable[[str], int | None]
+"""The id of a token that is spelled like this, or None."""
+
+# Room for deep indentation; without a bound a model may write white space for ever.
+_JSON_RULES = {"whitespace_pattern": r"[ \t\n\r]{0,40}", "coerce_one_of": True}
+
+
+def literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def mark(text: str, token_of: TokenOf) -> str:
+    """Return an expression for `text` as one token or as letters."""
+    token_id = token_of(text)
+    return literal(text) if token_id is None else f"(<[{token_id}]> | {literal(text)})"
+
+
+def regex(pattern: str) -> str:
+    """Return `pattern` as a terminal: slashes end one, and it must stay on its line."""
+    escaped = re.sub(r"\\.|/|\n|\r", lambda found: _in_slashes(found[0]), pattern, flags=re.DOTALL)
+    return f"/{escaped}/"
+
+
+def _in_slashes(found: str) -> str:
+    return {"/": r"\/", "\n": r"\n", "\r": r"\r", "\\\n": r"\n"}.get(found, found)
+
+
+def until(name: str, text: str, token_of: TokenOf) -> list[str]:
+    """Return rules by which `name` is anything up to and with the first `text`."""
+    pattern = regex(f"(?s:.*){re.escape(text)}")
+    token_id = token_of(text)
+    rules = [f"{name}_letters[lazy]: {pattern}"]
+    if token_id is None:
+        return [f"{name}: {name}_letters", *rules]
+    rules.append(f"{name.upper()}_TEXT: {without([text])}")
+    return [f"{name}: {name}_letters | {name.upper()}_TEXT <[{token_id}]>", *rules]
+
+
+def without(words: Sequence[str]) -> str:
+    """Return a terminal for any text that holds none of `words`."""
+    if not words:
+        return "/(?s:.*)/"
+    inner = "|".join(re.escape(word) for word in words)
+    return f"/(?s:.*)/ & ~{regex(f'(?s:.*)({inner})(?s:.*)')}"
+
+
+def json_of(schema: dict[str, Any]) -> str:
+    """Return the JSON text of a schema with the rules for white space, unless it has its own."""
+    return json.dumps({"x-guidance": _JSON_RULES, **schema}, ensure_ascii=False)
+
+
+def expression(grammar: Grammar) -> str:
+    """Return a grammar as an expression, to stand inside of another one."""
+    if grammar.kind == "json_schema":
+        return f"%json {grammar.source}"
+    if grammar.kind == "regex":
+        return regex(grammar.source)
+    if grammar.kind == "choice":
+        return " | ".join(literal(choice) for choice in grammar.source.split("\n"))
+    return f"%lark {{\n{grammar.source}\n}}"
+
+
+@lru_cache(maxsize=512)
+def fault(grammar: Grammar) -> str | None:
+    """Return what is wrong with a grammar, or None."""
+    from llguidance import LLMatcher  # a native library; only servers that constrain load it
+
+    make = {
+        "json_schema": LLMatcher.grammar_from_json_schema,
+        "regex": LLMatcher.grammar_from_regex,
+        "lark": LLMatcher.grammar_from_lark,
+    }
+    if grammar.kind == "choice":
+        return None
+    try:
+        found = LLMatcher.validate_grammar(make[grammar.kind](grammar.source), None)
+    except ValueError as exc:
+        return str(exc)
+    return found.strip() or None
