@@ -23,7 +23,7 @@ MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_S = 10.0  # a writer waits so long for another process before it gives up
 _CONNECT_S = 3
 _MIGRATION_LOCK = 0x6D786E  # any fixed number: the advisory lock of PostgreSQL
-_READ = "mxn_read"
+_READ, _AUTOCOMMIT = "mxn_read", "mxn_autocommit"
 _SYNCS = ("normal", "full")
 
 
@@ -92,6 +92,17 @@ class Database:
                 connection = connection.execution_options(isolation_level="REPEATABLE READ")
             yield connection
 
+    @contextmanager
+    def autocommit(self) -> Iterator[Connection]:
+        """Yield a connection on which each statement is a transaction, so that no lock is held
+        while the thread waits for its turn."""
+        with self.engine.connect() as connection:
+            if self.is_sqlite:
+                connection = connection.execution_options(**{_AUTOCOMMIT: True})
+            else:
+                connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -145,10 +156,16 @@ def _tune_sqlite(connection: Any, sync: str) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    is_read = connection.get_execution_options().get(_READ)
-    connection.exec_driver_sql("BEGIN" if is_read else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    if not options.get(_AUTOCOMMIT):
+        connection.exec_driver_sql("BEGIN" if options.get(_READ) else "BEGIN IMMEDIATE")
 
 
 def _postgresql(url: URL) -> Engine:
-    arguments = {"connect_timeout": _CONNECT_S, "application_name": "mxn"}
+    arguments = {
+        "connect_timeout": _CONNECT_S, "application_name": "mxn",
+        # A peer that vanished without a word is noticed within seconds.
+        "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
+        "tcp_user_timeout": 10_000,
+    }  # fmt: skip
     return create_engine(url, connect_args=arguments, pool_pre_ping=True, pool_size=4)

@@ -1,0 +1,154 @@
+"""From what a gateway says to what is written: which amounts a request reserves, and what it costs.
+
+Pure: rules and times are arguments. A request that ended before anything left the gateway, other
+than by completing, costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from mxn.errors import QuotaError
+from mxn.ledger.apply import WINDOW_US
+from mxn.ledger.operations import Opening, Settling
+from mxn.ledger.periods import Periods
+from mxn.ledger.rules import Budget, Limit, Rules, Tariff
+from mxn.ledger.types import OpenUsage, Principal, Receipt, Settlement, Ticket
+
+_encode = msgspec.json.Encoder().encode
+FREE = Tariff((0,) * 6, "", "{}")
+
+
+def is_billed(reason: str, output_tokens: int) -> bool:
+    """Say whether a request is paid for: it completed, or part of its answer left the gateway."""
+    return reason == "complete" or output_tokens > 0
+
+
+def compose_opening(
+    rules: Rules, periods: Periods, usage: OpenUsage, *, gateway_id: str, now_us: int,
+    deadline_s: float, future: Any,
+) -> Opening:  # fmt: skip
+    """Return the row of a request with all it must fit in. Raises: ConfigError, QuotaError."""
+    subjects = rules.subjects(usage)
+    limits: tuple[tuple[Limit, int], ...] = ()
+    budgets: tuple[tuple[Budget, int, int], ...] = ()
+    reserved: tuple[tuple[str, int, int], ...] = ()
+    if subjects.limits:
+        amounts = {"requests": 1, "input_tokens": usage.input_tokens, "output_tokens": 0}
+        limits = tuple((limit, amounts[limit.kind]) for limit in subjects.limits)
+    if subjects.budgets:
+        budgets = _reserve(rules, periods, usage, subjects.budgets, now_us)
+        reserved = tuple((budget.id, start, amount) for budget, start, amount in budgets)
+    who, chips = usage.principal, usage.chips
+    row = (
+        usage.usage_id, usage.request_id, gateway_id, who.org_id, who.project_id, who.user_id,
+        who.key_id, usage.endpoint, usage.model, chips[0] if len(chips) == 1 else "", now_us,
+        _encode(reserved).decode() if reserved else None, usage.batch_id, usage.is_stream, "open",
+    )  # fmt: skip
+    ticket = Ticket(usage=usage, opened_us=now_us, reserved=reserved)
+    window = now_us - now_us % WINDOW_US
+    return Opening(row, ticket, limits, budgets, window, future, deadline_s)
+
+
+def _reserve(
+    rules: Rules, periods: Periods, usage: OpenUsage, known: tuple[Budget, ...], now_us: int
+) -> tuple[tuple[Budget, int, int], ...]:
+    """Return (budget, period start, amount) of each budget that pays for this request."""
+    tokens = usage.input_tokens + usage.max_output_tokens
+    micro, currency = 0, ""
+    if any(budget.unit == "micro" for budget in known):
+        micro, currency = _dearest(rules, usage, now_us)
+    found = []
+    for budget in known:
+        if budget.unit == "micro" and currency not in ("", budget.currency):
+            _require_other(budget, known, currency)
+            continue
+        amount = tokens if budget.unit == "tokens" else micro
+        found.append((budget, periods.start(budget.period, now_us), amount))
+    return tuple(found)
+
+
+def _dearest(rules: Rules, usage: OpenUsage, now_us: int) -> tuple[int, str]:
+    tariffs = [rules.tariff(usage.model, chip, now_us) for chip in usage.chips or ("",)]
+    currency = next((tariff.currency for tariff in tariffs if tariff.currency), "")
+    worst = max(tariff.worst(usage.input_tokens, usage.max_output_tokens) for tariff in tariffs)
+    return worst, currency
+
+
+def _require_other(budget: Budget, known: tuple[Budget, ...], currency: str) -> None:
+    """Refuse a request that no budget of this subject can limit, since it is paid otherwise."""
+    if not any(one.subject == budget.subject and one.currency == currency for one in known):
+        raise QuotaError(
+            f"budget {budget.id} of {budget.subject} is in {budget.currency}, and this model is "
+            f"paid in {currency}",
+            hint=f"have a budget in {currency} set for {budget.subject}",
+        )
+
+
+def compose_settling(
+    rules: Rules, ticket: Ticket, used: Settlement, *, now_us: int, future: Any = None
+) -> Settling:
+    """Return how a row is closed: its cost by the price at opening, and what its budgets pay."""
+    usage = ticket.usage
+    tariff, micro, tokens = FREE, 0, 0
+    if is_billed(used.reason, used.output_tokens):
+        tariff = rules.tariff(usage.model, used.chip, ticket.opened_us)
+        micro, tokens = tariff.cost(used), used.input_tokens + used.output_tokens
+    row = (
+        now_us, used.reason, used.status, used.chip, used.replica, used.input_tokens,
+        used.cached_tokens, used.output_tokens, used.reasoning_tokens, used.num_replicas,
+        used.basis, used.device_us, micro, tariff.currency, tariff.text, usage.usage_id,
+    )  # fmt: skip
+    window = now_us - now_us % WINDOW_US
+    return Settling(
+        row=row,
+        id=usage.usage_id,
+        receipt=Receipt(usage_id=usage.usage_id, cost_micro=micro, currency=tariff.currency),
+        settled_us=now_us,
+        reason=used.reason,
+        periods=tuple(
+            ((budget, start), amount, spent_of(rules.units, budget, tokens, micro, tariff.currency))
+            for budget, start, amount in ticket.reserved
+        ),
+        windows=tuple(
+            ((limit.id, window), used.output_tokens)
+            for limit in rules.subjects(usage).limits
+            if limit.kind == "output_tokens" and used.output_tokens
+        ),
+        future=future,
+    )
+
+
+def spent_of(
+    units: dict[str, tuple[str, str]], budget: str, tokens: int, micro: int, currency: str
+) -> int:
+    """Return what a request takes from a budget, in its unit."""
+    unit, of = units.get(budget, ("", ""))
+    if unit == "tokens":
+        return tokens
+    return micro if of == currency else 0
+
+
+def compose_orphan(rules: Rules, row: Any, *, now_us: int) -> Settling:
+    """Return how the row of a lost gateway is closed: with the progress it noted last."""
+    who = Principal(
+        key_id=row.key_id, org_id=row.org_id, project_id=row.project_id, user_id=row.user_id
+    )
+    usage = OpenUsage(
+        usage_id=row.id, request_id=row.request_id, principal=who, endpoint=row.endpoint,
+        model=row.model, batch_id=row.batch_id, is_stream=row.is_stream,
+    )  # fmt: skip
+    reserved = tuple((name, start, amount) for name, start, amount in decode_reserved(row.reserved))
+    used = Settlement(
+        reason="gateway_lost", chip=row.chip, replica=row.replica, status=500,
+        input_tokens=row.input_tokens, output_tokens=row.output_tokens,
+    )  # fmt: skip
+    ticket = Ticket(usage=usage, opened_us=row.opened_us, reserved=reserved)
+    return compose_settling(rules, ticket, used, now_us=now_us)
+
+
+def decode_reserved(text: str | None) -> list[tuple[str, int, int]]:
+    """Return (budget, period start, amount) of the budgets a row is charged to."""
+    return msgspec.json.decode(text or "[]", type=list[tuple[str, int, int]])

@@ -1,0 +1,149 @@
+"""The hot path on PostgreSQL: two round trips for a transaction, whatever it holds.
+
+Rows of budgets and limits are made before the transaction that locks them, so that two gateways
+that make the same row do not wait for each other while they hold locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import psycopg
+
+from mxn.ledger.database import Database
+from mxn.ledger.operations import PeriodKey, Settling
+from mxn.ledger.sql import (
+    CLOSED_COLUMNS,
+    OPEN_COLUMNS,
+    PROGRESS_COLUMNS,
+    SETTLE_COLUMNS,
+    View,
+    type_of,
+)  # fmt: skip
+
+
+def _unnest(columns: Sequence[str]) -> str:
+    return f"unnest({', '.join(f'%s::{type_of(name)}[]' for name in columns)})"
+
+
+def _update(columns: Sequence[str], more: str = "") -> str:
+    sets = more + ", ".join(f"{name} = v.{name}" for name in columns[:-1])
+    return (
+        f"UPDATE usage AS u SET {sets} FROM {_unnest(columns)} AS v({', '.join(columns)}) "
+        "WHERE u.id = v.id AND u.state = 'open'"
+    )
+
+
+_INSERT = f"INSERT INTO usage ({', '.join(OPEN_COLUMNS)}) SELECT * FROM {_unnest(OPEN_COLUMNS)}"
+_SETTLE = _update(SETTLE_COLUMNS, "state = 'settled', ") + " RETURNING u.id"
+_PROGRESS = _update(PROGRESS_COLUMNS)
+_KEYS = "unnest(%s::text[], %s::bigint[]) AS v(id, start)"
+_MAKE_PERIODS = (
+    f"INSERT INTO budget_periods (budget_id, period_start) SELECT * FROM {_KEYS} "
+    "ON CONFLICT DO NOTHING"
+)
+_MAKE_WINDOWS = (
+    f"INSERT INTO rate_windows (limit_id, window_start) SELECT * FROM {_KEYS} "
+    "ON CONFLICT DO NOTHING"
+)
+_PERIODS = (
+    f"SELECT p.budget_id, p.period_start, p.reserved, p.spent FROM budget_periods AS p "
+    f"JOIN {_KEYS} ON p.budget_id = v.id AND p.period_start = v.start "
+    "ORDER BY 1, 2 FOR UPDATE OF p"
+)
+_WINDOWS = (
+    f"SELECT w.limit_id, w.window_start, w.used FROM rate_windows AS w "
+    f"JOIN {_KEYS} ON w.limit_id = v.id AND w.window_start = v.start ORDER BY 1, 2 FOR UPDATE OF w"
+)
+_MOVE = (
+    "UPDATE budget_periods AS p SET reserved = p.reserved + v.reserved, spent = p.spent + v.spent "
+    "FROM unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[]) "
+    "AS v(id, start, reserved, spent) WHERE p.budget_id = v.id AND p.period_start = v.start"
+)
+_ADD = (
+    "UPDATE rate_windows AS w SET used = w.used + v.used "
+    "FROM unnest(%s::text[], %s::bigint[], %s::bigint[]) AS v(id, start, used) "
+    "WHERE w.limit_id = v.id AND w.window_start = v.start"
+)
+_EXISTING = "SELECT id, gateway_id, opened_us FROM usage WHERE id = ANY(%s)"
+_CLOSED = f"SELECT {', '.join(CLOSED_COLUMNS)} FROM usage WHERE id = ANY(%s)"
+
+_MAX_KNOWN = 100_000
+
+
+class PostgresStore:
+    retryable: tuple[type[BaseException], ...] = (psycopg.OperationalError, psycopg.InterfaceError)
+
+    def __init__(self, database: Database) -> None:
+        fairy = database.engine.raw_connection()
+        self._raw = cast("psycopg.Connection[Any]", fairy.driver_connection)
+        fairy.detach()
+        self._raw.autocommit = True  # BEGIN and COMMIT are ours, within a pipeline
+        self._known: set[tuple[str, PeriodKey]] = set()
+
+    def begin(
+        self,
+        periods: Sequence[PeriodKey],
+        windows: Sequence[PeriodKey],
+        settlings: Sequence[Settling],
+        progress: Sequence[tuple[Any, ...]],
+        ids: Sequence[str],
+    ) -> View:
+        self._make(_MAKE_PERIODS, periods)
+        self._make(_MAKE_WINDOWS, windows)
+        with self._raw.pipeline():
+            self._raw.execute("BEGIN")
+            locked = self._raw.execute(_PERIODS, _columns(periods)) if periods else ()
+            counted = self._raw.execute(_WINDOWS, _columns(windows)) if windows else ()
+            rows = sorted((one.row for one in settlings), key=lambda row: row[-1])
+            settled = self._raw.execute(_SETTLE, _columns(rows)) if rows else ()
+            if progress:
+                self._raw.execute(_PROGRESS, _columns(sorted(progress, key=lambda row: row[-1])))
+            # After the locks: what another connection of ours was committing is visible now.
+            existing = self._raw.execute(_EXISTING, (list(ids),)) if ids else ()
+        return View(
+            {(row[0], row[1]): (row[2], row[3]) for row in locked},
+            {(row[0], row[1]): row[2] for row in counted},
+            {row[0] for row in settled},
+            {row[0]: (row[1], row[2]) for row in existing},
+        )
+
+    def _make(self, statement: str, keys: Sequence[PeriodKey]) -> None:
+        new = [key for key in keys if (statement, key) not in self._known]
+        if new:
+            self._raw.execute(statement, _columns(new))
+            if len(self._known) > _MAX_KNOWN:
+                self._known.clear()
+            self._known.update((statement, key) for key in new)
+
+    def closed(self, ids: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+        return {row[0]: row for row in self._raw.execute(_CLOSED, (list(ids),))}
+
+    def commit(
+        self,
+        rows: Sequence[tuple[Any, ...]],
+        moves: Mapping[PeriodKey, Sequence[int]],
+        adds: Mapping[PeriodKey, int],
+    ) -> None:
+        moved = [(*key, *amounts) for key, amounts in moves.items() if any(amounts)]
+        added = [(*key, used) for key, used in adds.items() if used]
+        with self._raw.pipeline():
+            if rows:
+                self._raw.execute(_INSERT, _columns(rows))
+            if moved:
+                self._raw.execute(_MOVE, _columns(moved))
+            if added:
+                self._raw.execute(_ADD, _columns(added))
+            self._raw.execute("COMMIT")
+
+    def rollback(self) -> None:
+        if not self._raw.closed and not self._raw.broken:
+            self._raw.execute("ROLLBACK")
+
+    def close(self) -> None:
+        self._raw.close()
+
+
+def _columns(rows: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)]
