@@ -12,6 +12,7 @@ from mxn.cli import (
     chat,
     chips,
     doctor,
+    gateway,
     kernels,
     keys,
     limits,
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command("up")(up.up)
 app.command("serve")(serve.serve)
+app.command("gateway")(gateway.gateway)
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("ps")(ps.ps)

@@ -7,7 +7,7 @@ have OpenAI's shape and a streamed token costs one small encode.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
@@ -18,9 +18,11 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 import mxn
+from mxn.serve.accounting import Accounting
 from mxn.serve.dialects import response_on
-from mxn.serve.gateway import Gateway
+from mxn.serve.gateway import Gateway, OnEnd
 from mxn.serve.http import Endpoint, stop
+from mxn.serve.metering import settled
 from mxn.serve.openai.errors import from_exception
 from mxn.serve.routes import operations
 from mxn.serve.served import ServedModels
@@ -35,33 +37,47 @@ def create_app(
     settings: ServeSettings | None = None,
     *,
     startup: Startup | None = None,
+    accounting: Accounting | None = None,
+    on_end: Sequence[OnEnd] = (),
 ) -> FastAPI:
     """Return the application.
+
+    With `accounting`, keys, budgets, usage, files, batches and answers are in its database; each
+    of `on_end` is called when a request is over.
 
     `startup` runs beside the server from its start, to load models that were promised with
     `models.expect(name)`; meanwhile /health answers 503. At the end the replicas are closed.
     """
     settings = settings or ServeSettings()
     state = State(models, settings)
+    if accounting is not None:
+        state.stores = accounting.stores(lambda: app)
     app = FastAPI(
         title="mxn",
         version=mxn.__version__,
         openapi_url=None,  # ours is made from the types that are really checked
         routes=_routes(state),
         redirect_slashes=False,
-        lifespan=_lifespan(models, startup),
+        lifespan=_lifespan(state, startup, accounting),
         exception_handlers={HTTPException: _http_error},
     )
     app.state.mxn = state
+    app.add_middleware(
+        Gateway,
+        api_keys=settings.api_keys,
+        ledger=lambda: state.ledger,
+        request_timeout_s=settings.request_timeout_s,
+        max_requests=settings.max_requests,
+        on_end=on_end,
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-mxn-model", "x-mxn-device"],
+            expose_headers=["x-request-id", "x-mxn-model", "x-mxn-device", "x-mxn-chip"],
         )
-    app.add_middleware(Gateway, api_keys=settings.api_keys)
     return app
 
 
@@ -77,18 +93,29 @@ async def _http_error(request: Request, exc: Exception) -> Response:
 
 
 def _lifespan(
-    models: ServedModels, startup: Startup | None
+    state: State, startup: Startup | None, accounting: Accounting | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    models = state.models
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if accounting is not None:
+            state.ledger = await accounting.start()
         loading = asyncio.create_task(_load(models, startup)) if startup else None
+        if state.stores.worker is not None:
+            state.stores.worker.start()
         try:
             yield
         finally:
             if loading is not None:
                 await stop(loading)
+            if state.stores.worker is not None:
+                await state.stores.worker.stop()
             await models.close()
-            await app.state.mxn.upstreams.close()
+            await state.upstreams.close()
+            await settled()
+            if accounting is not None:
+                await accounting.close()
 
     return lifespan
 

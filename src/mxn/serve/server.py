@@ -7,10 +7,14 @@ cancelled. Start at `run`; tests and benchmarks use `running`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -41,17 +45,43 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
     """Return the base URL of a bound socket, such as http://127.0.0.1:8000."""
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """A certificate chain and its key, both PEM files."""
+
+    certificate: Path
+    key: Path
+
+    def __post_init__(self) -> None:
+        for path in (self.certificate, self.key):
+            if not path.is_file():
+                raise ConfigError(
+                    f"{path} is no file", hint="--tls-cert and --tls-key are PEM files"
+                )
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our settings that says when it is listening."""
+    """uvicorn with our settings that says when it is listening, and drains in two steps.
+
+    On a signal it first calls `on_drain`, so that /health sends balancers elsewhere, and goes on
+    serving for `leave_s`; then it takes no new connections and gives running requests `drain_s`.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, drain_s: float, on_listening: OnListening | None = None
+        self,
+        app: ASGIApp,
+        *,
+        drain_s: float,
+        on_listening: OnListening | None = None,
+        tls: Tls | None = None,
+        on_drain: Callable[[], None] | None = None,
+        leave_s: float = 0.0,
     ) -> None:
         config = uvicorn.Config(
             app,
@@ -65,14 +95,31 @@ class Server(uvicorn.Server):
             access_log=False,  # paths and clients of users stay out of the log
             log_config=None,
             server_header=False,
+            ssl_certfile=tls.certificate if tls else None,
+            ssl_keyfile=tls.key if tls else None,
         )
         super().__init__(config)
         self._on_listening = on_listening
+        self._on_drain = on_drain
+        self._leave_s = leave_s
+        self._scheme = "https" if tls else "http"
+        self._is_leaving = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On the first signal say that we leave; on the second end at once."""
+        if self._on_drain is not None:
+            self._on_drain()
+        if not self._leave_s or self._is_leaving:
+            super().handle_exit(sig, frame)
+            return
+        self._is_leaving = True
+        handle = functools.partial(super().handle_exit, sig, frame)
+        threading.Timer(self._leave_s, handle).start()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and self._on_listening is not None and sockets:
-            self._on_listening(url_of(sockets[0]))
+            self._on_listening(url_of(sockets[0], self._scheme))
 
 
 def run(
@@ -82,13 +129,19 @@ def run(
     *,
     drain_s: float = 30.0,
     on_listening: OnListening | None = None,
+    tls: Tls | None = None,
+    on_drain: Callable[[], None] | None = None,
+    leave_s: float = 0.0,
+    sock: socket.socket | None = None,
 ) -> None:
     """Serve until a signal, then drain. `on_listening` gets the base URL once requests are taken.
 
-    Raises: ConfigError when the address cannot be had.
+    `sock` is a socket that is bound already. Raises: ConfigError when the address cannot be had.
     """
-    sock = bind(host, port)
-    Server(app, drain_s=drain_s, on_listening=on_listening).run(sockets=[sock])
+    server = Server(
+        app, drain_s=drain_s, on_listening=on_listening, tls=tls, on_drain=on_drain, leave_s=leave_s
+    )
+    server.run(sockets=[sock or bind(host, port)])
 
 
 async def serve(

@@ -9,6 +9,9 @@ from typing import Literal, TypeVar
 
 from starlette.requests import Request
 
+from mxn.errors import ForbiddenError
+from mxn.ledger.types import Ledger
+from mxn.serve.context import current
 from mxn.serve.http import parse
 from mxn.serve.metrics import Metrics
 from mxn.serve.names import Names, base_name
@@ -36,6 +39,8 @@ class State:
     models: ServedModels
     settings: ServeSettings
     metrics: Metrics = field(default_factory=Metrics)
+    ledger: Ledger | None = None  # set when the server starts
+    is_draining: bool = False  # it is about to stop: balancers should send elsewhere
     stores: Stores = field(default_factory=Stores)
     names: Names = field(default_factory=Names)
     upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # of foreign servers
@@ -56,6 +61,7 @@ class State:
         if model is None and self.settings.is_lenient:
             model = self.models.only()
         if model is not None:
+            self._check_allowed(model.name)
             return model
         known = [*self.models.names(), *self.models.pending]
         pending = self.models.pending
@@ -65,6 +71,15 @@ class State:
         if not name:
             raise ApiError(f"model is required; one of {known}.", param="model")
         raise model_not_found(name, known)
+
+    @staticmethod
+    def _check_allowed(name: str) -> None:
+        """Note which model a request is for. Raises: ForbiddenError when its key may not use it."""
+        context = current()
+        context.model = name
+        principal = context.principal
+        if principal is not None and not principal.may_use(base_name(name)):
+            raise ForbiddenError(f"this key may not use the model {name!r}")
 
     def _loading(self, name: str) -> ApiError:
         pending = self.models.pending[name]

@@ -34,6 +34,11 @@ class StatusRoutes:
                 models[name]["reason"] = pending.failure
             if pending.progress is not None:
                 models[name]["progress"] = pending.progress
+        for upstream in self._state.upstreams:
+            models[upstream.name] = {"status": "ready" if upstream.is_healthy else "dead"}
+        if self._state.is_draining:
+            body = {"status": "draining", "models": models}
+            return json_response(body, {"retry-after": str(RETRY_AFTER_S)}, status=503)
         is_ready = bool(models) and all(item["status"] == "ready" for item in models.values())
         body = {"status": "ok" if is_ready else "unavailable", "models": models}
         if is_ready:
