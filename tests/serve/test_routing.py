@@ -246,7 +246,15 @@ def test_a_replica_that_says_something_else_is_no_continuation() -> None:
     seam.take(Delta(request_id="q", text="abc", token_ids=[1]))
     assert seam.move().resume_ids == [1]
     with pytest.raises(InternalError, match="abd"):
-        seam.take(Delta(request_id="q~1", text="abd"))
+        seam.take(Delta(request_id="q~1", text="abd", completion_tokens=1))
     seam.move()
     with pytest.raises(InternalError, match="ended 1 characters"):
-        seam.take(Delta(request_id="q~2", text="ab", finish_reason="stop"))
+        seam.take(Delta(request_id="q~2", text="ab", finish_reason="stop", completion_tokens=1))
+
+
+def test_a_replica_that_begins_anew_is_noticed() -> None:
+    seam = Seam(Generate(request_id="q", prompt_ids=[1], sampling=SamplingParams()))
+    seam.take(Delta(request_id="q", text="ab", token_ids=[1, 2], completion_tokens=2))
+    seam.move()
+    with pytest.raises(InternalError, match="cannot resume"):
+        seam.take(Delta(request_id="q~1", text="ab", token_ids=[1], completion_tokens=1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mxn.cli.options import Device, Dtype, Host, MaxContext, Port, Threads
+from mxn.cli.options import Dtype, Host, MaxContext, Port, Threads
 from mxn.errors import ConfigError, MxnError
 
 if TYPE_CHECKING:
@@ -27,7 +27,23 @@ def serve(
     ] = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    device: Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Device such as cpu, cuda:0, npu:0, sim:0; auto: the best present. "
+            "Several, such as cuda:0,cuda:1: a replica on each."
+        ),
+    ] = "auto",
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Running copies of each model.")
+    ] = None,
+    stall_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="Seconds of silence after which a stream goes on from another replica.",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     threads: Threads = 0,
     max_context: MaxContext = None,
@@ -52,19 +68,25 @@ def serve(
     ] = None,
 ) -> None:
     """Serve MODEL... behind an OpenAI-compatible API."""
+    from mxn import env
     from mxn.cli.replica import aliases, config_for
-    from mxn.serve.launch import ModelRequest
+    from mxn.serve.fleet import PoolRules
+    from mxn.serve.launch import ModelRequest, spread
     from mxn.units import parse_bytes
 
     names = name or [Path(model).name or Path(model).resolve().name for model in models]
     if len(names) != len(models):
         raise ConfigError(f"{len(models)} models but {len(names)} names: {', '.join(names)}")
+    devices = spread(env.get("MXN_DEVICE") if device == "auto" else device, replicas)
+    rules = PoolRules() if stall_limit is None else PoolRules(stall_floor_s=stall_limit)
     requests = [
         ModelRequest(
             name=served_name,
+            devices=devices,
+            rules=rules,
             aliases=aliases(model, served_name) if models.count(model) == 1 else (),
             config=config_for(
-                model, device=device, dtype=dtype, threads=threads, max_context=max_context,
+                model, device=devices[0], dtype=dtype, threads=threads, max_context=max_context,
                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
                 kv_bytes=parse_bytes(kv_memory) if kv_memory else None,
                 prefix_caching=prefix_caching, allow_fallback=fallback,

@@ -16,7 +16,7 @@ class Seam:
     """State of one request. Call `take` for each delta and `move` before each further replica."""
 
     __slots__ = (
-        "_cached_tokens", "_cut", "_device_s", "_has_begun", "_has_prompt_logprobs",
+        "_cached_tokens", "_cut", "_device_s", "_has_begun", "_has_prompt_logprobs", "_is_fresh",
         "_prompt_tokens", "_text", "_token_ids", "num_moves", "request",
     )  # fmt: skip
 
@@ -26,6 +26,7 @@ class Seam:
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._cut: str | None = None  # text the present replica says again; None: nothing to cut
+        self._is_fresh = False  # the present replica took over and has not said anything
         self._has_begun = False
         self._has_prompt_logprobs = False
         self._prompt_tokens = self._cached_tokens = 0
@@ -45,6 +46,7 @@ class Seam:
         """Return the request for another replica, under an id of its own."""
         self.num_moves += 1
         self._cut = "".join(self._text)
+        self._is_fresh = True
         return msgspec.structs.replace(
             self.request,
             request_id=f"{self.request.request_id}~{self.num_moves}",
@@ -59,6 +61,8 @@ class Seam:
         if not self.num_moves:
             self._note(delta)
             return delta
+        if self._is_fresh:
+            self._check_resumed(delta)
         text = self._trim(delta)
         joined = msgspec.structs.replace(
             delta,
@@ -85,6 +89,16 @@ class Seam:
             self._has_prompt_logprobs = True
         if delta.finish_reason is None:
             self._device_s += delta.device_s
+
+    def _check_resumed(self, delta: Delta) -> None:
+        """Notice a replica that began anew: its ids would be counted and billed twice."""
+        self._is_fresh = False
+        num_resumed = len(self.request.resume_ids) + len(self._token_ids)
+        if delta.completion_tokens < num_resumed:
+            raise InternalError(
+                f"a replica that took over counts {delta.completion_tokens} tokens "
+                f"where {num_resumed} had been made: it cannot resume"
+            )
 
     def _trim(self, delta: Delta) -> str:
         if not self._cut:
