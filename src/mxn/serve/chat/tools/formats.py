@@ -34,11 +34,12 @@ class JsonFormat:
     after: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     end: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()  # others that stand inside of calls
     has_short_ids: bool = False  # templates that refuse ids other than nine letters and digits
 
     def markers(self) -> tuple[str, ...]:
         """Return every mark that may be one token, and must not be dropped as a special one."""
-        return (*self.opens, *self.closes)
+        return (*self.opens, *self.closes, *self.marks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +60,11 @@ class XmlFormat:
     value_end: str
     foot: str
     line: str = "\n"
+    marks: tuple[str, ...] = ()
     has_short_ids: bool = False
 
     def markers(self) -> tuple[str, ...]:
-        return (*self.opens, *self.closes, self.key, self.value.strip(), self.value_end)
+        return (*self.opens, *self.closes, *self.marks)
 
 
 ToolFormat = JsonFormat | XmlFormat
@@ -123,6 +125,7 @@ FORMATS: dict[str, ToolFormat] = {
             begin=("[TOOL_CALLS]", "["),
             between=(", ",),
             end=("]",),
+            marks=("[ARGS]", "[CALL_ID]"),
             has_short_ids=True,
             name_of=_mistral_name,
             before=_NAME,
@@ -134,6 +137,7 @@ FORMATS: dict[str, ToolFormat] = {
             opens=("[TOOL_CALLS]",),
             before=("[TOOL_CALLS]",),
             middle=("[ARGS]",),
+            marks=("[ARGS]", "[CALL_ID]"),
             has_short_ids=True,
             name_of=_mistral_name,
         ),
@@ -141,6 +145,7 @@ FORMATS: dict[str, ToolFormat] = {
             name="deepseek-v3",
             opens=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
             closes=("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+            marks=("<｜tool▁sep｜>",),
             name_of=_deepseek_name,
             begin=("<｜tool▁calls▁begin｜>",),
             before=("<｜tool▁call▁begin｜>", "function", "<｜tool▁sep｜>"),
@@ -153,6 +158,7 @@ FORMATS: dict[str, ToolFormat] = {
             name="deepseek-v3.1",
             opens=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
             closes=("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+            marks=("<｜tool▁sep｜>",),
             name_of=_deepseek_name,
             begin=("<｜tool▁calls▁begin｜>",),
             before=("<｜tool▁call▁begin｜>",),
@@ -165,6 +171,7 @@ FORMATS: dict[str, ToolFormat] = {
             opens=("<|tool_calls_section_begin|>", "<|tool_call_begin|>"),
             closes=("<|tool_call_end|>", "<|tool_calls_section_end|>"),
             name_of=_kimi_name,
+            marks=("<|tool_call_argument_begin|>",),
             begin=("<|tool_calls_section_begin|>",),
             before=("<|tool_call_begin|>", "functions."),
             middle=(":0", "<|tool_call_argument_begin|>"),
@@ -232,6 +239,7 @@ FORMATS: dict[str, ToolFormat] = {
             value="</arg_key>\n<arg_value>",
             value_end="</arg_value>",
             foot="",
+            marks=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
         ),
     )
 }

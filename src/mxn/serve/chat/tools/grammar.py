@@ -5,6 +5,7 @@ Knows formats and schemas; knows no engine. Start at `call_rules`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,9 @@ class _Writer:
         self._functions = functions
         self._token_of = token_of
         self._marks = form.markers()
+        self._split = re.compile(
+            f"({'|'.join(map(re.escape, self._marks))})" if self._marks else "$^"
+        )
         is_xml = isinstance(form, XmlFormat)
         self._begin = () if is_xml else form.begin
         self._between = (form.line,) if is_xml else form.between
@@ -95,15 +99,16 @@ class _Writer:
         if isinstance(form, XmlFormat):
             tail = form.head_end if form.head_end.endswith("\n") else form.head_end + form.line
             after = (form.foot + form.line if form.foot else "", form.closes[0])
-            return f"{before} {name} {literal(tail)} args_{at} {self._words(after)}"
+            return f"{before} {name} {self._words((tail,))} args_{at} {self._words(after)}"
         middle, after = self._words(form.middle), self._words(form.after)
         return f"{before} {name} {middle} args_{at} {after}"
 
     def _words(self, parts: Sequence[str]) -> str:
+        """Return an expression for texts one after the other, with marks as their tokens."""
+        pieces = (piece for part in parts for piece in self._split.split(part) if piece)
         return " ".join(
-            mark(part, self._token_of) if part in self._marks else literal(part)
-            for part in parts
-            if part
+            mark(piece, self._token_of) if piece in self._marks else literal(piece)
+            for piece in pieces
         )
 
     def _arguments(self, at: int) -> list[str]:
@@ -125,12 +130,12 @@ class _Writer:
         form = self._form
         assert isinstance(form, XmlFormat)
         pad = form.line if form.head else ""
-        head = literal(f"{form.key}{key}{form.value}{pad}")
+        head = self._words((form.key, key, form.value, pad))
         tail = f"{pad}{form.value_end}"
         if is_text(value) and "enum" not in value:
             lines = [f"{rule}: {head} {rule}_text {literal(form.line)}"]
-            return [*lines, *until(f"{rule}_text", tail, lambda _: None)]
-        end = literal(tail + form.line)
+            return [*lines, *until(f"{rule}_text", tail, self._token_of)]
+        end = self._words((tail, form.line))
         if is_text(value):
             choices = " | ".join(literal(str(item)) for item in value["enum"])
             return [f"{rule}: {head} ({choices}) {end}"]

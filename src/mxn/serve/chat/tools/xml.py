@@ -58,6 +58,11 @@ class XmlToolParser(MarkerParser):
         self._out.append(("args", "{"))
         return self._go(self._argument)
 
+    def _fail(self) -> bool:
+        if self._buf.startswith(self._form.head):
+            self._take(len(self._form.head))  # or it would be found again
+        return super()._fail()
+
     def _argument(self) -> bool:
         """One argument, or the end of the call."""
         self._buf = self._buf.lstrip()
