@@ -193,7 +193,18 @@ def test_a_batch_name_runs_at_low_priority_and_keeps_its_name(pair: Pair) -> Non
     assert pair.chat(model="batch-nobody").status_code == 404
 
 
-def test_headers_say_what_was_chosen() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_says_what_was_chosen(pair: Pair, stream: bool) -> None:
+    headers = pair.chat(model="big@nvidia", stream=stream).headers
+    assert headers["x-mxn-chip"] == "nvidia-h200"
+    assert headers["x-mxn-replica"] == "g0"
+    assert headers["x-mxn-route"] == "only replica"
+    free = pair.chat(model="big", stream=stream).headers
+    assert free["x-mxn-replica"] in ("c0", "g0")
+    assert free["x-mxn-route"].startswith(("load", "prefix"))
+
+
+def test_headers_of_a_moved_request_name_each_replica_once() -> None:
     context = RequestContext()
     assert route_headers(context) == {}
     context.hops.append(Hop(replica="c0", chip="cpu-x", reason="load 0, weight 0.50"))

@@ -56,7 +56,7 @@ def test_busy_tenants_get_what_their_weights_say(weights: list[float], seed: int
 
 
 def test_low_priority_is_slow_and_does_not_starve() -> None:
-    got = serve(Admission(), {"live": (1, 0), "batch": (1, 3)}, 3000)
+    got = serve(Admission(), {"live": (1, 0), "batch": (1, 6)}, 3000)
     assert got["live"] / got["batch"] == pytest.approx(8, rel=0.1)
 
 

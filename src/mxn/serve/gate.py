@@ -128,7 +128,7 @@ def entry_of(context: RequestContext, cost: float, priority: int, chips: Chips) 
         tenant=f"{principal.org_id}/{principal.project_id}",
         cost=cost,
         weight=principal.weight,
-        priority=priority + principal.priority,
+        priority=priority,  # the tenant's own is in the request's already
         deadline_s=deadline_s,
         target=chips,
     )

@@ -106,6 +106,10 @@ class Patient:
     def is_healthy(self) -> bool:
         return self.inner.is_healthy
 
+    def chips(self) -> list[str]:
+        inner = self.inner
+        return inner.chips() if isinstance(inner, PooledClient) else [inner.info.chip]
+
     def generate(self, request: Generate) -> AsyncIterator[Delta]:
         priority = request.priority + BATCH_PRIORITY
         return self.inner.generate(msgspec.structs.replace(request, priority=priority))

@@ -1,7 +1,7 @@
 """The queue in front of full replicas: fair between tenants, bounded, with deadlines.
 
 Start-time fair queueing: each flow (a tenant at a priority) has a virtual time that grows by tokens
-÷ weight; the flow that is furthest behind goes next. Each step of priority halves the weight, so
+÷ weight; the flow that is furthest behind goes next. Two steps of priority halve the weight, so
 low priority is slow and never starves. Pure: times are arguments, nobody is woken up here.
 """
 
@@ -16,7 +16,7 @@ from mxn.errors import OverloadedError
 Chips = frozenset[str] | None
 """The chips a request is restricted to; None: all."""
 
-MAX_PRIORITY = 20  # weights differ by at most 2 ** 20 either way
+MAX_PRIORITY = 20  # weights differ by at most 2 ** 10 either way
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _RATE_EWMA = 0.1
 
@@ -43,7 +43,7 @@ class Entry:
     def share(self) -> float:
         """The weight with its priority; always above 0."""
         steps = min(MAX_PRIORITY, max(-MAX_PRIORITY, self.priority))
-        return max(self.weight, 1e-6) * 2.0**-steps
+        return max(self.weight, 1e-6) * 2.0 ** (-steps / 2)
 
 
 @dataclass(slots=True)
