@@ -31,7 +31,6 @@ class Stores:
         from mxn.serve.batch.store import BatchStore
         from mxn.serve.batch.worker import BatchWorker
 
-        engine = database.engine
-        files, batches = FileStore(engine), BatchStore(engine)
+        files, batches = FileStore(database), BatchStore(database)
         worker = BatchWorker(files, batches, call, gateway_id=gateway_id)
-        return cls(SqlStore(engine), files, batches, worker)
+        return cls(SqlStore(database), files, batches, worker)

@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sqlalchemy import Engine, Row, delete, insert, select, update
+from sqlalchemy import Row, delete, insert, select, update
 
+from mxn.ledger.database import Database
 from mxn.ledger.tables_batch import CHUNK_BYTES, file_chunks, files
 from mxn.ledger.types import Principal
 from mxn.serve.batch.types import FileObject
@@ -20,8 +21,8 @@ _US = 1_000_000
 
 
 class FileStore:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def write(
         self,
@@ -46,7 +47,7 @@ class FileStore:
             "created_us": now_us,
             "expires_us": now_us + expires_after_s * _US if expires_after_s else None,
         }
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             connection.execute(insert(files).values(**row))
             for number, chunk in enumerate(_chunks(parts)):
                 values = {"file_id": row["id"], "number": number, "data": chunk}
@@ -58,7 +59,7 @@ class FileStore:
 
     def get(self, file_id: str, project_id: str) -> FileObject | None:
         query = select(files).where(files.c.id == file_id, files.c.project_id == project_id)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             row = connection.execute(query).first()
         if row is None or _is_expired(row):
             return None
@@ -85,13 +86,13 @@ class FileStore:
             at = select(files.c.created_us).where(files.c.id == after).scalar_subquery()
             query = query.where(files.c.created_us < at if is_down else files.c.created_us > at)
         query = query.order_by(files.c.created_us.desc() if is_down else files.c.created_us)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             rows = connection.execute(query.limit(limit + 1)).all()
         found = [self._object(row._mapping) for row in rows if not _is_expired(row)]
         return found[:limit], len(rows) > limit
 
     def delete(self, file_id: str, project_id: str) -> bool:
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             mine = delete(files).where(files.c.id == file_id, files.c.project_id == project_id)
             is_there = connection.execute(mine).rowcount == 1
             if is_there:
@@ -105,7 +106,7 @@ class FileStore:
             query = select(file_chunks.c.data).where(
                 file_chunks.c.file_id == file_id, file_chunks.c.number == number
             )
-            with self._engine.connect() as connection:
+            with self._database.read() as connection:
                 data = connection.execute(query).scalar()
             if data is None:
                 return
@@ -124,7 +125,7 @@ class FileStore:
     def delete_expired(self) -> int:
         """Remove files whose time is over; return how many."""
         now_us = time.time_ns() // 1000
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             ids = select(files.c.id).where(files.c.expires_us < now_us)
             found = list(connection.execute(ids).scalars())
             if found:

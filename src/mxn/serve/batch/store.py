@@ -11,8 +11,9 @@ import uuid
 from typing import Any
 
 import msgspec
-from sqlalchemy import Engine, func, insert, select, update
+from sqlalchemy import func, insert, select, update
 
+from mxn.ledger.database import Database
 from mxn.ledger.schema import usage
 from mxn.ledger.tables_batch import batch_lines, batches
 from mxn.ledger.types import Principal
@@ -58,8 +59,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchStore:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def create(self, request: BatchRequest, owner: Principal) -> Batch:
         now = now_us()
@@ -80,7 +81,7 @@ class BatchStore:
             "created_us": now,
             "expires_us": now + _WINDOW_S * _US,
         }
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             connection.execute(insert(batches).values(**row))
         found = self.get(row["id"], owner.project_id)
         assert found is not None
@@ -88,7 +89,7 @@ class BatchStore:
 
     def get(self, batch_id: str, project_id: str) -> Batch | None:
         query = select(batches).where(batches.c.id == batch_id, batches.c.project_id == project_id)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             row = connection.execute(query).first()
             if row is None:
                 return None
@@ -104,14 +105,14 @@ class BatchStore:
             at = select(batches.c.created_us).where(batches.c.id == after).scalar_subquery()
             query = query.where(batches.c.created_us < at)
         query = query.order_by(batches.c.created_us.desc()).limit(limit + 1)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             ids = list(connection.execute(query).scalars())
         found = [self.get(batch_id, project_id) for batch_id in ids[:limit]]
         return [batch for batch in found if batch is not None], len(ids) > limit
 
     def ask_to_cancel(self, batch_id: str, project_id: str) -> bool:
         """Note that nothing more of a batch shall start; False if it has ended already."""
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             change = (
                 update(batches)
                 .where(
@@ -132,7 +133,7 @@ class BatchStore:
             .order_by(batches.c.created_us)
             .limit(1)
         )
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             row = connection.execute(query).first()
             if row is None:
                 return None
@@ -159,7 +160,7 @@ class BatchStore:
         values = {"lease_us": now_us() + int(lease_s * _US)}
         if not self._update(held, **values):
             return None
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             query = select(batches.c.status).where(batches.c.id == held.id)
             return connection.execute(query).scalar()
 
@@ -178,7 +179,7 @@ class BatchStore:
              "state": "pending"}
             for at, (custom_id, body) in enumerate(lines, start=1)
         ]  # fmt: skip
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             change = (
                 update(batches)
                 .where(
@@ -208,7 +209,7 @@ class BatchStore:
             .order_by(batch_lines.c.line)
             .limit(limit)
         )
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             return [
                 Line(line=row.line, custom_id=row.custom_id, body=row.body, usage_id=row.usage_id)
                 for row in connection.execute(query)
@@ -217,7 +218,7 @@ class BatchStore:
     def was_billed(self, usage_id: str) -> bool:
         """Return whether an attempt had been settled as complete before its gateway died."""
         query = select(usage.c.state, usage.c.reason).where(usage.c.id == usage_id)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             row = connection.execute(query).first()
         return row is not None and row.state == "settled" and row.reason == "complete"
 
@@ -243,7 +244,7 @@ class BatchStore:
             .order_by(batch_lines.c.line)
             .limit(limit)
         )
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             return [(row.line, row.result) for row in connection.execute(query)]
 
     def to_finalizing(self, held: Held) -> None:
@@ -263,7 +264,7 @@ class BatchStore:
         )
 
     def _update(self, held: Held, **values: Any) -> bool:
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             change = (
                 update(batches)
                 .where(batches.c.id == held.id, batches.c.fence == held.fence)
@@ -277,7 +278,7 @@ class BatchStore:
             .where(batches.c.id == held.id, batches.c.fence == held.fence)
             .exists()
         )
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             change = (
                 update(batch_lines)
                 .where(batch_lines.c.batch_id == held.id, batch_lines.c.line == line, is_mine)

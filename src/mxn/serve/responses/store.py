@@ -10,8 +10,9 @@ from collections import OrderedDict
 from typing import Protocol
 
 import msgspec
-from sqlalchemy import Engine, delete, insert, select, update
+from sqlalchemy import delete, insert, select, update
 
+from mxn.ledger.database import Database
 from mxn.ledger.tables_responses import responses
 from mxn.serve.responses.types import InputItem, Response
 
@@ -58,8 +59,8 @@ class MemoryStore:
 
 
 class SqlStore:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def put(self, project_id: str, stored: Stored) -> None:
         row = {
@@ -70,7 +71,7 @@ class SqlStore:
             "input": msgspec.json.encode(stored.input).decode(),
             "body": msgspec.json.encode(stored.response).decode(),
         }
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             connection.execute(insert(responses).values(**row))
 
     def replace(self, project_id: str, response: Response) -> None:
@@ -79,14 +80,14 @@ class SqlStore:
             .where(responses.c.id == response.id, responses.c.project_id == project_id)
             .values(body=msgspec.json.encode(response).decode())
         )
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             connection.execute(change)
 
     def get(self, response_id: str, project_id: str) -> Stored | None:
         query = select(responses.c.input, responses.c.body).where(
             responses.c.id == response_id, responses.c.project_id == project_id
         )
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             row = connection.execute(query).first()
         if row is None:
             return None
@@ -99,7 +100,7 @@ class SqlStore:
         change = delete(responses).where(
             responses.c.id == response_id, responses.c.project_id == project_id
         )
-        with self._engine.begin() as connection:
+        with self._database.begin() as connection:
             return connection.execute(change).rowcount == 1
 
 
