@@ -6,7 +6,6 @@ after those before it. Knows statements only as a `Store`.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 
 from mxn.errors import InternalError, MxnError, QuotaError, RateLimitError
@@ -106,7 +105,7 @@ def _open(
 ) -> Ticket | MxnError | None:
     """Return the ticket of a request that fits, with its row added to `opened`."""
     if one.id in view.existing:
-        is_ours = view.existing[one.id] == (one.row[2], one.ticket.opened_us)
+        is_ours = one.is_tried and view.existing[one.id] == (one.row[2], one.ticket.opened_us)
         return one.ticket if is_ours else _used_before(one)
     if one.id in opened:
         return _used_before(one)
@@ -117,7 +116,7 @@ def _open(
         # Output is known at the end only: a request may start while there is some left.
         needed = 1 if limit.kind == "output_tokens" else amount
         if used + needed > limit.per_minute:
-            return _limited(limit, used, needed, one.window)
+            return _limited(limit, used, needed, _left_s(one))
     for budget, start, amount in one.budgets:
         reserved, spent = moves.reserved_spent[budget.id, start]
         if reserved + spent + amount > budget.limit_amount:
@@ -131,7 +130,7 @@ def _open(
 
 
 def _with_limits(one: Opening, moves: _Moves) -> Ticket:
-    reset_s = _left_s(one.window)
+    reset_s = _left_s(one)
     states = tuple(
         LimitState(
             kind=limit.kind, limit=limit.per_minute, reset_s=reset_s,
@@ -145,25 +144,25 @@ def _with_limits(one: Opening, moves: _Moves) -> Ticket:
     )
 
 
-def _left_s(window: int) -> float:
-    return max(0.0, (window + WINDOW_US) / 1e6 - time.time())
+def _left_s(one: Opening) -> float:
+    """Return how long the minute it is counted in goes on."""
+    return (one.window + WINDOW_US - one.ticket.opened_us) / 1e6
 
 
 def _used_before(one: Opening) -> InternalError:
     return InternalError(f"usage id {one.id!r} was used before")
 
 
-def _limited(limit: Limit, used: int, needed: int, window: int) -> RateLimitError:
+def _limited(limit: Limit, used: int, needed: int, left_s: float) -> RateLimitError:
     what = limit.kind.replace("_", " ")
     model = f" of {limit.model}" if limit.model else ""
-    retry_after_s = max(0.001, _left_s(window))
-    hint = f"wait {retry_after_s:.1f} s"
+    hint = f"wait {left_s:.1f} s"
     if needed > limit.per_minute:
         hint = f"this request alone needs {needed} {what}, more than the limit"
     return RateLimitError(
         f"the limit of {limit.subject} is {limit.per_minute} {what}{model} per minute; "
         f"{used} are used and this request needs {needed}",
-        kind=limit.kind, retry_after_s=retry_after_s, hint=hint,
+        kind=limit.kind, retry_after_s=left_s, hint=hint,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Opening:
     future: asyncio.Future[Any]
     deadline_s: float
     is_abandoned: bool = False  # nobody waits for it any more: closed again if it was written
+    is_tried: bool = False  # an attempt was cut off, and may have written it
     outcome: Ticket | BaseException | None = None
 
     @property

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, tzinfo
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from mxn.errors import AuthError, InternalError, OverloadedError
 from mxn.ledger.compose import compose_opening, compose_orphan, compose_settling
 from mxn.ledger.database import Database
 from mxn.ledger.keeper import Keeper
+from mxn.ledger.moments import now_us
 from mxn.ledger.operations import Batch, Opening, Settling
 from mxn.ledger.periods import Periods
 from mxn.ledger.rules import Rules, RulesCache
@@ -42,13 +43,14 @@ class SqlLedger:
 
     `open_timeout_s` is how long a request waits for a database that is away. `mode` says where
     transactions run; ``auto`` takes the event loop for SQLite without disk flushes, else a thread.
-    `zone` is where days and months of budgets begin.
+    `zone` is where days and months of budgets begin; `clock` returns µs of Unix time.
     """
 
     def __init__(
         self, database: Database, *, gateway_id: str | None = None, mode: Mode = "auto",
         zone: tzinfo = UTC, open_timeout_s: float = 5.0, close_timeout_s: float = 30.0,
         progress_s: float = 0.5, heartbeat_s: float = 2.0, lost_after_s: float = 10.0,
+        clock: Callable[[], int] = now_us,
     ) -> None:  # fmt: skip
         self.database = database
         self.gateway_id = gateway_id or f"gw_{secrets.token_hex(8)}"
@@ -61,6 +63,7 @@ class SqlLedger:
             database, self.cache, self.gateway_id, self._orphans, poll_s=_POLL_S,
             heartbeat_s=heartbeat_s, lost_after_s=lost_after_s,
         )  # fmt: skip
+        self._now_us = clock
         self._periods = Periods(zone)
         self._open_timeout_s = open_timeout_s
         self._close_timeout_s = close_timeout_s
@@ -115,7 +118,7 @@ class SqlLedger:
         state = rules.key(hashlib.sha256(key.encode()).hexdigest())
         if state is None:
             raise AuthError("the API key is not known", hint="`mxn keys list` shows the known ones")
-        now_us = time.time_ns() // 1000
+        now_us = self._now_us()
         if state.revoked_us is not None and state.revoked_us <= now_us:
             raise AuthError("the API key was revoked", hint="ask for a new one")
         if state.expires_us is not None and state.expires_us <= now_us:
@@ -145,7 +148,7 @@ class SqlLedger:
             raise OverloadedError("the gateway is stopping")
         opening = compose_opening(
             rules, self._periods, usage, gateway_id=self.gateway_id, future=None,
-            now_us=time.time_ns() // 1000, deadline_s=time.monotonic() + self._open_timeout_s,
+            now_us=self._now_us(), deadline_s=time.monotonic() + self._open_timeout_s,
         )  # fmt: skip
         future = opening.future = self._loop.create_future()
         self._opening[opening] = None
@@ -177,7 +180,7 @@ class SqlLedger:
 
     def _settle(self, ticket: Ticket, settlement: Settlement, future: Any = None) -> None:
         self._progress.pop(ticket.usage.usage_id, None)
-        now_us = time.time_ns() // 1000
+        now_us = self._now_us()
         self._submit_settling(
             compose_settling(self.cache.rules, ticket, settlement, now_us=now_us, future=future)
         )
@@ -194,7 +197,7 @@ class SqlLedger:
 
     def _orphans(self, rows: Iterable[Any]) -> None:
         """Settle rows of lost gateways. In the keeper's thread."""
-        now_us = time.time_ns() // 1000
+        now_us = self._now_us()
         found = [compose_orphan(self.cache.rules, row, now_us=now_us) for row in rows]
         self._loop.call_soon_threadsafe(self._submit_orphans, found)
 

@@ -7,7 +7,7 @@ that make the same row do not wait for each other while they hold locks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, LiteralString, cast
 
 import psycopg
 
@@ -94,14 +94,14 @@ class PostgresStore:
         self._make(_MAKE_WINDOWS, windows)
         with self._raw.pipeline():
             self._raw.execute("BEGIN")
-            locked = self._raw.execute(_PERIODS, _columns(periods)) if periods else ()
-            counted = self._raw.execute(_WINDOWS, _columns(windows)) if windows else ()
+            locked = self._run(_PERIODS, _columns(periods)) if periods else ()
+            counted = self._run(_WINDOWS, _columns(windows)) if windows else ()
             rows = sorted((one.row for one in settlings), key=lambda row: row[-1])
-            settled = self._raw.execute(_SETTLE, _columns(rows)) if rows else ()
+            settled = self._run(_SETTLE, _columns(rows)) if rows else ()
             if progress:
-                self._raw.execute(_PROGRESS, _columns(sorted(progress, key=lambda row: row[-1])))
+                self._run(_PROGRESS, _columns(sorted(progress, key=lambda row: row[-1])))
             # After the locks: what another connection of ours was committing is visible now.
-            existing = self._raw.execute(_EXISTING, (list(ids),)) if ids else ()
+            existing = self._run(_EXISTING, (list(ids),)) if ids else ()
         return View(
             {(row[0], row[1]): (row[2], row[3]) for row in locked},
             {(row[0], row[1]): row[2] for row in counted},
@@ -109,16 +109,19 @@ class PostgresStore:
             {row[0]: (row[1], row[2]) for row in existing},
         )
 
+    def _run(self, statement: str, parameters: Sequence[Any]) -> psycopg.Cursor[Any]:
+        return self._raw.execute(cast("LiteralString", statement), parameters)
+
     def _make(self, statement: str, keys: Sequence[PeriodKey]) -> None:
         new = [key for key in keys if (statement, key) not in self._known]
         if new:
-            self._raw.execute(statement, _columns(new))
+            self._run(statement, _columns(new))
             if len(self._known) > _MAX_KNOWN:
                 self._known.clear()
             self._known.update((statement, key) for key in new)
 
     def closed(self, ids: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-        return {row[0]: row for row in self._raw.execute(_CLOSED, (list(ids),))}
+        return {row[0]: row for row in self._run(_CLOSED, (list(ids),))}
 
     def commit(
         self,
@@ -130,11 +133,11 @@ class PostgresStore:
         added = [(*key, used) for key, used in adds.items() if used]
         with self._raw.pipeline():
             if rows:
-                self._raw.execute(_INSERT, _columns(rows))
+                self._run(_INSERT, _columns(rows))
             if moved:
-                self._raw.execute(_MOVE, _columns(moved))
+                self._run(_MOVE, _columns(moved))
             if added:
-                self._raw.execute(_ADD, _columns(added))
+                self._run(_ADD, _columns(added))
             self._raw.execute("COMMIT")
 
     def rollback(self) -> None:

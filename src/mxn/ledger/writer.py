@@ -88,6 +88,8 @@ class Attempts:
             if self._num_failures == 1:
                 log.warning("the ledger's database is away, and is tried again: %s", error)
             self._is_retry = True  # the commit may have been the last thing that worked
+            for one in self._parts[0].openings:
+                one.is_tried = True
             return _pause(_AWAY_S, self._num_failures)
         if _is_taken(error) and not self._is_retry:
             self._is_retry = True  # finds out which row there is already
