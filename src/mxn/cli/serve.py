@@ -66,6 +66,17 @@ def serve(
         list[str] | None,
         typer.Option(envvar="MXN_API_KEY", help="Key that callers must send; repeatable."),
     ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a ledger: keys, budgets, usage, files and batches. Default: none."
+        ),
+    ] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds a request may take.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
 ) -> None:
     """Serve MODEL... behind an OpenAI-compatible API."""
     from mxn import env
@@ -94,7 +105,10 @@ def serve(
         )
         for served_name, model in zip(names, models, strict=True)
     ]  # fmt: skip
-    run_server(requests, host, port, tuple(api_key or ()))
+    run_server(
+        requests, host, port, tuple(api_key or ()), database=database,
+        request_timeout_s=request_timeout, tls_files=(tls_cert, tls_key),
+    )  # fmt: skip
 
 
 def run_server(
@@ -104,6 +118,9 @@ def run_server(
     api_keys: tuple[str, ...],
     *,
     greeting: Callable[[str], str] | None = None,
+    database: str | None = None,
+    request_timeout_s: float | None = None,
+    tls_files: tuple[Path | None, Path | None] = (None, None),
 ) -> None:
     """Serve until interrupted; progress bars while the models load.
 
@@ -119,10 +136,12 @@ def run_server(
     from mxn.serve.launch import check_names, load_models
     from mxn.serve.running import announce
     from mxn.serve.served import ServedModels
-    from mxn.serve.server import run
+    from mxn.serve.server import Tls, run
     from mxn.serve.settings import ServeSettings
 
     logging.basicConfig(level=env.get("MXN_LOG").upper(), format="%(levelname)s %(message)s")
+    for name in ("alembic", "uvicorn"):  # what they announce says nothing to an operator
+        logging.getLogger(name).setLevel(logging.WARNING)
     check_names(requests)
     if not all(api_keys):
         raise ConfigError("an API key is empty", hint="give --api-key a value or leave it out")
@@ -142,14 +161,33 @@ def run_server(
 
     for request in requests:
         served.expect(request.name)
-    app = create_app(served, ServeSettings(api_keys=api_keys), startup=startup)
+    certificate, tls_key = tls_files
+    if (certificate is None) != (tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key belong together")
+    tls = Tls(certificate=certificate, key=tls_key) if certificate and tls_key else None
+    accounting = None
+    if database not in (None, "none"):
+        from mxn.ledger.database import Database
+        from mxn.serve.accounting import Accounting
+
+        accounting = Accounting(Database.open(database))
+    app = create_app(
+        served,
+        ServeSettings(api_keys=api_keys, request_timeout_s=request_timeout_s),
+        startup=startup,
+        accounting=accounting,
+    )
     files: list[Path] = []
 
     def on_listening(url: str) -> None:
-        files.append(announce(url, [r.name for r in requests], needs_key=bool(api_keys)))
+        needs_key = bool(api_keys) or accounting is not None
+        files.append(announce(url, [r.name for r in requests], needs_key=needs_key))
         if greeting:
             typer.echo(greeting(url))
         typer.echo(f"listening on {url}", err=True)
+
+    def on_drain() -> None:
+        app.state.mxn.is_draining = True
 
     def remove_files() -> None:
         for file in files:
@@ -163,7 +201,7 @@ def run_server(
 
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        run(app, host, port, on_listening=on_listening)
+        run(app, host, port, on_listening=on_listening, on_drain=on_drain, tls=tls)
     except KeyboardInterrupt:
         if not failures:
             raise

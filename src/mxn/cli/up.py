@@ -21,6 +21,12 @@ def up(
     device: Device = "auto",
     threads: Threads = 0,
     key: Annotated[bool, typer.Option(help="Ask callers for this machine's key.")] = True,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MXN_DATABASE", help="URL of the ledger; 'none': no accounts, only the key."
+        ),
+    ] = None,
 ) -> None:
     """Start mxn on this machine, and print the address, a key and a first request."""
     from pathlib import Path
@@ -28,6 +34,8 @@ def up(
     from mxn.cli.local_key import ensure_local_key
     from mxn.cli.replica import aliases, config_for
     from mxn.cli.serve import run_server
+    from mxn.ledger.database import Database, default_url
+    from mxn.ledger.keys import import_key
     from mxn.models.catalogue import shipped_dir, shipped_models
     from mxn.serve.launch import ModelRequest
 
@@ -46,8 +54,13 @@ def up(
         for model in [*shipped, *(models or [])]
     ]
     api_key = ensure_local_key() if key else None
+    url = None if database == "none" or not key else database or default_url()
+    if url is not None and api_key is not None:
+        ledger = Database.open(url)
+        import_key(ledger, api_key)
+        ledger.close()
     run_server(
-        requests, host, port, (api_key,) if api_key else (),
+        requests, host, port, (api_key,) if api_key and url is None else (), database=url,
         greeting=lambda url: _first_request(url, shipped[0], api_key),
     )  # fmt: skip
 
