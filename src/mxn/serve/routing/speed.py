@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 
-FADE_S = 3.0  # samples count 1/e after this time, when there are newer ones
+FADE_S = 2.0  # samples count 1/e after this time, when there are newer ones
 _EWMA = 0.2
 # Where all samples have the same load, this share of the gap is taken to grow with it.
 _LOAD_SHARE = 0.7
+# A replica that has just slowed down had low gaps at high loads, which looks as if load helped.
+_LEAST_SLOPE = 0.5
 _PRIOR_VARIANCE = 0.25  # how much the load must vary before the fit believes what it sees
 
 
@@ -74,7 +76,8 @@ class Speed:
         assumed = _LOAD_SHARE * mean_gap / max(mean_load, 1.0)
         prior = _PRIOR_VARIANCE
         slope = (covariance + prior * assumed) / (variance + prior)
-        slope = min(max(slope, 0.0), mean_gap / max(mean_load, 1.0))
+        steepest = mean_gap / max(mean_load, 1.0)
+        slope = min(max(slope, _LEAST_SLOPE * steepest), steepest)
         return mean_gap + slope * (load - mean_load)
 
     def capacity(self, load: float) -> float | None:
