@@ -12,14 +12,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
-from support.ledgers import complete, count_rows, make_tenant, period_of, try_open
 
 from mxn.errors import QuotaError
 from mxn.ledger.balance import check
+from mxn.ledger.compose import decode_reserved
 from mxn.ledger.database import Database
 from mxn.ledger.keeper import Watch
 from mxn.ledger.sql_ledger import SqlLedger
 from mxn.ledger.types import Ticket
+from support.ledgers import complete, count_rows, make_tenant, period_of, row_of, try_open
 
 LIMIT = 300
 NUM_GATEWAYS = 3
@@ -128,12 +129,17 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, NUM_GATEWAYS - 1), tokens=st.integers(0, 120))
     def crash(self, number, tokens):
         """A gateway dies while a request is on its way to the database."""
-        ledger = self.gateways[number]
-        task = self.loop.create_task(try_open(ledger, self.tenant.usage(0, tokens)))
+        ledger, usage = self.gateways[number], self.tenant.usage(0, tokens)
+        task = self.loop.create_task(try_open(ledger, usage))
         self.loop.run_until_complete(asyncio.sleep(0))
         kill(ledger)
         task.cancel()
         self.loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+        row = row_of(self.database, usage.usage_id)
+        if row is not None:
+            reserved = tuple(decode_reserved(row.reserved))
+            ticket = Ticket(usage=usage, opened_us=row.opened_us, reserved=reserved)
+            self.open[Held(ticket, ledger, tokens)] = None
         self.crashed.append(ledger)
         self.gateways[number] = self.start()
 

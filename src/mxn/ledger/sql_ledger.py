@@ -166,7 +166,9 @@ class SqlLedger:
         replica: str = "",
     ) -> None:  # fmt: skip
         """See `Ledger.progress`; `chip` is what tokens are priced by if this gateway dies."""
-        usage_id = ticket.usage.usage_id
+        usage_id, chips = ticket.usage.usage_id, ticket.usage.chips
+        if not chip and len(chips) == 1:
+            chip = chips[0]
         self._progress[usage_id] = (input_tokens, output_tokens, chip, replica, usage_id)
 
     async def settle(self, ticket: Ticket, settlement: Settlement) -> Receipt:

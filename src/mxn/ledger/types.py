@@ -121,8 +121,19 @@ class Ledger(Protocol):
         """
         ...
 
-    def progress(self, ticket: Ticket, input_tokens: int, output_tokens: int) -> None:
-        """Note how far a stream is; written from time to time, and at once only in memory."""
+    def progress(
+        self,
+        ticket: Ticket,
+        input_tokens: int,
+        output_tokens: int,
+        *,
+        chip: str = "",
+        replica: str = "",
+    ) -> None:
+        """Note how far a stream is; written from time to time, and at once only in memory.
+
+        `chip` is whose price counts if this gateway dies; needed where several could serve it.
+        """
         ...
 
     async def settle(self, ticket: Ticket, settlement: Settlement) -> Receipt:
