@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from mxn.engine.echo import EchoEngine
+from mxn.engine.protocol import Generate
 from mxn.serve.app import create_app
 from mxn.serve.context import Hop, RequestContext
 from mxn.serve.flat import CODES
@@ -187,9 +188,12 @@ def test_a_batch_name_runs_at_low_priority_and_keeps_its_name(pair: Pair) -> Non
     answer = pair.chat(model="batch-small")
     assert answer.json()["model"] == "batch-small"
     (request,) = pair.small.seen
+    assert isinstance(request, Generate)
     assert request.priority == BATCH_PRIORITY
     assert pair.chat(model="batch-big@nvidia").status_code == 200
-    assert pair.gpu.seen[0].priority == BATCH_PRIORITY
+    (pinned,) = pair.gpu.seen
+    assert isinstance(pinned, Generate)
+    assert pinned.priority == BATCH_PRIORITY
     assert pair.chat(model="batch-nobody").status_code == 404
 
 
