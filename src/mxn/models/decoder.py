@@ -105,8 +105,11 @@ class Decoder:
         final_norm: Tensor,
         head: object,
         mtp: list[MtpWeights],
+        names: Names | None = None,
     ) -> None:
+        """`names` says which module of the checkpoint each weight was; adapters need it."""
         self.spec = spec
+        self.names = names
         self.ops = ops
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
@@ -115,9 +118,9 @@ class Decoder:
         self.device = ops.device
         self.mtp = mtp
         self._embedding_VD = embedding_VD
-        self._layers = layers
+        self.layers = layers
         self._final_norm = final_norm
-        self._head = head
+        self.head = head
         ropes = {layer.attention.rope for layer in spec.layers} - {None}
         self._ropes = {r: RopeTable(r, ops.device, spec.max_positions) for r in ropes if r}
 
@@ -135,6 +138,7 @@ class Decoder:
             final_norm=reader.norm(names.final_norm),
             head=head,
             mtp=reader.mtp(head),
+            names=names,
         )
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
@@ -142,14 +146,14 @@ class Decoder:
         hidden_TD = self.hidden(batch, cache)
         if batch.logits_rows_R is not None:
             hidden_TD = hidden_TD[batch.logits_rows_R]
-        return self._logits(self.final_normed(hidden_TD), self._head)
+        return self._logits(self.final_normed(hidden_TD), self.head)
 
     def hidden(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Return the residual stream behind the last layer, before the final norm: [T, D]."""
         x_TD = self._embed(batch.token_ids_T)
         angles = self._angles(batch)
         stream = Residual(x_TD, self.ops, self.spec.norm_eps)
-        for spec, weights, layer_cache in zip(self.spec.layers, self._layers, cache, strict=True):
+        for spec, weights, layer_cache in zip(self.spec.layers, self.layers, cache, strict=True):
             self._layer(stream, spec, weights, angles, batch.attention, layer_cache)
         return stream.value()
 
@@ -276,12 +280,9 @@ class Decoder:
         )
         key = torch.cat((latent_TL.unsqueeze(1), k_rope), dim=-1)
         ops.kv_write(key, None, cache.k, None, batch.slots_T)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), weights.key_up_NPL).transpose(0, 1)
-        mixed_TNL = ops.mla_attention(
-            torch.cat((q_latent, q_rope), dim=-1), cache.k, batch, spec.scale, mla.kv_lora_rank
-        )
-        out_NTJ = torch.bmm(mixed_TNL.transpose(0, 1), weights.value_up_NLJ)
-        return weights.out(out_NTJ.transpose(0, 1).flatten(-2))
+        query = torch.cat((weights.key_up(q_nope), q_rope), dim=-1)
+        mixed_TNL = ops.mla_attention(query, cache.k, batch, spec.scale, mla.kv_lora_rank)
+        return weights.out(weights.value_up(mixed_TNL).flatten(-2))
 
     def _mla_query(self, x_TD: Tensor, weights: MlaWeights, eps: float) -> Tensor:
         if weights.q is not None:

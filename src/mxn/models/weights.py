@@ -23,6 +23,16 @@ log = logging.getLogger("mxn.models")
 
 
 @dataclass(slots=True)
+class PerHead:
+    """x [T, N, I] -> y [T, N, O]: a matrix of its own for each head."""
+
+    weight_NIO: Tensor
+
+    def __call__(self, x_TNI: Tensor) -> Tensor:
+        return x_TNI.transpose(0, 1).bmm(self.weight_NIO).transpose(0, 1)
+
+
+@dataclass(slots=True)
 class GqaWeights:
     qkv: Any  # Linear [D -> N*H + 2*G*H]
     out: Any  # Linear [N*H -> D]
@@ -39,8 +49,8 @@ class MlaWeights:
     kv_a: Any  # Linear [D -> L + rope]
     kv_a_norm: Tensor
     # The up-projection of the latent, split and kept per head, so that attention runs on latents.
-    key_up_NPL: Tensor
-    value_up_NLJ: Tensor
+    key_up: Any  # PerHead [N, P -> L]
+    value_up: Any  # PerHead [N, L -> J]
     out: Any
 
 
@@ -189,8 +199,8 @@ class WeightReader:
             q_b=self.linear(prefix + names.mla_q_b) if is_compressed else None,
             kv_a=self.linear(prefix + names.mla_kv_a),
             kv_a_norm=self.norm(prefix + names.mla_kv_a_norm),
-            key_up_NPL=up_NCL[:, : mla.nope_dim].contiguous(),
-            value_up_NLJ=up_NCL[:, mla.nope_dim :].transpose(1, 2).contiguous(),
+            key_up=PerHead(up_NCL[:, : mla.nope_dim].contiguous()),
+            value_up=PerHead(up_NCL[:, mla.nope_dim :].transpose(1, 2).contiguous()),
             out=self.linear(prefix + names.attn_out),
         )
 

@@ -41,13 +41,13 @@ class FallbackDecoder:
         self.dtype = ops.dtype
         self.device = ops.device
         self._position_offset = position_offset
-        self._selects_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.selects_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Write the step's keys and values into `cache` and return logits [R, V], float32."""
         rows_R = batch.logits_rows_R
         options: dict[str, Any] = {}
-        if rows_R is not None and self._selects_rows:
+        if rows_R is not None and self.selects_rows:
             options["logits_to_keep"] = rows_R
         step = Step(self.ops, batch.attention, cache, self.calls)
         with torch.inference_mode(), running(step):
@@ -58,6 +58,6 @@ class FallbackDecoder:
                 **options,
             )
         logits_RV = output.logits[0]
-        if rows_R is not None and not self._selects_rows:
+        if rows_R is not None and not self.selects_rows:
             logits_RV = logits_RV[rows_R]
         return logits_RV.float()
