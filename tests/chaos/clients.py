@@ -1,0 +1,155 @@
+"""Clients of several tenants that send random requests and write down what they got."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+PROMPTS = [
+    "Who goes there?", "What say you, good sir?", "Speak of love", "Tell me of the king",
+    "Once more unto the breach", "O Romeo", "My lord", "A horse",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    name: str
+    key: str
+    budget_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a client knows of one request. `usage_id` None: it never got an id."""
+
+    tenant: str
+    kind: str  # finished, refused, cut, gone, failed
+    usage_id: str | None = None
+    status: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    text: str = ""
+    greedy: tuple[str, int] | None = None  # prompt and limit, where the text must be the same
+    problem: str = ""
+
+
+@dataclass(slots=True)
+class Load:
+    """Sends `count` requests, `at_once` at a time, to whichever gateway."""
+
+    urls: Sequence[str]
+    tenants: Sequence[Tenant]
+    count: int
+    at_once: int = 24
+    seed: int = 0
+    longest: int = 40
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    async def run(self) -> list[Outcome]:
+        numbers = iter(range(self.count))
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=90, limits=limits) as http:
+            await asyncio.gather(*(self._client(http, numbers) for _ in range(self.at_once)))
+        return self.outcomes
+
+    async def _client(self, http: httpx.AsyncClient, numbers: Any) -> None:
+        for number in numbers:
+            rng = random.Random(self.seed * 1_000_003 + number)
+            outcome = await self._request(http, rng)
+            self.outcomes.append(outcome)
+            if outcome.kind == "failed":
+                await asyncio.sleep(0.1)  # a gateway is on its way back
+
+    async def _request(self, http: httpx.AsyncClient, rng: random.Random) -> Outcome:
+        tenant = rng.choice(self.tenants)
+        prompt, limit = rng.choice(PROMPTS), rng.randint(1, self.longest)
+        body: dict[str, Any] = {
+            "model": "m",
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": limit,
+            "temperature": 0 if rng.random() < 0.7 else 1,
+            "n": 2 if rng.random() < 0.1 else 1,
+        }
+        outcome = Outcome(tenant.name, "failed")
+        if body["temperature"] == 0 and body["n"] == 1:
+            outcome.greedy = (prompt, limit)
+        leaves_after = rng.randint(0, 20) if rng.random() < 0.15 else None
+        url = f"{rng.choice(self.urls)}/v1/chat/completions"
+        headers = {"authorization": f"Bearer {tenant.key}"}
+        try:
+            if rng.random() < 0.4:
+                await self._whole(http, url, headers, body, outcome, leaves_after)
+            else:
+                await self._stream(http, url, headers, body, outcome, leaves_after)
+        except (httpx.HTTPError, OSError) as error:
+            outcome.kind = "cut" if outcome.usage_id else "failed"
+            outcome.problem = repr(error)
+        return outcome
+
+    async def _whole(
+        self, http: httpx.AsyncClient, url: str, headers: dict[str, str], body: dict[str, Any],
+        outcome: Outcome, leaves_after: int | None,
+    ) -> None:  # fmt: skip
+        work = asyncio.create_task(http.post(url, json=body, headers=headers))
+        if leaves_after is not None:
+            done, _ = await asyncio.wait({work}, timeout=leaves_after / 200)
+            if not done:
+                work.cancel()
+                await asyncio.wait({work})
+                outcome.kind = "gone"
+                return
+        answer = await work
+        outcome.status = answer.status_code
+        if answer.status_code != 200:
+            outcome.kind, outcome.problem = "refused", answer.text
+            return
+        value = answer.json()
+        outcome.usage_id = value["id"]
+        outcome.text = value["choices"][0]["message"]["content"] or ""
+        _count(outcome, value["usage"])
+        outcome.kind = "finished"
+
+    async def _stream(
+        self, http: httpx.AsyncClient, url: str, headers: dict[str, str], body: dict[str, Any],
+        outcome: Outcome, leaves_after: int | None,
+    ) -> None:  # fmt: skip
+        body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        num_events = 0
+        async with http.stream("POST", url, json=body, headers=headers) as answer:
+            outcome.status = answer.status_code
+            if answer.status_code != 200:
+                outcome.kind, outcome.problem = "refused", (await answer.aread()).decode()
+                return
+            async for line in answer.aiter_lines():
+                if line == "data: [DONE]":
+                    outcome.kind = "finished" if not outcome.problem else "cut"
+                    return
+                if not line.startswith("data: "):
+                    continue
+                value = json.loads(line[6:])
+                if "error" in value:
+                    outcome.problem = json.dumps(value["error"])
+                    continue
+                outcome.usage_id = value["id"]
+                if value.get("usage"):
+                    _count(outcome, value["usage"])
+                for choice in value["choices"]:
+                    if choice["index"] == 0:
+                        outcome.text += choice["delta"].get("content") or ""
+                num_events += 1
+                if leaves_after is not None and num_events > leaves_after:
+                    outcome.kind = "gone"
+                    return
+        outcome.kind = "cut"
+        outcome.problem = outcome.problem or "the stream ended without [DONE]"
+
+
+def _count(outcome: Outcome, usage: dict[str, Any]) -> None:
+    outcome.input_tokens = usage["prompt_tokens"]
+    outcome.output_tokens = usage["completion_tokens"]
