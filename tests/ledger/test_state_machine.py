@@ -161,7 +161,7 @@ class Machine(RuleBasedStateMachine):
             sweeper.keeper._watch.forget()
 
         look()
-        while sweeper._num_settling or not self.is_idle():
+        while sweeper._settling or not self.is_idle():
             self.loop.run_until_complete(asyncio.sleep(0))
         for held in [one for one in self.open if one.owner in lost]:
             self.close_held(held, 0)
@@ -169,7 +169,7 @@ class Machine(RuleBasedStateMachine):
     def is_idle(self) -> bool:
         """Let what the sweep asked for from another thread reach the loop."""
         self.loop.run_until_complete(asyncio.sleep(0))
-        return not any(gateway._num_settling for gateway in self.gateways)
+        return not any(gateway._settling for gateway in self.gateways)
 
     @invariant()
     def books_balance(self):

@@ -20,7 +20,7 @@ from mxn import env
 from mxn.errors import ConfigError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
-_BUSY_S = 10.0  # a writer waits so long for another process before it gives up
+BUSY_MS = 10_000  # a writer waits so long for another process before it gives up
 _CONNECT_S = 3
 _MIGRATION_LOCK = 0x6D786E  # any fixed number: the advisory lock of PostgreSQL
 _READ, _AUTOCOMMIT = "mxn_read", "mxn_autocommit"
@@ -133,7 +133,9 @@ def _parse(url: str) -> URL:
 def _sqlite(url: URL, sync: str) -> Engine:
     assert url.database is not None
     Path(url.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": _BUSY_S, "check_same_thread": False})
+    engine = create_engine(
+        url, connect_args={"timeout": BUSY_MS / 1000, "check_same_thread": False}
+    )
     event.listen(engine, "connect", lambda connection, _: _tune_sqlite(connection, sync))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -142,7 +144,7 @@ def _sqlite(url: URL, sync: str) -> Engine:
 def _tune_sqlite(connection: Any, sync: str) -> None:
     raw: sqlite3.Connection = getattr(connection, "driver_connection", connection)
     raw.isolation_level = None  # transactions are begun by `_begin_sqlite` and nobody else
-    deadline_s = time.monotonic() + _BUSY_S
+    deadline_s = time.monotonic() + BUSY_MS / 1000
     while True:
         try:
             raw.execute("PRAGMA journal_mode=WAL")

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mxn.ledger import schema
 from mxn.ledger.apply import WINDOW_US
-from mxn.ledger.database import Database
+from mxn.ledger.database import BUSY_MS, Database
 from mxn.ledger.moments import now_us
 from mxn.ledger.rules import RulesCache
 from mxn.ledger.tenants import insert_once
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 _KEEP_WINDOWS = 60  # minutes
 _MAX_ORPHANS = 500  # settled in one go
 _WAL_BYTES = 64 * 2**20  # beyond it writers wait until the log is emptied
+_TRUNCATE_MS = 250
+_TRUNCATE_AGAIN_S = 5.0
 
 
 def this_host() -> str:
@@ -117,6 +119,7 @@ class Keeper:
         self._watch = Watch(lost_after_s)
         self._used_keys: dict[str, int] = {}
         self._is_away = False
+        self._truncate_s = 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mxn-ledger-keeper", daemon=True)
         self._jobs = [
@@ -220,5 +223,11 @@ class Keeper:
             return
         with self._database.autocommit() as connection:
             connection.execute(text("PRAGMA wal_checkpoint(PASSIVE)"))
-            if size > _WAL_BYTES:
-                connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+            if size > _WAL_BYTES and time.monotonic() > self._truncate_s:
+                # Writers wait while this does, so it gives up soon when there is a long reader.
+                connection.execute(text(f"PRAGMA busy_timeout={_TRUNCATE_MS}"))
+                try:
+                    busy = connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)")).scalar()
+                finally:
+                    connection.execute(text(f"PRAGMA busy_timeout={BUSY_MS}"))
+                self._truncate_s = time.monotonic() + (_TRUNCATE_AGAIN_S if busy else 0)

@@ -71,7 +71,8 @@ class SqlLedger:
         self._progress: dict[str, tuple[Any, ...]] = {}
         self._progress_due_s = 0.0
         self._opening: dict[Opening, None] = {}  # in order of their deadlines
-        self._num_settling = 0
+        self._settling: dict[Settling, None] = {}
+        self._looking: asyncio.Task[None] | None = None
         self._writer: Writer | None = None
         self._starting: asyncio.Task[None] | None = None
         self._is_closing = False
@@ -132,14 +133,19 @@ class SqlLedger:
         """Return rules that held within the last half second."""
         if self._writer is None:
             await self.start()
-        wanted_s = time.monotonic() - _STALE_S
-        if self.cache.checked_s < wanted_s:
-            look = partial(self.cache.refresh, newer_than_s=wanted_s)
-            try:
-                await asyncio.wait_for(asyncio.to_thread(look), self._open_timeout_s)
-            except (SQLAlchemyError, TimeoutError) as error:
-                raise _away() from error
+        if self.cache.checked_s < time.monotonic() - _STALE_S:
+            await self._look()
         return self.cache.rules
+
+    async def _look(self) -> None:
+        """Refresh the rules now; whoever asks meanwhile waits for the same look."""
+        if self._looking is None or self._looking.done():
+            look = partial(self.cache.refresh, newer_than_s=time.monotonic() - _STALE_S)
+            self._looking = asyncio.create_task(asyncio.to_thread(look))
+        try:
+            await asyncio.wait_for(asyncio.shield(self._looking), self._open_timeout_s)
+        except (SQLAlchemyError, TimeoutError) as error:
+            raise _away() from error
 
     async def open(self, usage: OpenUsage) -> Ticket:
         """See `Ledger.open`. Raises also: OverloadedError when the database is away too long."""
@@ -190,7 +196,7 @@ class SqlLedger:
     def _submit_settling(self, settling: Settling) -> None:
         if self._writer is None:
             raise InternalError("the ledger is closed; this request is settled by another gateway")
-        self._num_settling += 1
+        self._settling[settling] = None
         self._writer.submit(settling)
 
     def _release(self, ticket: Ticket) -> None:
@@ -221,7 +227,7 @@ class SqlLedger:
             else:
                 future.set_result(outcome)
         for settling in batch.settlings:
-            self._num_settling -= 1
+            self._settling.pop(settling, None)
             future, outcome = settling.future, settling.outcome
             if future is None or future.done():
                 continue
@@ -257,9 +263,8 @@ class SqlLedger:
         if self._writer is None:
             return
         deadline_s = time.monotonic() + self._close_timeout_s
-        while (self._num_settling or self._opening) and time.monotonic() < deadline_s:
+        while (self._settling or self._opening) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.005)
-        num_lost = self._num_settling
         self._ticker.cancel()
         writer, self._writer = self._writer, None
         await asyncio.to_thread(writer.stop)
@@ -267,8 +272,20 @@ class SqlLedger:
             await asyncio.to_thread(self.keeper.stop)
         except SQLAlchemyError as error:
             log.warning("could not say goodbye to the ledger's database: %s", error)
-        if num_lost:
-            raise OverloadedError(f"{num_lost} settlements could not be written")
+        if self._settling or self._opening:
+            raise self._give_up()
+
+    def _give_up(self) -> OverloadedError:
+        """Tell everybody who still waits that nothing more will be written."""
+        error = OverloadedError(
+            f"the ledger was closed while its database did not answer: {len(self._settling)} "
+            "settlements are not written",
+            hint="the next gateway that starts settles their rows",
+        )
+        for waiting in (*self._settling, *self._opening):
+            if waiting.future is not None and not waiting.future.done():
+                waiting.future.set_exception(error)
+        return error
 
 
 def _away() -> OverloadedError:

@@ -29,7 +29,7 @@ Operation = Opening | Settling | tuple[Any, ...]  # a tuple: progress of a row
 Deliver = Callable[[Batch], None]
 Connect = Callable[[], Store]
 
-_BUSY_S = (0.0002, 0.004)  # waits for another process that writes to the same file
+_BUSY_S = (0.0002, 0.001)  # waits for another process that writes to the same file
 _AWAY_S = (0.02, 1.0)  # waits for a database that is away
 
 
