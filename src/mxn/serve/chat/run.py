@@ -145,19 +145,20 @@ class NativeRun:
         waiting = set(range(len(readers)))  # choices of which nothing was seen yet
         num_open = len(readers)
         last: Finished | None = None
+        is_plain = reading.is_plain
         async with aclosing(job.run()) as deltas:
             async for index, delta in deltas:
-                if reading.is_plain and delta.finish_reason is None:
+                if is_plain and delta.finish_reason is None:
                     # The hot path: the text of a delta is the text of the answer.
-                    made = [Text(index, delta.text, delta.logprobs)]
-                    if not (delta.text or delta.logprobs):
-                        made = []
-                else:
-                    made = readers[index].read(delta)
-                    job.reasoning_tokens = sum(reader.reasoning_tokens for reader in readers)
-                if index in waiting:
-                    waiting.remove(index)
-                    made = made or [Text(index, "")]
+                    if delta.text or delta.logprobs or index in waiting:
+                        waiting.discard(index)
+                        yield Text(index, delta.text, delta.logprobs)
+                    continue
+                made = readers[index].read(delta)
+                job.reasoning_tokens = sum(reader.reasoning_tokens for reader in readers)
+                if not made and index in waiting:
+                    made.append(Text(index, ""))
+                waiting.discard(index)
                 for item in made:
                     if isinstance(item, Finished):
                         num_open -= 1

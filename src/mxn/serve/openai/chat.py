@@ -158,17 +158,15 @@ class _ChunkWriter:
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield role, pieces and finish of each choice, then usage if asked for."""
         has_begun = [False] * len(self._heads)
-        encode = msgspec.json.encode
+        encode, heads, tail = msgspec.json.encode, self._heads, self._tail
         is_plain = self._logprobs is None and not self._counts_always
         async with aclosing(self._run.events()) as events:
             async for item in events:
                 index = item.index
-                if type(item) is Text and not item.text and not item.logprobs:
-                    data = b""  # the beginning of a choice: its role alone
-                elif is_plain and type(item) is Text:
+                if is_plain and type(item) is Text and item.text:
                     # The hot path: one small encode between bytes that were made once.
                     data = b'%b%b},"logprobs":null,"finish_reason":null}]%b' % (
-                        self._heads[index], encode(item.text), self._tail
+                        heads[index], encode(item.text), tail
                     )  # fmt: skip
                 else:
                     data = self._write(item)
@@ -183,6 +181,8 @@ class _ChunkWriter:
     def _write(self, item: ChatEvent) -> bytes:
         index = item.index
         if isinstance(item, Text | Reasoning):
+            if not item.text and not item.logprobs:
+                return b""  # the beginning of a choice: its role alone
             delta = ChatDelta()
             if isinstance(item, Text):
                 delta.content = item.text
