@@ -35,6 +35,7 @@ class Outcome:
     input_tokens: int = 0
     output_tokens: int = 0
     text: str = ""
+    choices: int = 1
     greedy: tuple[str, int] | None = None  # prompt and limit, where the text must be the same
     problem: str = ""
 
@@ -76,7 +77,7 @@ class Load:
             "temperature": 0 if rng.random() < 0.7 else 1,
             "n": 2 if rng.random() < 0.1 else 1,
         }
-        outcome = Outcome(tenant.name, "failed")
+        outcome = Outcome(tenant.name, "failed", choices=body["n"])
         if body["temperature"] == 0 and body["n"] == 1:
             outcome.greedy = (prompt, limit)
         leaves_after = rng.randint(0, 20) if rng.random() < 0.15 else None

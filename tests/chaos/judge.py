@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from chaos.clients import Outcome, Tenant
-
 from mxn.ledger import schema
 from mxn.ledger.balance import check
 from mxn.ledger.database import Database
@@ -66,7 +65,12 @@ def judge(database: Database, outcomes: Sequence[Outcome], tenants: Iterable[Ten
         problems=problems,
         counts=Counter(outcome.kind for outcome in outcomes),
         rows=len(found),
-        moved=sum(row.num_replicas > 1 and row.reason == "complete" for row in found),
+        # Two choices may run on two replicas from the start.
+        moved=sum(
+            rows[item.usage_id].num_replicas > 1
+            for item in outcomes
+            if item.kind == "finished" and item.choices == 1 and item.usage_id in rows
+        ),
         reasons=Counter(row.reason for row in found),
     )
 

@@ -81,7 +81,9 @@ class Server:
         until_s = time.monotonic() + START_LIMIT_S
         while not self.is_ready():
             assert self.process is not None
-            assert self.process.poll() is None, f"{self.name} ended:\n{self.log.read_text()[-3000:]}"
+            assert self.process.poll() is None, (
+                f"{self.name} ended:\n{self.log.read_text()[-3000:]}"
+            )
             assert time.monotonic() < until_s, f"{self.name}:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.1)
 
