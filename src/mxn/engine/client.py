@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
 
 from mxn import errors
+from mxn.engine.adapters import NOT_FOUND_CODE
 from mxn.engine.config import EngineConfig
 from mxn.engine.protocol import (
     ENDED_CODE,
+    AdapterLoaded,
     Cancel,
     Delta,
     Encode,
@@ -31,10 +34,12 @@ from mxn.engine.protocol import (
     FromEngine,
     Generate,
     GetStats,
+    LoadAdapter,
     Loading,
     ModelInfo,
     Shutdown,
     ToEngine,
+    UnloadAdapter,
 )
 from mxn.engine.supervisor import CrashReport, EngineChild, RestartPolicy, State, Supervisor
 from mxn.errors import (
@@ -43,8 +48,11 @@ from mxn.errors import (
     EngineDiedError,
     InternalError,
     MxnError,
+    NotFoundError,
     UserError,
 )
+
+log = logging.getLogger("mxn.engine.client")
 
 MAX_IPC_PATH = 100  # Unix socket paths end at 107 bytes
 
@@ -58,12 +66,16 @@ def error_of(failed: Failed) -> MxnError:
         return CapacityError(failed.message, code=failed.code)
     if failed.code == ENDED_CODE:
         return EngineDiedError(failed.message, retry_after_s=1.0)
+    if failed.code == NOT_FOUND_CODE:
+        return NotFoundError(failed.message, code=failed.code)
     kind = UserError if failed.is_user_error else InternalError
     return kind(failed.message, code=failed.code)
 
 
 def load_error_of(failed: Failed) -> MxnError:
     """Return the exception for a failed load, whose `code` names its class."""
+    if failed.code == ENDED_CODE:
+        return error_of(failed)
     message, _, hint = failed.message.partition("\nhint: ")
     kind = getattr(errors, failed.code or "", InternalError)
     try:
@@ -102,7 +114,9 @@ class Link:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def open(self, request: Generate | Encode | GetStats) -> asyncio.Queue[FromEngine | MxnError]:
+    def open(
+        self, request: Generate | Encode | GetStats | LoadAdapter | UnloadAdapter
+    ) -> asyncio.Queue[FromEngine | MxnError]:
         """Send a request and return the queue of its replies; pair it with `forget`."""
         request_id = request.request_id
         if request_id in self._waiting:
@@ -186,6 +200,7 @@ class ProcessEngine:
         self._supervisor = Supervisor(self._launch, policy=policy)
         self._num_stats = 0
         self._info: ModelInfo | None = None
+        self._adapters: dict[str, LoadAdapter] = {}  # what a new process has to load again
 
     @classmethod
     async def start(
@@ -274,6 +289,29 @@ class ProcessEngine:
         finally:
             link.forget(request.request_id)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(self._adapters)
+
+    async def load_adapter(self, request: LoadAdapter) -> AdapterLoaded:
+        """Load a LoRA adapter, in place of one that has its name; a restart loads it again.
+
+        Raises: NotFoundError, UnsupportedError, CapacityError, with the reason; EngineDiedError.
+        """
+        loaded = await _change(self._link(), request)
+        self._adapters[request.name] = request
+        return loaded
+
+    async def unload_adapter(self, request: UnloadAdapter) -> AdapterLoaded:
+        """Forget an adapter; returns when the last request that uses it has ended.
+
+        New requests for it are refused at once. Raises: NotFoundError, EngineDiedError.
+        """
+        link = self._link()
+        self._adapters.pop(request.name, None)
+        return await _change(link, request)
+
     async def close(self, *, grace_s: float = 5.0) -> None:
         """Stop the process: ask, wait, then SIGTERM, then SIGKILL. Running requests fail."""
         running = self._supervisor.current
@@ -290,6 +328,18 @@ class ProcessEngine:
             raise self._supervisor.unavailable()
         return running.link
 
+    async def _load_again(self, link: Link) -> None:
+        """Give a new process the adapters that the one before had.
+
+        One that cannot be loaded any more is dropped: the base model must not wait for it.
+        """
+        for request in list(self._adapters.values()):
+            try:
+                await _change(link, request)
+            except UserError as error:
+                log.error("adapter %r is gone after a restart: %s", request.name, error)
+                self._adapters.pop(request.name, None)
+
     async def _launch(self) -> _Running:
         link = Link()
         link.on_progress = self._progress
@@ -305,6 +355,7 @@ class ProcessEngine:
             if not link.ready.done():
                 raise _died_while_loading(died.result())
             self._info = link.ready.result()
+            await _unless_died(self._load_again(link), died)
             return _Running(child, link, self._info)
         except BaseException:
             await child.stop(grace_s=1.0)
@@ -314,7 +365,31 @@ class ProcessEngine:
             died.cancel()
 
 
-async def _reply(queue: asyncio.Queue[FromEngine | MxnError], kind: type[T]) -> T:
+async def _unless_died(work: Coroutine[Any, Any, None], died: asyncio.Task[CrashReport]) -> None:
+    """Wait for what a process that is not watched yet has to do. Raises: EngineDiedError."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait((task, died), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _died_while_loading(died.result())
+        task.result()
+    finally:
+        task.cancel()
+
+
+async def _change(link: Link, request: LoadAdapter | UnloadAdapter) -> AdapterLoaded:
+    queue = link.open(request)
+    try:
+        return await _reply(queue, AdapterLoaded, load_error_of)
+    finally:
+        link.forget(request.request_id)
+
+
+async def _reply(
+    queue: asyncio.Queue[FromEngine | MxnError],
+    kind: type[T],
+    error_of: Callable[[Failed], MxnError] = error_of,
+) -> T:
     """Return the next reply, or raise the error that came instead."""
     message = await queue.get()
     if isinstance(message, Failed):

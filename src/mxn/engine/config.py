@@ -33,6 +33,7 @@ class EngineConfig:
     max_sequences: int = 64  # sequences in one step
     max_waiting: int = 4096  # requests in the queue before new ones are refused
     max_context: int | None = None  # None = what the model was made for
+    max_adapters: int = 32  # LoRA adapters loaded at the same time; 0 refuses them
     prefix_caching: bool = True
     allow_fallback: bool = True  # run through transformers when there is no native spec
     prefer_fallback: bool = False
@@ -42,6 +43,8 @@ class EngineConfig:
         for name in ("page_tokens", "max_batch_tokens", "max_sequences", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.max_adapters < 0:
+            raise ConfigError(f"max_adapters must be 0 or more, got {self.max_adapters!r}")
         if self.threads < 0:
             raise ConfigError(f"threads must be 0 (all cores) or more, got {self.threads!r}")
         if self.kv_fraction is not None and not 0 < self.kv_fraction <= 1:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
+from mxn.engine.adapters import NOT_FOUND_CODE, Adapters
 from mxn.engine.counters import Counters
 from mxn.engine.detokenize import TokenDecoder
 from mxn.engine.protocol import (
@@ -23,12 +24,14 @@ from mxn.engine.protocol import (
     FromEngine,
     Generate,
     GetStats,
+    LoadAdapter,
     ModelInfo,
     ToEngine,
+    UnloadAdapter,
 )
 from mxn.engine.request import Request
 from mxn.engine.validate import problem_of
-from mxn.errors import CapacityError, UserError
+from mxn.errors import CapacityError, NotFoundError, UserError
 
 if TYPE_CHECKING:
     from mxn.engine.runner import Runner, StepResult
@@ -51,6 +54,7 @@ class EngineCore:
         *,
         byte_ids: Collection[int] = frozenset(),
         max_waiting: int = 4096,
+        adapters: Adapters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`byte_ids` comes from `detokenize.byte_fallback_ids`."""
@@ -61,6 +65,7 @@ class EngineCore:
         self._byte_ids = byte_ids
         self._max_waiting = max_waiting
         self._clock = clock
+        self._adapters = adapters or Adapters(None, max_adapters=0)
         self._requests: dict[str, Request] = {}
         self._counters = Counters()
         self._validated_s = clock()
@@ -75,6 +80,10 @@ class EngineCore:
             return self._add(message)
         if isinstance(message, Cancel):
             return self._cancel(message.request_id)
+        if isinstance(message, LoadAdapter):
+            return self._adapters.load(message)
+        if isinstance(message, UnloadAdapter):
+            return self._adapters.unload(message)
         if isinstance(message, GetStats):
             return [self.stats(message.request_id)]
         if isinstance(message, Encode):
@@ -93,7 +102,7 @@ class EngineCore:
         if plan is None:
             return []
         result = self._runner.run(plan, self._requests)
-        out = self._commit(plan, result)
+        out = self._commit(plan, result) + self._adapters.answers()
         self._counters.steps_total += 1
         ended_s = self._clock()
         self._counters.busy_s += ended_s - started_s
@@ -141,14 +150,25 @@ class EngineCore:
             ]
         request = Request(message, self.info, self._decoder, self._byte_ids, self._clock())
         try:
+            self._use(request, message.adapter)
             self._scheduler.add(request.sequence)
+        except NotFoundError as error:
+            return [_refusal(request_id, str(error), NOT_FOUND_CODE)]
         except CapacityError as error:
+            self._adapters.release(request.adapter)
             return [_refusal(request_id, str(error), "context_length_exceeded")]
         except UserError as error:
+            self._adapters.release(request.adapter)
             return [_refusal(request_id, str(error), error.code)]
         self._requests[request_id] = request
         self._counters.requests_total += 1
         return []
+
+    def _use(self, request: Request, name: str | None) -> None:
+        """Give a new request its adapter, and pages of its own. Raises: NotFoundError."""
+        if name is not None:
+            request.adapter = self._adapters.take(name)
+            request.sequence.salt = request.adapter.salt
 
     def _cancel(self, request_id: str) -> list[FromEngine]:
         request = self._requests.pop(request_id, None)
@@ -156,14 +176,16 @@ class EngineCore:
             return []
         self._scheduler.cancel(request_id)
         self._runner.forget(request_id)
+        self._adapters.release(request.adapter)
         self._counters.requests_cancelled_total += 1
-        return [request.ended("cancelled")]
+        return [request.ended("cancelled"), *self._adapters.answers()]
 
     def _drop(self, request_id: str, reason: str, code: str | None = None) -> Failed:
         """End a request that cannot be finished, and free what it holds."""
-        del self._requests[request_id]
+        request = self._requests.pop(request_id)
         self._scheduler.cancel(request_id)
         self._runner.forget(request_id)
+        self._adapters.release(request.adapter)
         return Failed(request_id=request_id, message=reason, is_user_error=False, code=code)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[FromEngine]:
@@ -185,8 +207,9 @@ class EngineCore:
             out.append(delta)
         self._scheduler.commit(plan, sampled, finished)
         for request_id in finished:
-            del requests[request_id]
+            request = requests.pop(request_id)
             self._runner.forget(request_id)
+            self._adapters.release(request.adapter)
         return out
 
 

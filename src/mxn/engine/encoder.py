@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mxn.engine.adapters import refusal
 from mxn.engine.counters import Counters
 from mxn.engine.protocol import (
     ENDED_CODE,
@@ -23,8 +24,10 @@ from mxn.engine.protocol import (
     FromEngine,
     Generate,
     GetStats,
+    LoadAdapter,
     ModelInfo,
     ToEngine,
+    UnloadAdapter,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +103,8 @@ class EncoderCore:
             return []
         if isinstance(message, GetStats):
             return [self.stats(message.request_id)]
+        if isinstance(message, LoadAdapter | UnloadAdapter):
+            return [refusal(message, f"a replica of kind {self.info.kind} takes no adapters")]
         if isinstance(message, Generate):
             reason = (
                 f"this replica runs a {self.info.kind} ({self.info.family}); it cannot generate"

@@ -160,6 +160,7 @@ def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
 
 
 def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> EngineCore:
+    from mxn.engine.adapters import Adapters
     from mxn.engine.core import EngineCore
     from mxn.engine.kvcache import PageTable
     from mxn.engine.runner import Runner
@@ -188,6 +189,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         vocab_size=vocab_size,
         eos_ids=tuple(token for token in replica.loaded.eos_ids if token < vocab_size),
     )
+    adapters = Adapters(model, max_adapters=config.max_adapters)
     runner = Runner(
         model,
         cache,
@@ -195,6 +197,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         page_tokens=config.page_tokens,
         max_sequences=config.max_sequences,
         max_pages=-(-max_context // config.page_tokens),
+        adapters=adapters,
     )
     scheduler = Scheduler(
         SchedulerConfig(
@@ -213,6 +216,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         replica.tokenizer,
         byte_ids=_byte_ids(replica.tokenizer),
         max_waiting=config.max_waiting,
+        adapters=adapters,
     )
 
 

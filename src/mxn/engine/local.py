@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mxn.engine.client import error_of
+from mxn.engine.client import error_of, load_error_of
 from mxn.engine.config import EngineConfig
 from mxn.engine.core import EngineCore
 from mxn.engine.load import Report, build_engine
 from mxn.engine.protocol import (
+    AdapterLoaded,
     Delta,
     EngineStats,
     Failed,
     FinishReason,
     Generate,
+    LoadAdapter,
     SamplingParams,
     TokenLogprob,
+    UnloadAdapter,
 )
-from mxn.errors import UnsupportedError
+from mxn.errors import InternalError, UnsupportedError
 
 
 @dataclass(slots=True)
@@ -69,14 +72,19 @@ class LocalEngine:
         return cls(core)
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        adapters: Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """Return the answers to token prompts, in order; they run together.
 
+        `adapters` names the one of each prompt; None: the base model.
         Raises: UserError subclasses when a request is refused, InternalError when one fails.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-        ids = [self._submit(*pair) for pair in zip(prompts, each, strict=True)]
+        names = [None] * len(prompts) if adapters is None else adapters
+        ids = [self._submit(*each) for each in zip(prompts, each, names, strict=True)]
         answers = {request_id: Completion() for request_id in ids}
         while self.core.has_work:
             for reply in self.core.step():
@@ -106,13 +114,42 @@ class LocalEngine:
             if not is_finished:
                 self.core.handle(Cancel(request_id=request_id))
 
+    def load_adapter(self, name: str, path: str) -> AdapterLoaded:
+        """Load a LoRA adapter in PEFT's layout, in place of one that has its name.
+
+        Raises: NotFoundError, UnsupportedError or CapacityError, with the reason.
+        """
+        return self._change(LoadAdapter(request_id=self._new_id(), name=name, path=path))
+
+    def unload_adapter(self, name: str) -> AdapterLoaded:
+        """Forget an adapter. Raises: NotFoundError."""
+        return self._change(UnloadAdapter(request_id=self._new_id(), name=name))
+
     def stats(self) -> EngineStats:
         return self.core.stats()
 
-    def _submit(self, prompt: list[int], sampling: SamplingParams) -> str:
+    def _new_id(self) -> str:
         self._num_requests += 1
-        request_id = f"local-{self._num_requests}"
-        message = Generate(request_id=request_id, prompt_ids=prompt, sampling=sampling)
+        return f"local-{self._num_requests}"
+
+    def _change(self, message: LoadAdapter | UnloadAdapter) -> AdapterLoaded:
+        replies = self.core.handle(message)
+        while not replies and self.core.has_work:  # until the requests that use it have ended
+            replies = [r for r in self.core.step() if isinstance(r, AdapterLoaded)]
+        match replies:
+            case [AdapterLoaded() as loaded]:
+                return loaded
+            case [Failed() as failed]:
+                raise load_error_of(failed)
+        raise InternalError(f"the engine answered {message!r} with {replies!r}")
+
+    def _submit(
+        self, prompt: list[int], sampling: SamplingParams, adapter: str | None = None
+    ) -> str:
+        request_id = self._new_id()
+        message = Generate(
+            request_id=request_id, prompt_ids=prompt, sampling=sampling, adapter=adapter
+        )
         for reply in self.core.handle(message):
             if isinstance(reply, Failed):
                 self.core.abort_all("another request of the call was refused")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from mxn.engine.adapters import Adapter
 from mxn.engine.detokenize import StreamDetokenizer, TokenDecoder
 from mxn.engine.protocol import Delta, FinishReason, Generate, ModelInfo, TokenLogprob
 from mxn.engine.sampler import SampledToken, SamplingState
@@ -19,6 +20,7 @@ class Request:
     __slots__ = (
         "_detokenizer",
         "_end_ids",
+        "adapter",
         "num_prompt_logprobs",
         "prompt_logprobs",
         "request_id",
@@ -37,6 +39,7 @@ class Request:
     ) -> None:
         sampling = self.sampling = message.sampling
         self.request_id = message.request_id
+        self.adapter: Adapter | None = None  # set by the loop, which knows them
         prompt = message.prompt_ids
         # Not even one token: the last logits of the prompt are computed, their token is dropped.
         room = None if sampling.max_tokens is None else max(1, sampling.max_tokens)

@@ -19,10 +19,12 @@ import torch
 
 from mxn.engine.stepbatch import Chunk, PageRows, pack
 from mxn.errors import ChipError
+from mxn.models.lora import Part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mxn.engine.adapters import Adapter, Adapters
     from mxn.engine.protocol import TokenLogprob
     from mxn.engine.sampler import SampledToken, Sampler, SamplingState
     from mxn.engine.scheduler import ScheduledSequence, StepPlan
@@ -42,6 +44,7 @@ class Sampled(Protocol):
 
     sampling_state: SamplingState
     num_prompt_logprobs: int | None  # alternatives beside each prompt token; None: not wanted
+    adapter: Adapter | None  # None: the base model
 
 
 @dataclass(slots=True)
@@ -75,11 +78,13 @@ class Runner:
         page_tokens: int,
         max_sequences: int,
         max_pages: int,
+        adapters: Adapters | None = None,
     ) -> None:
         """`max_pages` is the longest a sequence can get, `max_sequences` how many hold pages."""
         self._model = model
         self._cache = cache
         self._sampler = sampler
+        self._adapters = adapters
         self._page_tokens = page_tokens
         self._pages = PageRows(max_sequences, max_pages)
         self._row_of: dict[str, int] = {}
@@ -149,7 +154,11 @@ class Runner:
         batch = pack(
             [part.chunk for part in work], self._pages, self._page_tokens, self._model.device
         )
-        return self._model.forward(batch, self._cache)
+        adapted = self._adapters.adapted if self._adapters else None
+        if adapted is None or all(part.request.adapter is None for part in work):
+            return self._model.forward(batch, self._cache)
+        with adapted.applied([_rows_of(part) for part in work]):
+            return self._model.forward(batch, self._cache)
 
     def _collect(self, work: list[_Work], logits_RV: Tensor, result: StepResult) -> None:
         """Sample, and score prompt tokens, from the rows that `work` asked for, in its order.
@@ -188,6 +197,12 @@ class Runner:
             return []
         num_top = part.request.num_prompt_logprobs or 0
         return self._sampler.prompt_logprobs(logits_QV[: len(next_ids)], next_ids, num_top)
+
+
+def _rows_of(part: _Work) -> Part:
+    adapter, chunk = part.request.adapter, part.chunk
+    key = None if adapter is None else adapter.generation
+    return Part(key, len(chunk.token_ids), chunk.num_logits)
 
 
 def check_device(device: torch.device, error: Exception) -> None:

@@ -245,6 +245,27 @@ def load_tiny(config: EngineConfig, on_progress: Callable[[str, int, int], None]
     return LoadedReplica(loaded=loaded, tokenizer=ByteTokenizer(), chip="test", device=model.device)
 
 
+def load_bytes(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> LoadedReplica:
+    """Load the checkpoint `config.model` in float32, as if its tokens were bytes.
+
+    For checkpoints of random numbers, which have no tokenizer.
+    """
+    from pathlib import Path
+
+    from mxn.chips import find_device
+    from mxn.engine.load import LoadedReplica
+    from mxn.models.load import load_model
+
+    device = find_device(config.device)
+    torch_device = torch.device(device.torch_device)
+    on_progress("weights", 1, 2)
+    loaded = load_model(Path(config.model), device, "float32")
+    on_progress("weights", 2, 2)
+    return LoadedReplica(
+        loaded=loaded, tokenizer=ByteTokenizer(), chip=device.chip, device=torch_device
+    )
+
+
 def _faults(options: dict[str, float]) -> Faults:
     step_s = options.pop("step_s", 0.0)
     return Faults(step_s=step_s, **{key: int(value) for key, value in options.items()})
