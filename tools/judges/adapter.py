@@ -22,9 +22,10 @@ _SHORT = ("/chat/completions", "/completions", "/embeddings", "/models", "/respo
 
 
 class LlamaServerPaths:
-    def __init__(self, app: ASGIApp, models: ServedModels) -> None:
+    def __init__(self, app: ASGIApp, models: ServedModels, kwargs: dict[str, Any]) -> None:
         self._app = app
         self._models = models
+        self._kwargs = kwargs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
@@ -38,7 +39,9 @@ class LlamaServerPaths:
     async def _apply_template(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             raw: dict[str, Any] = msgspec.json.decode(await Request(scope, receive).body())
-            body = msgspec.convert({"model": "any", **raw}, ChatRequest)
+            body = msgspec.convert(
+                {"model": "any", "chat_template_kwargs": self._kwargs, **raw}, ChatRequest
+            )
             model = self._models.only()
             assert model is not None, "this server has one model"
             response = json_response({"prompt": render(body, model, raw.get("tools") or None)})

@@ -47,6 +47,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     api_keys: list[str] = []
     max_context: int | None = None
     chat_template: str | None = None  # Jinja text in place of the model's own
+    template_kwargs: dict[str, Any] = {}  # what /apply-template gives to it
     database: str | None = None
     llama_paths: bool = False
 
@@ -131,7 +132,9 @@ class Host:
             is_lenient=wanted.is_lenient, api_keys=tuple(wanted.api_keys), **options
         )
         app = create_app(models, settings)
-        return LlamaServerPaths(app, models) if wanted.llama_paths else app
+        if not wanted.llama_paths:
+            return app
+        return LlamaServerPaths(app, models, wanted.template_kwargs)
 
     def _served(self, key: str, wanted: Wanted) -> ServedModel:
         name = wanted.name or key

@@ -24,7 +24,7 @@ def wanted(arguments: list[str]) -> dict[str, Any]:
     """Return what to ask the host for."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--port", type=int, required=True)
-    for flag in ("--alias", "--api-key", "--chat-template", "--chat-template-file"):
+    for flag in ("--alias", "--api-key", "--chat-template", "--chat-template-file", "--reasoning"):
         parser.add_argument(flag)
     parser.add_argument("--ctx-size", type=int)
     parser.add_argument("--parallel", type=int, default=1)
@@ -40,6 +40,8 @@ def wanted(arguments: list[str]) -> dict[str, Any]:
         "api_keys": [options.api_key] if options.api_key else [],
         "max_context": options.ctx_size // per_slot if options.ctx_size else None,
         "chat_template": _template(options),
+        # llama-server tells every template whether to think; mxn when the request says so.
+        "template_kwargs": {"enable_thinking": options.reasoning != "off"},
         "llama_paths": True,
     }
 

@@ -92,6 +92,7 @@ def run_part(suite: Suite, part: Part, setup: Setup, host: Path, work: Path) -> 
             "url": url,
             "socket": str(host),
             "here": str(HERE),
+            "work": str(work),
             "checkout": str(setup.checkouts.get(suite.name, "")),
         }
         env = os.environ | {key: value.format(**names) for key, value in suite.env.items()}
@@ -137,6 +138,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--database", default="", help="URL, for files and batches")
     parser.add_argument("--filter", default="", help="pytest's -k; the page is not written")
     parser.add_argument("--max-examples", type=int, default=20)
+    parser.add_argument("--max-time", type=int, default=240, help="seconds of schemathesis")
     parser.add_argument("--keep", type=Path, help="a folder for logs and JUnit files")
     return parser.parse_args()
 
@@ -151,6 +153,7 @@ def _minilm() -> Path:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the host ends with us
     options = _options()
     chosen = list(SUITES) if "all" in options.judge else options.judge
     pairs = [text.partition("=") for text in options.checkout]
@@ -161,7 +164,7 @@ def main() -> int:
     own = Path(sys.executable)
     setup = Setup(
         (options.python or own).absolute(), own, checkouts,
-        options.filter, options.database, options.max_examples,
+        options.filter, options.database, options.max_examples, options.max_time,
     )  # fmt: skip
     shipped = ROOT / "src" / "mxn" / "shipped" / "mxn-shakespeare-llama"
     models = {"decoder": options.decoder or shipped, "embedder": options.embedder or _minilm()}

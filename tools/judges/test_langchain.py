@@ -26,6 +26,7 @@ class TestChatOpenAIOnMxn(ChatModelIntegrationTests):
             "api_key": "none",
             "temperature": 0,
             "max_tokens": 64,
+            "stream_usage": True,  # off by default when base_url is not OpenAI's
         }
 
     @property
