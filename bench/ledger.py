@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -104,25 +103,24 @@ async def measure(database: Database, key: str, mode: Any, num: int, seconds: fl
     return result
 
 
-@contextlib.contextmanager
-def databases(url: str | None) -> Iterator[list[tuple[str, str]]]:
+def databases(url: str | None) -> Iterator[tuple[str, str]]:
+    """Yield (name, URL) of each database; the next starts when the one before was measured."""
     if url is not None:
-        yield [("given", url)]
+        yield "given", url
         return
     from support.postgres import Postgres, find_binaries
 
     with tempfile.TemporaryDirectory() as folder:
-        found = [("sqlite", f"sqlite:///{folder}/ledger.db")]
-        if find_binaries() is None:
-            print("no PostgreSQL on this machine", file=sys.stderr)
-            yield found
-            return
-        server = Postgres(is_fast=False)
-        try:
-            server.start()
-            yield [*found, ("postgresql", server.url)]
-        finally:
-            server.remove()
+        yield "sqlite", f"sqlite:///{folder}/ledger.db"
+    if find_binaries() is None:
+        print("no PostgreSQL on this machine", file=sys.stderr)
+        return
+    server = Postgres(is_fast=False)
+    try:
+        server.start()
+        yield "postgresql", server.url
+    finally:
+        server.remove()
 
 
 def main() -> None:
@@ -133,19 +131,18 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     results = []
-    with databases(arguments.database) as known:
-        for name, url in known:
-            database = Database.open(url)
-            key = prepare(database)
-            mode = "thread" if not database.is_sqlite else arguments.mode
-            for num in (1, 64):
-                made = measure(database, key, mode, num, arguments.seconds)
-                results.append({"database": name} | uvloop.run(made))
-                print(results[-1], flush=True)
-            problems = check(database)
-            database.close()
-            if problems:
-                raise SystemExit("\n".join(problems))
+    for name, url in databases(arguments.database):
+        database = Database.open(url)
+        key = prepare(database)
+        mode = arguments.mode if database.is_sqlite else "thread"
+        for num in (1, 64):
+            made = measure(database, key, mode, num, arguments.seconds)
+            results.append({"database": name} | uvloop.run(made))
+            print(results[-1], flush=True)
+        problems = check(database)
+        database.close()
+        if problems:
+            raise SystemExit("\n".join(problems))
     machine = {"cpus": os.cpu_count(), "python": platform.python_version()}
     document = {"case": "ledger", "basis": "measured", "machine": machine, "results": results}
     print(json.dumps(document))
