@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from mxn.engine.echo import EchoEngine, byte_tokenizer
+from mxn.serve.chat.prompt import render
 from mxn.serve.served import GenerationDefaults
 
 
@@ -207,3 +210,39 @@ def test_model_without_template_points_to_completions(make_api):
 def test_model_may_be_left_out_where_only_one_is_served(make_api):
     api = make_api(is_alone=True)
     assert api.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_huge_conversation_is_rendered_beside_the_loop(make_api, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        asyncio, "to_thread", lambda function, *rest: seen.append(function) or _now(function, *rest)
+    )
+    api = make_api(EchoEngine(max_context=1 << 20))
+    api.chat("x" * 1000, max_tokens=1)
+    assert render not in seen
+    assert api.chat("x" * (256 << 10), max_tokens=1).status_code == 200
+    assert render in seen
+
+
+async def _now(function, *rest):
+    return function(*rest)
+
+
+def test_fields_without_a_meaning_here_are_accepted(api):
+    fields = {
+        "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
+        "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+        "prediction": {"type": "content", "content": "x"}, "verbosity": "low",
+        "modalities": ["text"], "audio": None, "web_search_options": {},
+        "parallel_tool_calls": True, "reasoning_effort": "high",
+    }  # fmt: skip
+    assert api.chat(max_tokens=1, **fields).status_code == 200
+
+
+def test_the_document_knows_tools_and_forms(api):
+    schemas = api.get("/openapi.json").json()["components"]["schemas"]
+    request = schemas["ChatRequest"]["properties"]
+    assert "ChatTool" in str(request["tools"])
+    assert "ResponseFormat" in str(request["response_format"])
+    assert "MadeToolCall" in str(schemas["AssistantMessage"]["properties"]["tool_calls"])
+    assert "reasoning_content" in schemas["ChatDelta"]["properties"]

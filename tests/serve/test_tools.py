@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mxn.engine.echo import CHAT_TEMPLATE, EchoEngine, byte_tokenizer
+from mxn.errors import ConfigError
 from mxn.serve.settings import ServeSettings
 from support.scripted import ScriptedEngine, marked_tokenizer
 
@@ -359,3 +360,10 @@ def test_schema_that_no_grammar_can_hold_means_any_object_without_strict(make_ap
     api = make_api(engine)
     assert api.chat(tools=[tool("weather", schema)], tool_choice="required").status_code == 200
     assert engine.refused == []
+
+
+def test_unknown_parsers_are_refused_at_the_start():
+    with pytest.raises(ConfigError, match="unknown tool parser 'x'; one of hermes"):
+        ServeSettings(tool_parser="x")
+    with pytest.raises(ConfigError, match="unknown reasoning parser 'x'"):
+        ServeSettings(reasoning_parser="x")

@@ -62,6 +62,14 @@ def serve(
     fallback: Annotated[
         bool, typer.Option(help="Run models without a native spec through transformers.")
     ] = True,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="LoRA adapter in PEFT's layout; repeatable."),
+    ] = None,
+    lora_folder: Annotated[
+        Path | None,
+        typer.Option(help="Adapters that callers load must lie below it. Default: anywhere."),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(envvar="MXN_API_KEY", help="Key that callers must send; repeatable."),
@@ -74,6 +82,14 @@ def serve(
     ] = None,
     request_timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds a request may take.")
+    ] = None,
+    tool_parser: Annotated[
+        str | None,
+        typer.Option(help="How models write tool calls. Default: as their chat template says."),
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(help="How models write thoughts, or none. Default: as their files say."),
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
@@ -88,6 +104,7 @@ def serve(
     names = name or [Path(model).name or Path(model).resolve().name for model in models]
     if len(names) != len(models):
         raise ConfigError(f"{len(models)} models but {len(names)} names: {', '.join(names)}")
+    adapters = _adapters(lora or [], len(models))
     devices = spread(env.get("MXN_DEVICE") if device == "auto" else device, replicas)
     rules = PoolRules() if stall_limit is None else PoolRules(stall_floor_s=stall_limit)
     requests = [
@@ -95,6 +112,7 @@ def serve(
             name=served_name,
             devices=devices,
             rules=rules,
+            adapters=adapters,
             aliases=aliases(model, served_name) if models.count(model) == 1 else (),
             config=config_for(
                 model, device=devices[0], dtype=dtype, threads=threads, max_context=max_context,
@@ -107,8 +125,25 @@ def serve(
     ]  # fmt: skip
     run_server(
         requests, host, port, tuple(api_key or ()), database=database,
-        request_timeout_s=request_timeout, tls_files=(tls_cert, tls_key),
+        request_timeout_s=request_timeout, tls_files=(tls_cert, tls_key), adapter_folder=lora_folder,
+        tool_parser=tool_parser, reasoning_parser=reasoning_parser,
     )  # fmt: skip
+
+
+def _adapters(given: list[str], num_models: int) -> tuple[tuple[str, str], ...]:
+    """Return (name, folder) of each `--lora`. Raises: ConfigError."""
+    if given and num_models > 1:
+        raise ConfigError(
+            f"--lora needs one model to adapt, got {num_models}",
+            hint="load it later: POST /v1/load_lora_adapter takes a `model`",
+        )
+    pairs = []
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise ConfigError(f"--lora {text!r} is not NAME=PATH")
+        pairs.append((name, str(Path(path).expanduser().resolve())))
+    return tuple(pairs)
 
 
 def run_server(
@@ -120,7 +155,10 @@ def run_server(
     greeting: Callable[[str], str] | None = None,
     database: str | None = None,
     request_timeout_s: float | None = None,
+    adapter_folder: Path | None = None,
     tls_files: tuple[Path | None, Path | None] = (None, None),
+    tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
 ) -> None:
     """Serve until interrupted; progress bars while the models load.
 
@@ -173,7 +211,13 @@ def run_server(
         accounting = Accounting(Database.open(database))
     app = create_app(
         served,
-        ServeSettings(api_keys=api_keys, request_timeout_s=request_timeout_s),
+        ServeSettings(
+            api_keys=api_keys,
+            request_timeout_s=request_timeout_s,
+            adapter_folder=None if adapter_folder is None else str(adapter_folder),
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
+        ),
         startup=startup,
         accounting=accounting,
     )

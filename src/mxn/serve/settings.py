@@ -17,9 +17,20 @@ class ServeSettings:
     heartbeat_s: float = 15.0  # silence after which a stream sends `: ping`
     max_inputs: int = 2048  # texts in one embeddings, rerank or score request
     cors_origins: tuple[str, ...] = ()
+    adapter_folder: str | None = None  # adapters are loaded from below it only; None: from anywhere
     # How answers are read; None: as the model's chat template and vocabulary say. The names are in
     # mxn.serve.chat.tools.formats and mxn.serve.chat.reasoning.
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     # For other projects' test suites: any name means the only model, max_tokens 0 means unset.
     is_lenient: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse unknown parsers at the start. Raises: ConfigError with those that exist."""
+        from mxn.serve.chat.reasoning import check_reasoning_name
+        from mxn.serve.chat.tools.formats import check_format_name
+
+        if self.tool_parser is not None:
+            check_format_name(self.tool_parser)
+        if self.reasoning_parser is not None:
+            check_reasoning_name(self.reasoning_parser)

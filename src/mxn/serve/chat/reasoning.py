@@ -32,7 +32,13 @@ REASONING: dict[str, Tags] = {
     "kimi": Tags("◁think▷", "◁/think▷"),
     "exaone": Tags("<thought>", "</thought>"),
 }
-NAMES = (*REASONING, "none")
+
+
+def check_reasoning_name(name: str) -> None:
+    """Raises: ConfigError for tags that do not exist; `none` means that no model thinks."""
+    known = (*REASONING, "none")
+    if name not in known:
+        raise ConfigError(f"unknown reasoning parser {name!r}; one of {', '.join(known)}")
 
 
 def reasoning_tags(name: str | None, tokenizer: Tokenizer) -> Tags | None:
@@ -41,8 +47,7 @@ def reasoning_tags(name: str | None, tokenizer: Tokenizer) -> Tags | None:
     Raises: ConfigError for a name that does not exist.
     """
     if name is not None:
-        if name not in NAMES:
-            raise ConfigError(f"unknown reasoning parser {name!r}; one of {', '.join(NAMES)}")
+        check_reasoning_name(name)
         return REASONING.get(name)
     for tags in REASONING.values():
         if tokenizer.templates.mentions(tags.closes):

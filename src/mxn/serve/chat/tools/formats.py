@@ -243,7 +243,6 @@ FORMATS: dict[str, ToolFormat] = {
         ),
     )
 }
-NAMES = tuple(FORMATS)
 
 # The first row whose words all stand in a checkpoint's chat template decides.
 _MARKS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -266,14 +265,19 @@ _MARKS: tuple[tuple[tuple[str, ...], str], ...] = (
 _FAMILIES = {"mistral": "mistral", "llama": "llama3", "phi3": "phi4", "granite": "granite"}
 
 
+def check_format_name(name: str) -> None:
+    """Raises: ConfigError for a format that does not exist."""
+    if name not in FORMATS:
+        raise ConfigError(f"unknown tool parser {name!r}; one of {', '.join(FORMATS)}")
+
+
 def tool_format(name: str | None, mentions: Callable[[str], bool], family: str) -> ToolFormat:
     """Return a format by `name`, else by what the chat template mentions, else by family.
 
     Raises: ConfigError for a name that does not exist.
     """
     if name is not None:
-        if name not in FORMATS:
-            raise ConfigError(f"unknown tool parser {name!r}; one of {', '.join(NAMES)}")
+        check_format_name(name)
         return FORMATS[name]
     if not mentions("tools"):
         return FORMATS["hermes"]  # what the general instruction asks for
