@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mxn
 from mxn.serve.accounting import Accounting
@@ -30,6 +31,44 @@ from mxn.serve.settings import ServeSettings
 from mxn.serve.state import State
 
 Startup = Callable[[ServedModels], Awaitable[None]]
+
+
+class App(FastAPI):
+    """A FastAPI application whose requests pass our own front first.
+
+    FastAPI's and Starlette's layers do nothing for routes with a fixed path, since bodies, errors
+    and headers are ours; they cost a third of a millisecond-sized request.
+    """
+
+    front: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.front is None or scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        scope["app"] = self
+        await self.front(scope, receive, send)
+
+    async def serve_rest(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve what has a variable path, is unknown, or has the wrong method."""
+        await super().__call__(scope, receive, send)
+
+
+class Dispatch:
+    """Calls the endpoint of a fixed path at once, and leaves the rest to the framework."""
+
+    def __init__(self, routes: Sequence[BaseRoute], rest: ASGIApp) -> None:
+        self._rest = rest
+        self._endpoints: dict[tuple[str, str], ASGIApp] = {
+            (method, route.path): route.endpoint
+            for route in routes
+            if isinstance(route, Route) and "{" not in route.path
+            for method in route.methods or ()
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoints.get((scope["method"], scope["path"]))
+        await (endpoint or self._rest)(scope, receive, send)
 
 
 def create_app(
@@ -52,7 +91,7 @@ def create_app(
     state = State(models, settings)
     if accounting is not None:
         state.stores = accounting.stores(lambda: app)
-    app = FastAPI(
+    app = App(
         title="mxn",
         version=mxn.__version__,
         openapi_url=None,  # ours is made from the types that are really checked
@@ -62,8 +101,8 @@ def create_app(
         exception_handlers={HTTPException: _http_error},
     )
     app.state.mxn = state
-    app.add_middleware(
-        Gateway,
+    front: ASGIApp = Gateway(
+        Dispatch(app.routes, app.serve_rest),
         api_keys=settings.api_keys,
         ledger=lambda: state.ledger,
         request_timeout_s=settings.request_timeout_s,
@@ -71,13 +110,14 @@ def create_app(
         on_end=on_end,
     )
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
+        front = CORSMiddleware(
+            front,
             allow_origins=list(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-mxn-model", "x-mxn-device", "x-mxn-chip"],
         )
+    app.front = front
     return app
 
 

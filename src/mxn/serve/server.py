@@ -95,6 +95,7 @@ class Server(uvicorn.Server):
             access_log=False,  # paths and clients of users stay out of the log
             log_config=None,
             server_header=False,
+            proxy_headers=False,  # nothing here depends on a client's address
             ssl_certfile=tls.certificate if tls else None,
             ssl_keyfile=tls.key if tls else None,
         )
