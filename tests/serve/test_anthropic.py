@@ -85,6 +85,8 @@ def test_errors_have_the_shape_of_this_protocol(client):
     with pytest.raises(anthropic.NotFoundError) as caught:
         client.messages.create(model="nobody", messages=HELLO, max_tokens=1)
     assert caught.value.body["error"]["type"] == "not_found_error"
+    assert caught.value.request_id == caught.value.response.headers["x-request-id"]
+    assert caught.value.body["request_id"] == caught.value.request_id
     with pytest.raises(anthropic.BadRequestError) as caught:
         client.messages.create(model="echo", messages=[], max_tokens=1)
     assert caught.value.body["type"] == "error"

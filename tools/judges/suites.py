@@ -76,6 +76,8 @@ def _pytest(setup: Setup, part: Part, url: str, junit: Path) -> list[str]:
 def _langchain(setup: Setup, part: Part, url: str, junit: Path) -> list[str]:
     # Not this repository's pytest settings: the suite runs in a Python of its own.
     own = ["-c", "/dev/null", "--rootdir", str(HERE), "-o", "asyncio_mode=auto"]
+    # One loop for all tests: the client keeps its connections.
+    own += [f"-oasyncio_default_{what}_loop_scope=session" for what in ("test", "fixture")]
     return [*_pytest(setup, part, url, junit), *own]
 
 

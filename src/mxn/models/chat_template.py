@@ -217,17 +217,34 @@ class ChatTemplates:
             for message in messages
         ]
         final_text = _mark_final(chat) if continue_final_message else ""
+        options = _plain(variables) | {
+            "tools": _plain(tools),
+            "documents": _plain(documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            rendered = _compile(source).render(
-                **_plain(variables),
-                messages=chat,
-                tools=_plain(tools),
-                documents=_plain(documents),
-                add_generation_prompt=add_generation_prompt,
-            )
+            rendered = _run(source, chat, options)
         except Exception as exc:  # anything a stranger's template does wrong is about this input
             raise UserError(f"the chat template refused these messages: {exc}") from exc
         return _cut_at_mark(rendered, final_text) if continue_final_message else rendered
+
+
+def _run(source: str, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+    """Render; turns that only call tools get an empty text where the template insists on one.
+
+    Some templates look into the text of every turn, others take any text for an answer, even an
+    empty one; so the second way is tried only when the first fails, and the first failure counts.
+    """
+    template = _compile(source)
+    try:
+        return template.render(**options, messages=chat)
+    except Exception as failure:
+        if all("content" in message for message in chat):
+            raise
+        try:
+            return template.render(**options, messages=[{"content": "", **m} for m in chat])
+        except Exception:
+            raise failure from None
 
 
 def _template_files(folder: Path) -> Iterator[tuple[str, str]]:

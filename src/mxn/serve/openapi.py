@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 import mxn
+from mxn.serve.anthropic.errors import AnthropicError
 from mxn.serve.flat import FlatError
 from mxn.serve.http import Handler
 from mxn.serve.openai.types import ErrorBody
@@ -37,7 +38,7 @@ class Operation:
 
 def document(operations: Sequence[Operation]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of `operations`."""
-    types: list[type] = [ErrorBody, FlatError]
+    types: list[type] = [ErrorBody, FlatError, AnthropicError]
     for op in operations:
         types += [item for item in (op.request, op.response, op.chunk) if item is not None]
     unique = list(dict.fromkeys(types))
@@ -59,17 +60,20 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
     }
 
 
+def _error_type(path: str) -> type:
+    """Return the shape of errors on a path, as `dialects` writes them."""
+    if path.startswith("/maas/"):
+        return FlatError
+    return AnthropicError if path.startswith("/v1/messages") else ErrorBody
+
+
 def _entry(op: Operation, schemas: dict[type, dict[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {
         op.media_type: {"schema": schemas[op.response] if op.response else {}}
     }
     if op.chunk is not None:
         content["text/event-stream"] = {"schema": schemas[op.chunk]}
-    error = {
-        "application/json": {
-            "schema": schemas[FlatError if op.path.startswith("/maas/") else ErrorBody]
-        }
-    }
+    error = {"application/json": {"schema": schemas[_error_type(op.path)]}}
     entry: dict[str, Any] = {
         "summary": op.summary,
         "operationId": re.sub(r"\W+", "_", f"{op.method.lower()}{op.path}").strip("_"),

@@ -170,6 +170,20 @@ def test_bad_or_hostile_templates_are_user_errors(tmp_path, template):
         ours.apply_chat_template(CHATS["one"])
 
 
+def test_a_turn_that_only_calls_tools_passes_a_template_that_reads_every_text(tmp_path):
+    template = (
+        "{% for m in messages %}{% if 'x' in m.content %}!{% endif %}{{ m.content }}{% endfor %}"
+    )
+    ours = Tokenizer.load(save(tmp_path, {"chat_template": template}))
+    assert ours.apply_chat_template([{"role": "assistant", "tool_calls": []}]) == ""
+
+
+def test_a_turn_without_text_is_shown_as_it_is_where_the_template_takes_it(tmp_path):
+    template = "{% for m in messages %}{{ 'text' if m.content is defined else 'none' }}{% endfor %}"
+    ours = Tokenizer.load(save(tmp_path, {"chat_template": template}))
+    assert ours.apply_chat_template([{"role": "assistant", "content": None}]) == "none"
+
+
 def test_empty_conversation_and_contradiction_are_refused(tmp_path):
     ours = Tokenizer.load(save(tmp_path, {"chat_template": CHATML}))
     with pytest.raises(UserError, match="empty"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from mxn.serve.openai.errors import ApiError
+from mxn.serve.openai.errors import ApiError, request_id
 
 _TYPES = {
     400: "invalid_request_error",
@@ -21,16 +21,25 @@ _TYPES = {
 }
 
 
-def body_of(error: ApiError, request_id: str | None = None) -> dict[str, Any]:
+class AnthropicErrorDetail(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicError(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    """The body of an error."""
+
+    error: AnthropicErrorDetail
+    request_id: str
+
+
+def body_of(error: ApiError) -> dict[str, Any]:
     """Return what a client of `/v1/messages` is told."""
     kind = _TYPES.get(error.status, "api_error" if error.status >= 500 else _TYPES[400])
-    return {
-        "type": "error",
-        "error": {"type": kind, "message": error.message},
-        "request_id": request_id,
-    }
+    body = AnthropicError(AnthropicErrorDetail(kind, error.message), request_id.get())
+    return msgspec.to_builtins(body)
 
 
-def event_of(error: ApiError, request_id: str | None = None) -> bytes:
+def event_of(error: ApiError) -> bytes:
     """Return the event that ends a stream which fails after it has begun."""
-    return b"event: error\ndata: " + msgspec.json.encode(body_of(error, request_id)) + b"\n\n"
+    return b"event: error\ndata: " + msgspec.json.encode(body_of(error)) + b"\n\n"

@@ -20,6 +20,7 @@ from mxn.serve.anthropic.types import (
 from mxn.serve.chat.anywhere import start_anywhere
 from mxn.serve.chat.events import ChatRun
 from mxn.serve.chat.run import count_prompt_tokens
+from mxn.serve.context import current
 from mxn.serve.http import json_response, parse, unless_gone
 from mxn.serve.openai.stream import EventStream
 from mxn.serve.openapi import Operation
@@ -31,6 +32,7 @@ class MessageRoutes:
         self._state = state
 
     async def create(self, request: Request) -> Response:
+        _name_request()
         body = await parse(request, MessagesRequest, self._state.settings.max_body_bytes)
         run = await start_anywhere(self._state, to_chat(body), prefix="msg_")
         if not body.stream:
@@ -45,10 +47,17 @@ class MessageRoutes:
         )
 
     async def count_tokens(self, request: Request) -> Response:
+        _name_request()
         body = await parse(request, CountTokensRequest, self._state.settings.max_body_bytes)
         model = self._state.find(body.model)
         count = await count_prompt_tokens(self._state, to_chat(body), model)
         return json_response(CountTokensAnswer(input_tokens=count))
+
+
+def _name_request() -> None:
+    """Anthropic's clients read the request's id from a header of another name."""
+    context = current()
+    context.headers["request-id"] = context.request_id
 
 
 async def _whole(run: ChatRun) -> Message:
