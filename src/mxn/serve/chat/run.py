@@ -5,9 +5,11 @@ Knows sampling, prompts and parsers of answers; knows no protocol's JSON. Start 
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
@@ -15,7 +17,15 @@ from mxn.engine.protocol import Grammar, SamplingParams
 from mxn.serve.chat.choice import ChoiceReader, Reading
 from mxn.serve.chat.dialect import Dialect, dialect_of
 from mxn.serve.chat.events import ChatEvent, ChatRun, Finished, Text
-from mxn.serve.chat.plan import Thought, ToolPlan, answer_form, constraint, plan_tools
+from mxn.serve.chat.form import answer_form
+from mxn.serve.chat.plan import (
+    Thought,
+    ToolPlan,
+    answer_form,
+    constraint,
+    may_constrain,
+    plan_tools,
+)
 from mxn.serve.chat.prompt import render_aside
 from mxn.serve.chat.reasoning import Begins, how_it_begins
 from mxn.serve.openai.errors import ApiError
@@ -23,6 +33,9 @@ from mxn.serve.openai.generation import Job, build_sampling, check_prompt
 from mxn.serve.openai.types import ChatRequest, Usage
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State, new_id, require_kind
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 async def start_chat(
@@ -36,7 +49,9 @@ async def start_chat(
     if body.top_logprobs and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     dialect = _dialect(state, model)
-    tools, form = plan_tools(body), answer_form(body)
+    # Checking a large schema takes a tenth of a second.
+    call = asyncio.to_thread if may_constrain(body) else _call
+    tools, form = await call(_plan, body)
     prompt = await render_aside(body, model, dialect, tools.definitions())
     prompt_ids = await model.encode(prompt, bool(body.add_special_tokens))
     max_tokens = _max_tokens(body, is_lenient=state.settings.is_lenient)
@@ -44,7 +59,7 @@ async def start_chat(
     continues = bool(body.continue_final_message)
     begins = how_it_begins(prompt, dialect.reasoning, continues=continues)
     reading = _reading(body, model, dialect, tools, begins)
-    sampling = _sampling(body, model, max_tokens, reading, form)
+    sampling = await call(_sampling, body, model, max_tokens, reading, form)
     run_id = job_id or new_id("chatcmpl")
     job = Job.create(
         model,
@@ -55,6 +70,14 @@ async def start_chat(
         num_choices=body.n or 1,
     )
     return NativeRun(run_id, model, job, reading)
+
+
+def _plan(body: ChatRequest) -> tuple[ToolPlan, Grammar | None]:
+    return plan_tools(body), answer_form(body)
+
+
+async def _call(function: Callable[P, T], /, *rest: P.args, **named: P.kwargs) -> T:
+    return function(*rest, **named)
 
 
 async def count_prompt_tokens(state: State, body: ChatRequest, model: ServedModel) -> int:
