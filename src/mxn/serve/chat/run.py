@@ -21,7 +21,6 @@ from mxn.serve.chat.form import answer_form
 from mxn.serve.chat.plan import (
     Thought,
     ToolPlan,
-    answer_form,
     constraint,
     may_constrain,
     plan_tools,
