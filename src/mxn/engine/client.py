@@ -306,11 +306,16 @@ class ProcessEngine:
     async def unload_adapter(self, request: UnloadAdapter) -> AdapterLoaded:
         """Forget an adapter; returns when the last request that uses it has ended.
 
-        New requests for it are refused at once. Raises: NotFoundError, EngineDiedError.
+        New requests for it are refused at once. A process that has died has unloaded it, and the
+        next one does not load it. Raises: NotFoundError, EngineDiedError.
         """
-        link = self._link()
-        self._adapters.pop(request.name, None)
-        return await _change(link, request)
+        before = self._adapters.pop(request.name, None)
+        try:
+            return await _change(self._link(), request)
+        except EngineDiedError:
+            if before is None:
+                raise
+            return AdapterLoaded(request_id=request.request_id, adapters=self.adapters)
 
     async def close(self, *, grace_s: float = 5.0) -> None:
         """Stop the process: ask, wait, then SIGTERM, then SIGKILL. Running requests fail."""
@@ -333,12 +338,14 @@ class ProcessEngine:
 
         One that cannot be loaded any more is dropped: the base model must not wait for it.
         """
-        for request in list(self._adapters.values()):
+        for name, request in list(self._adapters.items()):
             try:
                 await _change(link, request)
+                if name not in self._adapters:  # unloaded meanwhile
+                    await _change(link, UnloadAdapter(request_id=request.request_id, name=name))
             except UserError as error:
-                log.error("adapter %r is gone after a restart: %s", request.name, error)
-                self._adapters.pop(request.name, None)
+                log.error("adapter %r is gone after a restart: %s", name, error)
+                self._adapters.pop(name, None)
 
     async def _launch(self) -> _Running:
         link = Link()

@@ -15,6 +15,7 @@ from mxn.engine.client import ProcessEngine
 from mxn.engine.config import KV_FRACTION, KV_FRACTION_HOST, EngineConfig
 from mxn.engine.protocol import Loading
 from mxn.errors import ConfigError, MxnError
+from mxn.serve.adapters import add_adapter
 from mxn.serve.fleet import PoolRules, Replica
 from mxn.serve.pooled import PooledClient
 from mxn.serve.served import ServedModel, ServedModels
@@ -34,6 +35,7 @@ class ModelRequest:
     name: str
     config: EngineConfig
     aliases: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()  # (name, folder), loaded before it is served
     devices: tuple[str, ...] = ()  # one replica on each; empty: one on `config.device`
     rules: PoolRules | None = None
 
@@ -82,11 +84,16 @@ async def _load(served: ServedModels, request: ModelRequest, on_progress: Progre
         model = await asyncio.to_thread(
             ServedModel.load, request.name, pool, folder, aliases=request.aliases
         )
+        for name, path in request.adapters:
+            await add_adapter(served, model, name, path)
         served.add(model)
     except BaseException as error:
         if isinstance(error, MxnError):
             log.error("%s cannot be served: %s", request.name, error)
             served.report_failure(request.name, str(error))
+        for adapter in served.adapters():
+            if adapter.client is pool:
+                served.remove_adapter(adapter.name)
         if pool:  # nobody else knows it yet
             await pool.close()
         raise

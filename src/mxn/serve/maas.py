@@ -68,7 +68,8 @@ def _moved(operation: Operation, path: str, **changes: Any) -> Operation:
 
 
 def _deployments(state: State) -> list[str]:
-    names: Iterable[str] = (name for model in state.models for name in (model.name, *model.aliases))
+    models = state.models.all()
+    names: Iterable[str] = (name for model in models for name in (model.name, *model.aliases))
     return [name for name in names if name.startswith(DEPLOYMENT_PREFIX)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mxn.serve.adapters import adapter_operations
 from mxn.serve.anthropic.routes import message_operations
 from mxn.serve.batch.routes import batch_operations
 from mxn.serve.http import json_response
@@ -47,6 +48,7 @@ def operations(state: State) -> list[Operation]:
         *_scoring(state),
         *_tokens(state),
         *_status(state),
+        *adapter_operations(state),
         *replica_operations(state),
         *message_operations(state),
         *response_operations(state, state.stores.responses),

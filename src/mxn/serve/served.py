@@ -54,6 +54,8 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
+    adapter: str | None = None  # its name at the replicas; None: the base model
+    parent: str | None = None  # name of the model that it adapts
     headers: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +78,18 @@ class ServedModel:
     @property
     def info(self) -> ModelInfo:
         return self.client.info
+
+    def with_adapter(self, name: str, *, aliases: tuple[str, ...] = ()) -> ServedModel:
+        """Return a model of another name whose requests go through an adapter of this one."""
+        return ServedModel(
+            name=name,
+            client=self.client,
+            tokenizer=self.tokenizer,
+            aliases=aliases,
+            defaults=self.defaults,
+            adapter=name,
+            parent=self.name,
+        )
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokenize; a long text in a thread, so that it does not hold up other requests."""
@@ -103,6 +117,7 @@ class ServedModels:
 
     def __init__(self, models: Iterable[ServedModel] = ()) -> None:
         self._ready: dict[str, ServedModel] = {}
+        self._adapters: dict[str, ServedModel] = {}
         self._by_any_name: dict[str, ServedModel] = {}
         self.pending: dict[str, Pending] = {}
         for model in models:
@@ -122,13 +137,46 @@ class ServedModels:
 
     def add(self, model: ServedModel) -> None:
         """Serve `model` from now on. Raises: ConfigError when one of its names is taken."""
-        for name in (model.name, *model.aliases):
-            if name in self._by_any_name:
-                raise ConfigError(f"two models are named {name!r}", hint="give one another --name")
+        self.check_free(model)
         self._ready[model.name] = model
         for name in (model.name, *model.aliases):
             self._by_any_name[name] = model
         self.pending.pop(model.name, None)
+
+    def check_free(self, model: ServedModel) -> None:
+        """Raises: ConfigError when one of the model's names is taken or promised."""
+        promised = set(self.pending) - ({model.name} if model.adapter is None else set())
+        for name in (model.name, *model.aliases):
+            if name in self._by_any_name or name in promised:
+                raise ConfigError(f"two models are named {name!r}", hint="give one another --name")
+
+    def add_adapter(self, model: ServedModel) -> None:
+        """Serve an adapter, which its parent's client has loaded. Raises: ConfigError."""
+        self.check_free(model)
+        self._adapters[model.name] = model
+        for name in (model.name, *model.aliases):
+            self._by_any_name[name] = model
+
+    def remove_adapter(self, name: str) -> ServedModel | None:
+        """Serve an adapter no longer and return it; None: there is none of that name."""
+        model = self.adapter(name)
+        if model is not None:
+            del self._adapters[model.name]
+            for each in (model.name, *model.aliases):
+                del self._by_any_name[each]
+        return model
+
+    def adapter(self, name: str) -> ServedModel | None:
+        """Return the adapter of that name or alias."""
+        model = self._by_any_name.get(name)
+        return model if model is not None and model.adapter is not None else None
+
+    def adapters(self) -> list[ServedModel]:
+        return list(self._adapters.values())
+
+    def all(self) -> list[ServedModel]:
+        """Return models and adapters; iterating gives models only, each with its own client."""
+        return [*self._ready.values(), *self._adapters.values()]
 
     def get(self, name: str) -> ServedModel | None:
         return self._by_any_name.get(name)

@@ -184,6 +184,7 @@ class Job:
                 prompt_ids=prompts[index // num_choices],
                 sampling=params[index % num_choices],
                 priority=priority,
+                adapter=model.adapter,
             )
             for index in range(total)
         ]

@@ -20,7 +20,7 @@ class ModelRoutes:
     async def list(self, request: Request) -> Response:
         cards = [
             _card(model, name)
-            for model in self._state.models
+            for model in self._state.models.all()
             for name in (model.name, *model.aliases)
         ]
         return json_response(ModelList(data=cards))
@@ -38,6 +38,7 @@ def _card(model: ServedModel, name: str) -> ModelCard:
         id=name,
         created=model.created,
         root=model.name,
+        parent=model.parent,
         kind=model.info.kind,
         family=model.info.family,
         device=model.info.device,

@@ -351,6 +351,7 @@ class ModelCard(Struct, kw_only=True):
     created: int
     owned_by: str = "mxn"
     root: str
+    parent: str | None = None  # of an adapter: the model it adapts
     kind: str
     family: str
     device: str
