@@ -102,6 +102,7 @@ class EngineCore:
         if plan is None:
             return []
         result = self._runner.run(plan, self._requests)
+        self._share(plan, self._clock() - started_s)
         out = self._commit(plan, result) + self._adapters.answers()
         self._counters.steps_total += 1
         ended_s = self._clock()
@@ -110,6 +111,12 @@ class EngineCore:
             self._scheduler.validate()
             self._validated_s = ended_s
         return out
+
+    def _share(self, plan: StepPlan, elapsed_s: float) -> None:
+        """Give each request its share of a step's time: as many parts as it had tokens in it."""
+        part_s = elapsed_s / max(1, sum(item.num_tokens for item in plan.sequences))
+        for item in plan.sequences:
+            self._requests[item.sequence.seq_id].device_s += part_s * item.num_tokens
 
     def stats(self, request_id: str = "") -> EngineStats:
         """Return totals since the start and what is true now."""
@@ -149,6 +156,10 @@ class EngineCore:
                 )
             ]
         request = Request(message, self.info, self._decoder, self._byte_ids, self._clock())
+        if request.end is not None:
+            return [request.end]
+        if message.resume_ids and request.sequence.num_tokens >= self._scheduler.max_context:
+            return [request.ended("length")]  # the cache has no room for another token
         try:
             self._use(request, message.adapter)
             self._scheduler.add(request.sequence)

@@ -15,6 +15,7 @@ import struct
 from collections.abc import AsyncIterator
 from typing import Literal
 
+import msgspec
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
@@ -117,9 +118,15 @@ class EchoEngine:
         is_finished = False
         try:
             await asyncio.sleep(self.first_token_s)
+            resumed = sequence.resume(request.resume_ids)
             while not is_finished:
                 self._die_if_due(sequence.num_made)
-                delta = sequence.step(self.tokens_per_delta)
+                delta = resumed if resumed and resumed.finish_reason else None
+                if delta is None:
+                    delta = sequence.step(self.tokens_per_delta)
+                    if resumed is not None:
+                        delta = msgspec.structs.replace(delta, text=resumed.text + delta.text)
+                resumed = None
                 is_finished = delta.finish_reason is not None
                 self._counts["generated"] += len(delta.token_ids)
                 if is_finished:
@@ -208,6 +215,13 @@ class _Echo:
         self._finish: FinishReason | None = None
         self._stop_reason: str | int | None = None
         self._eos = set() if sampling.ignore_eos else set(info.eos_ids)
+
+    def resume(self, token_ids: list[int]) -> Delta | None:
+        """Make what another replica had made; return its text, without the ids."""
+        if not token_ids:
+            return None
+        made = self.step(len(token_ids))
+        return msgspec.structs.replace(made, token_ids=[], logprobs=None)
 
     def step(self, num_tokens: int) -> Delta:
         """Make up to `num_tokens` tokens and release the text that is decided."""

@@ -20,7 +20,11 @@ class Request:
     __slots__ = (
         "_detokenizer",
         "_end_ids",
+        "_limit",
+        "_resumed_text",
         "adapter",
+        "device_s",
+        "end",
         "num_prompt_logprobs",
         "prompt_logprobs",
         "request_id",
@@ -47,6 +51,7 @@ class Request:
         self.sequence = Sequence(
             message.request_id,
             prompt,
+            output_ids=message.resume_ids,
             max_total_tokens=None if room is None else len(prompt) + room,
             arrival_s=now_s,
             priority=message.priority,
@@ -67,6 +72,26 @@ class Request:
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
         )
+        self.device_s = 0.0  # this request's share of the steps it ran in
+        limit = self.sequence.max_total_tokens
+        self._limit = info.max_context if limit is None else min(limit, info.max_context)
+        self._resumed_text = ""  # comes out with the first delta
+        self.end: Delta | None = None  # the whole answer, where nothing is left to generate
+        if message.resume_ids:
+            self._resume(message.resume_ids)
+
+    def _resume(self, token_ids: list[int]) -> None:
+        """Take over an answer that another replica began: everything is as if it was made here."""
+        parts: list[str] = []
+        for number, token_id in enumerate(token_ids, start=1):
+            self.sampling_state.append(token_id)
+            text, finish, stop = self._text_of(token_id, self.sequence.num_prompt + number)
+            parts.append(text)
+            if finish is not None:
+                self._resumed_text = "".join(parts)
+                self.end = self._delta([], "", None, finish, stop)
+                return
+        self._resumed_text = "".join(parts)
 
     @property
     def num_output(self) -> int:
@@ -78,12 +103,18 @@ class Request:
         if self.sampling.max_tokens == 0:
             return self._delta([], "", None, "length", None)
         self.sampling_state.append(token.token_id)
-        text, finish, stop = self._text_of(token.token_id)
+        num_tokens = len(self.sequence.token_ids) + 1
+        text, finish, stop = self._text_of(token.token_id, num_tokens)
         logprobs = None if token.logprob is None else [token.logprob]
         return self._delta([token.token_id], text, logprobs, finish, stop)
 
-    def _text_of(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
-        """Return (new text, how the answer ends here or None, what ended it)."""
+    def _text_of(
+        self, token_id: int, num_tokens: int
+    ) -> tuple[str, FinishReason | None, str | int | None]:
+        """Return (new text, how the answer ends here or None, what ended it).
+
+        `num_tokens` counts prompt and answer with this token.
+        """
         sampling = self.sampling
         if token_id in self._end_ids:  # never before min_tokens: the sampler does not choose it
             text, found = "", None
@@ -94,8 +125,9 @@ class Request:
             asked = token_id if token_id in sampling.stop_token_ids else None
             return text + rest, "stop", asked if found is None else found
         text, found = self._detokenizer.push((token_id,))
-        sequence = self.sequence
-        if found is None and len(sequence.token_ids) + 1 >= (sequence.max_total_tokens or 0):
+        limit = self.sequence.max_total_tokens
+        limit = self._limit if limit is None else min(limit, self._limit)
+        if found is None and num_tokens >= limit:
             rest, found = self._detokenizer.finish()
             return text + rest, "length" if found is None else "stop", found
         return text, None if found is None else "stop", found
@@ -114,15 +146,19 @@ class Request:
         stop: str | int | None,
     ) -> Delta:
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        resumed, self._resumed_text = self._resumed_text, ""
+        sequence = self.sequence
         return Delta(
             request_id=self.request_id,
             token_ids=token_ids,
-            text=text,
+            text=resumed + text,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             stop_reason=stop,
-            prompt_tokens=self.sequence.num_prompt,
-            cached_tokens=self.sequence.cached_tokens,
+            prompt_tokens=sequence.num_prompt,
+            # Of an answer that is resumed, output may lie in the prefix cache too.
+            cached_tokens=min(sequence.cached_tokens, sequence.num_prompt),
             completion_tokens=self.num_output,
+            device_s=0.0 if finish is None else self.device_s,
         )

@@ -50,6 +50,7 @@ class Sequence:
         seq_id: str,
         prompt_ids: list[int],
         *,
+        output_ids: list[int] | None = None,
         max_total_tokens: int | None = None,
         arrival_s: float = 0.0,
         priority: int = 0,
@@ -57,7 +58,8 @@ class Sequence:
         wants_prompt_logits: bool = False,
     ) -> None:
         self.seq_id = seq_id
-        self.token_ids = list(prompt_ids)
+        # Output that another replica made comes with the prompt, and is computed like it.
+        self.token_ids = [*prompt_ids, *(output_ids or ())]
         self.num_prompt = len(prompt_ids)
         self.max_total_tokens = max_total_tokens  # prompt and output; None: the whole context
         self.arrival_s = arrival_s

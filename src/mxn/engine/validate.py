@@ -22,6 +22,10 @@ def problem_of(request: Generate, info: ModelInfo) -> tuple[str, str | None] | N
     outside = _first_outside(ids, info.vocab_size)
     if outside is not None:
         return f"token id {outside} is outside the vocabulary of {info.vocab_size}", None
+    if request.resume_ids:
+        outside = _first_outside(request.resume_ids, info.vocab_size)
+        if outside is not None:
+            return f"token id {outside} to resume from is outside the vocabulary", None
     sampling = request.sampling
     problem = _sampling_problem(sampling, info.vocab_size)
     if problem is None and sampling.min_tokens:
