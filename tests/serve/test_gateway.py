@@ -209,6 +209,7 @@ def test_lenient_server_takes_any_model_name_and_zero_as_unset(make_api):
     assert api.chat(model="gpt-x", max_tokens=0).status_code == 200
     assert api.complete(model="gpt-x", max_tokens=0).json()["usage"]["completion_tokens"] == 16
     assert api.get("/v1/models").json()["data"][0]["id"] == "echo"
+    assert api.get("/v1/models/gpt-x").json()["root"] == "echo"
 
 
 def test_browsers_of_named_origins_may_call(make_api):

@@ -29,8 +29,10 @@ from mxn.engine.config import EngineConfig
 from mxn.engine.echo import EchoEngine
 from mxn.engine.protocol import Delta, Encode, Encoded, EngineStats, Generate, ModelInfo
 from mxn.errors import ConfigError
+from mxn.ledger.database import Database
 from mxn.models.chat_template import ChatTemplates
 from mxn.models.tokenizer import Tokenizer
+from mxn.serve.accounting import Accounting
 from mxn.serve.app import create_app
 from mxn.serve.served import GenerationDefaults, ServedModel, ServedModels
 from mxn.serve.server import Server, bind, url_of
@@ -127,11 +129,9 @@ class Host:
         models = ServedModels()
         for key in wanted.models:
             models.add(self._served(key, wanted))
-        options: dict[str, Any] = {"database": wanted.database} if wanted.database else {}
-        settings = ServeSettings(
-            is_lenient=wanted.is_lenient, api_keys=tuple(wanted.api_keys), **options
-        )
-        app = create_app(models, settings)
+        settings = ServeSettings(is_lenient=wanted.is_lenient, api_keys=tuple(wanted.api_keys))
+        accounting = Accounting(Database.open(wanted.database)) if wanted.database else None
+        app = create_app(models, settings, accounting=accounting)
         if not wanted.llama_paths:
             return app
         return LlamaServerPaths(app, models, wanted.template_kwargs)

@@ -25,7 +25,10 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One test case; `name` is file::Class::test[parameters]."""
+    """One test case; `name` is file::test[parameters].
+
+    Without the class: in these suites it only tells the synchronous client from the other.
+    """
 
     name: str
     outcome: Outcome
@@ -34,7 +37,7 @@ class Case:
     @property
     def test(self) -> str:
         """The name without parameters."""
-        return self.name.partition("[")[0]
+        return self.name.partition("[")[0].removesuffix(" (async)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ def read_junit(path: Path) -> list[Case]:
 def _case(element: ElementTree.Element) -> Case:
     module, name = element.get("classname", ""), element.get("name", "")
     full = "::".join([*_short(module), name])
+    if "TestAsync" in module:
+        full += " (async)"
     for tag in ("failure", "error"):
         found = element.find(tag)
         if found is not None:
@@ -85,13 +90,13 @@ def _case(element: ElementTree.Element) -> Case:
 
 
 def _short(module: str) -> list[str]:
-    """`tests.api_resources.chat.test_completions.TestX` -> [`chat/test_completions`, `TestX`]."""
+    """`tests.api_resources.chat.test_completions.TestX` -> [`chat/test_completions`]."""
     parts = module.split(".")
     at = next((i for i, part in enumerate(parts) if part.startswith("test_")), None)
     if at is None:
         return [module] if module else []
     folders = [part for part in parts[:at] if part not in ("tests", "api_resources", "unit")]
-    return ["/".join([*folders, parts[at]]), *parts[at + 1 :]]
+    return ["/".join([*folders, parts[at]])]
 
 
 def read_known(path: Path) -> list[Known]:

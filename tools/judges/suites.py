@@ -124,7 +124,7 @@ SUITES = {
                 Part("embeddings", {"models": ["embedder"]}, (f"{_API}/test_embeddings.py",)),
                 Part(
                     "files",
-                    {"models": ["decoder"]},
+                    {"models": ["decoder"], "api_keys": ["My API Key"]},  # the suite's own
                     (f"{_API}/test_files.py", f"{_API}/test_batches.py"),
                     needs_database=True,
                 ),

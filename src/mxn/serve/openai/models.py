@@ -28,6 +28,8 @@ class ModelRoutes:
     async def retrieve(self, request: Request) -> Response:
         name = request.path_params["model"]
         model = self._state.models.get(name)
+        if model is None and self._state.settings.is_lenient:
+            model = self._state.models.only()
         if model is None:
             raise model_not_found(name, self._state.models.names())
         return json_response(_card(model, name))
