@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from mxn.chips import find_device
+from mxn.chips.sim.testing import sim
 from mxn.errors import MxnError, NotFoundError, UnsupportedError
 from mxn.models.load import load_model
 from mxn.models.lora import AdaptedModel, Part, segments_of
 from mxn.models.lora_files import read_adapter
 from support import tiny
 from support.paged import Session
+
+__all__ = ["sim"]
 
 RELATIVE_ERROR = 1e-4  # of the largest logit; float32
 TOKENS = list(range(5, 34))
@@ -233,3 +236,17 @@ def test_the_fallback_takes_adapters_too(folder):
     for a, b in zip(*got, strict=True):
         assert relative_error(a, b) < RELATIVE_ERROR
     assert relative_error(got[0][1], got[0][0]) > 0.05
+
+
+@pytest.mark.sim
+@torch.inference_mode()
+def test_the_simulated_chip_gives_the_same_logits(folder, sim):
+    files, logits = read_adapter(folder / "good"), []
+    for device in ("cpu", "sim:0"):
+        model = load_model(folder / "base", find_device(device), "float32").model
+        adapted = AdaptedModel(model)
+        adapted.install(1, files)
+        logits.append(adapted_step(model, adapted, [None, 1, None, 1, 1], [TOKENS[:7]] * 5))
+    for a, b in zip(*logits, strict=True):
+        assert relative_error(b.cpu(), a) < RELATIVE_ERROR
+    assert relative_error(logits[1][1].cpu(), logits[1][0].cpu()) > 0.05

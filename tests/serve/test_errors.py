@@ -37,7 +37,10 @@ def routes(app):
 
 
 # Another shape, a form, or no model in the body: tested in files of their own.
-OTHERS = ("/maas/", "/v1/messages", "/v1/responses", "/v1/files", "/v1/batches")
+OTHERS = (
+    "/maas/", "/v1/messages", "/v1/responses", "/v1/files", "/v1/batches",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+)  # fmt: skip
 
 
 def test_every_route_answers_mistakes_in_the_one_shape(api):

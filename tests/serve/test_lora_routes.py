@@ -207,6 +207,14 @@ def test_an_adapter_that_cannot_be_loaded_at_the_start_stops_its_model(folder):
     assert "is not a folder" in models.pending["base"].failure
 
 
+def test_bad_bodies_are_named(http):
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        for content in (b"", b"{", b"nonsense"):
+            assert error_of(http.post(path, content=content), 400)["code"] == "invalid_json"
+        for body in ({}, {"lora_name": 3, "lora_path": "x"}):
+            assert error_of(http.post(path, json=body), 400)["param"] == "lora_name"
+
+
 def test_replicas_without_adapters_say_so(make_api):
     api = make_api(is_alone=True)
     answer = api.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y"})
