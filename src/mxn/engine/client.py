@@ -343,7 +343,9 @@ class ProcessEngine:
                 await _change(link, request)
                 if name not in self._adapters:  # unloaded meanwhile
                     await _change(link, UnloadAdapter(request_id=request.request_id, name=name))
-            except UserError as error:
+            except EngineDiedError:
+                raise
+            except MxnError as error:
                 log.error("adapter %r is gone after a restart: %s", name, error)
                 self._adapters.pop(name, None)
 
