@@ -31,9 +31,10 @@ from mxn.engine.protocol import (
 )
 from mxn.engine.request import Request
 from mxn.engine.validate import problem_of
-from mxn.errors import CapacityError, NotFoundError, UserError
+from mxn.errors import CapacityError, NotFoundError, UnsupportedError, UserError
 
 if TYPE_CHECKING:
+    from mxn.engine.grammar import Grammars, GrammarState
     from mxn.engine.runner import Runner, StepResult
     from mxn.engine.scheduler import Scheduler, StepPlan
 
@@ -55,6 +56,7 @@ class EngineCore:
         byte_ids: Collection[int] = frozenset(),
         max_waiting: int = 4096,
         adapters: Adapters | None = None,
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`byte_ids` comes from `detokenize.byte_fallback_ids`."""
@@ -66,6 +68,7 @@ class EngineCore:
         self._max_waiting = max_waiting
         self._clock = clock
         self._adapters = adapters or Adapters(None, max_adapters=0)
+        self._grammars = grammars
         self._requests: dict[str, Request] = {}
         self._counters = Counters()
         self._validated_s = clock()
@@ -155,7 +158,11 @@ class EngineCore:
                     request_id=request_id, message=reason, is_user_error=False, code="overloaded"
                 )
             ]
-        request = Request(message, self.info, self._decoder, self._byte_ids, self._clock())
+        try:
+            grammar = self._grammar(message)
+        except UserError as error:
+            return [_refusal(request_id, str(error), error.code)]
+        request = Request(message, self.info, self._decoder, self._byte_ids, self._clock(), grammar)
         if request.end is not None:
             return [request.end]
         if message.resume_ids and request.sequence.num_tokens >= self._scheduler.max_context:
@@ -174,6 +181,15 @@ class EngineCore:
         self._requests[request_id] = request
         self._counters.requests_total += 1
         return []
+
+    def _grammar(self, message: Generate) -> GrammarState | None:
+        """Return the grammar's state at the beginning of the answer. Raises: UserError."""
+        wanted = message.sampling.grammar
+        if wanted is None:
+            return None
+        if self._grammars is None:
+            raise UnsupportedError("this replica enforces no grammars")
+        return self._grammars.begin(wanted)
 
     def _use(self, request: Request, name: str | None) -> None:
         """Give a new request its adapter, and pages of its own. Raises: NotFoundError."""

@@ -162,6 +162,7 @@ def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
 def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> EngineCore:
     from mxn.engine.adapters import Adapters
     from mxn.engine.core import EngineCore
+    from mxn.engine.grammar import Grammars
     from mxn.engine.kvcache import PageTable
     from mxn.engine.runner import Runner
     from mxn.engine.sampler import Sampler
@@ -217,6 +218,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         byte_ids=_byte_ids(replica.tokenizer),
         max_waiting=config.max_waiting,
         adapters=adapters,
+        grammars=Grammars(replica.tokenizer, info.vocab_size, info.eos_ids),
     )
 
 

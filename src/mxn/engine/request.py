@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 from mxn.engine.adapters import Adapter
 from mxn.engine.detokenize import StreamDetokenizer, TokenDecoder
+from mxn.engine.grammar import GrammarState
 from mxn.engine.protocol import Delta, FinishReason, Generate, ModelInfo, TokenLogprob
 from mxn.engine.sampler import SampledToken, SamplingState
 from mxn.engine.sequence import Sequence
@@ -40,6 +41,7 @@ class Request:
         decoder: TokenDecoder,
         byte_ids: Collection[int],
         now_s: float,
+        grammar: GrammarState | None = None,
     ) -> None:
         sampling = self.sampling = message.sampling
         self.request_id = message.request_id
@@ -58,7 +60,7 @@ class Request:
             wants_prompt_logits=sampling.prompt_logprobs is not None,
         )
         ends = () if sampling.ignore_eos else info.eos_ids
-        self.sampling_state = SamplingState(sampling, prompt, eos_ids=ends)
+        self.sampling_state = SamplingState(sampling, prompt, eos_ids=ends, grammar=grammar)
         self._end_ids = frozenset((*ends, *sampling.stop_token_ids))
         self._detokenizer = StreamDetokenizer(
             decoder,
@@ -125,6 +127,10 @@ class Request:
             asked = token_id if token_id in sampling.stop_token_ids else None
             return text + rest, "stop", asked if found is None else found
         text, found = self._detokenizer.push((token_id,))
+        grammar = self.sampling_state.grammar
+        if found is None and grammar is not None and grammar.is_over:
+            rest, found = self._detokenizer.finish()
+            return text + rest, "stop", found
         limit = self.sequence.max_total_tokens
         limit = self._limit if limit is None else min(limit, self._limit)
         if found is None and num_tokens >= limit:

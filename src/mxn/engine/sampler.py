@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from mxn.engine.grammar import GrammarState, masks
 from mxn.engine.protocol import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class TokenCounts:
 class SamplingState:
     """What the sampler remembers of one sequence. Call `append` for each token that was kept."""
 
-    __slots__ = ("_counts", "eos_ids", "output_ids", "params", "seed")
+    __slots__ = ("_counts", "eos_ids", "grammar", "output_ids", "params", "seed")
 
     def __init__(
         self,
@@ -74,10 +75,12 @@ class SamplingState:
         *,
         eos_ids: tuple[int, ...] = (),
         index: int = 0,
+        grammar: GrammarState | None = None,
     ) -> None:
         """`index` tells apart the `n` answers of one request: each draws its own numbers."""
         self.params = params
         self.eos_ids = eos_ids
+        self.grammar = grammar
         self.output_ids: list[int] = []
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self.seed = _mix(seed + index * 0x632BE59BD9B4E019)
@@ -89,6 +92,8 @@ class SamplingState:
     def append(self, token_id: int) -> None:
         """Take note that `token_id` became part of the output."""
         self.output_ids.append(token_id)
+        if self.grammar is not None:
+            self.grammar.consume(token_id)
         if self._counts is not None:
             self._counts.add(token_id)
 
@@ -127,8 +132,8 @@ class SamplingState:
     def bias(self) -> dict[int, float]:
         """Return what is added to which logit: `logit_bias`, and -inf for what may not end yet."""
         p = self.params
-        if len(self.output_ids) >= p.min_tokens:
-            return p.logit_bias
+        if len(self.output_ids) >= p.min_tokens or self.grammar is not None:
+            return p.logit_bias  # a grammar may leave nothing but the end
         return p.logit_bias | dict.fromkeys((*self.eos_ids, *p.stop_token_ids), float("-inf"))
 
 
@@ -155,7 +160,7 @@ class Sampler:
     @torch.inference_mode()
     def sample(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[SampledToken]:
         """Return one token for each row. `logits_RV` is float32 and stays as it is."""
-        logits_RV = logits_RV[:, : self._vocab_size]
+        logits_RV = self._allowed(logits_RV[:, : self._vocab_size], requests)
         if all(state.is_plain for state in requests):
             return [SampledToken(token) for token in _argmax(logits_RV).tolist()]
         changed_RV = self._with_penalties(logits_RV, requests)
@@ -170,6 +175,19 @@ class Sampler:
         ids_T = torch.tensor(next_ids, device=self._device)
         found = self._ops.token_logprobs(logits_TV[:, : self._vocab_size], ids_T, num_top)
         return _token_logprobs(next_ids, found, [num_top] * len(next_ids))
+
+    def _allowed(self, logits_RV: Tensor, requests: list[SamplingState]) -> Tensor:
+        """Return logits that are -inf where a row's grammar forbids a token."""
+        rows = [row for row, state in enumerate(requests) if state.grammar is not None]
+        if not rows:
+            return logits_RV
+        states = [state.grammar for state in requests if state.grammar is not None]
+        allowed_GV = torch.from_numpy(masks(states, self._vocab_size)).to(self._device)
+        changed_RV = logits_RV.clone()
+        rows_G = torch.tensor(rows, device=self._device)
+        kept_GV = changed_RV[rows_G].masked_fill_(~allowed_GV, float("-inf"))
+        changed_RV[rows_G] = kept_GV
+        return changed_RV
 
     def _with_penalties(self, logits_RV: Tensor, requests: list[SamplingState]) -> Tensor:
         penalties = [(row, state.penalties()) for row, state in enumerate(requests)]
