@@ -17,8 +17,9 @@ from mxn.engine.protocol import Grammar
 TokenOf = Callable[[str], int | None]
 """The id of a token that is spelled like this, or None."""
 
-# Room for deep indentation; without a bound a model may write white space for ever.
-_JSON_RULES = {"whitespace_pattern": r"[ \t\n\r]{0,40}", "coerce_one_of": True}
+# One space, or a new line with its indentation. With more freedom a weak model fills its answer with
+# white space until the limit.
+_JSON_RULES = {"whitespace_pattern": r"( ?|\n[ \t]{0,16})", "coerce_one_of": True}
 
 
 def literal(text: str) -> str:
