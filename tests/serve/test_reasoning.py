@@ -24,7 +24,7 @@ ANSWER = "<think>\nLet me é see.\n</think>\n\nIt is 4."
 NUM_THOUGHT = len("\nLet me é see.\n".encode())
 
 
-def splitted(begins, pieces: list[str]) -> tuple[str, str]:
+def split(begins, pieces: list[str]) -> tuple[str, str]:
     splitter = ReasoningSplitter(THINK, begins)
     found = [*(splitter.feed(piece) for piece in pieces), splitter.finish()]
     return "".join(pair[0] for pair in found), "".join(pair[1] for pair in found)
@@ -48,7 +48,7 @@ CASES = [
 def test_splitter_gives_the_same_for_pieces_of_any_size(begins, answer, thought, text):
     for size in (1, 2, 3, 7, 100):
         pieces = [answer[at : at + size] for at in range(0, len(answer), size)]
-        assert splitted(begins, pieces) == (thought, text)
+        assert split(begins, pieces) == (thought, text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -62,7 +62,7 @@ def test_splitter_gives_the_same_for_pieces_of_any_size(begins, answer, thought,
 def test_splitter_and_pieces_agree_on_any_text(begins, words, size):
     answer = "".join(words)
     pieces = [answer[at : at + size] for at in range(0, len(answer), size)]
-    assert splitted(begins, pieces) == splitted(begins, [answer] if answer else [])
+    assert split(begins, pieces) == split(begins, [answer] if answer else [])
 
 
 @pytest.mark.parametrize("is_token", [True, False], ids=["tags are tokens", "tags are letters"])

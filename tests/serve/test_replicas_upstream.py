@@ -134,7 +134,15 @@ class Book:
         self.opened[usage.usage_id] = usage
         return Ticket(usage=usage, opened_us=0)
 
-    def progress(self, ticket: Ticket, input_tokens: int, output_tokens: int) -> None: ...
+    def progress(
+        self,
+        ticket: Ticket,
+        input_tokens: int,
+        output_tokens: int,
+        *,
+        chip: str = "",
+        replica: str = "",
+    ) -> None: ...
 
     async def settle(self, ticket: Ticket, settlement: Settlement) -> Receipt:
         await asyncio.sleep(0.005)

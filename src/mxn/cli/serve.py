@@ -125,8 +125,8 @@ def serve(
     ]  # fmt: skip
     run_server(
         requests, host, port, tuple(api_key or ()), database=database,
-        request_timeout_s=request_timeout, tls_files=(tls_cert, tls_key), adapter_folder=lora_folder,
-        tool_parser=tool_parser, reasoning_parser=reasoning_parser,
+        request_timeout_s=request_timeout, tls_files=(tls_cert, tls_key),
+        adapter_folder=lora_folder, tool_parser=tool_parser, reasoning_parser=reasoning_parser,
     )  # fmt: skip
 
 

@@ -101,13 +101,16 @@ def create_app(
         exception_handlers={HTTPException: _http_error},
     )
     app.state.mxn = state
+    state.metrics.registry.register(state.traffic)
+    state.traffic.paths = frozenset(operation.path for operation in operations(state))
     front: ASGIApp = Gateway(
         Dispatch(app.routes, app.serve_rest),
         api_keys=settings.api_keys,
         ledger=lambda: state.ledger,
         request_timeout_s=settings.request_timeout_s,
         max_requests=settings.max_requests,
-        on_end=on_end,
+        traffic=state.traffic,
+        on_end=(state.traffic.ended, *on_end),
     )
     if settings.cors_origins:
         front = CORSMiddleware(

@@ -85,7 +85,9 @@ class _Call:
         """A silent replica is left when another can go on, or when all hope is gone."""
         return self._has_other() or waited_s >= self._rules.last_hope * limit_s
 
-    def _hop(self, seat: Seat, reason: str, resumed_tokens: int = 0) -> None:
+    def _hop(
+        self, seat: Seat, reason: str, resumed_tokens: int = 0, *, is_takeover: bool = False
+    ) -> None:
         replica = seat.replica
         hop = Hop(
             replica=replica.id,
@@ -93,6 +95,7 @@ class _Call:
             device=replica.device,
             reason=reason,
             resumed_tokens=resumed_tokens,
+            is_takeover=is_takeover,
         )
         self._context.hops.append(hop)
 
@@ -103,7 +106,9 @@ class _Call:
         try:
             seat, choice = await self._core.gate.enter(asked)
         finally:
-            self._context.upstream_s += clock() - begun_s
+            waited_s = clock() - begun_s
+            self._context.upstream_s += waited_s
+            self._context.queue_s += waited_s
         self._seat = seat
         self._is_in = True
         self._num_attempts = 1
@@ -132,6 +137,7 @@ class _Call:
         if seat is None:
             return None
         self._core.fleet.release(seat)
+        seat.num_lost += 1
         self._lost.append(seat.id)
         if isinstance(exc, Stalled):
             self._stalled.add(seat.id)
@@ -224,7 +230,8 @@ class StreamCall(_Call):
             await asyncio.sleep(_LOOK_AGAIN_S)
             self._lost = [name for name in self._lost if name in self._stalled]
         resumed = self._seam.num_tokens
-        self._hop(seat, f"resumed {resumed} tokens: {_why(exc)}", resumed)
+        reason = f"resumed {resumed} tokens: {_why(exc)}"
+        self._hop(seat, reason, resumed, is_takeover=True)
         self._send(seat, self._seam.move())
 
     async def close(self) -> None:
@@ -291,7 +298,7 @@ class EncodeCall(_Call):
         seat = self._take_other([], None)
         if seat is None:
             raise self._end_of(exc) from exc
-        self._hop(seat, f"again: {_why(exc)}")
+        self._hop(seat, f"again: {_why(exc)}", is_takeover=True)
         return seat
 
     async def _try(self, seat: Seat) -> Encoded:
@@ -343,6 +350,7 @@ class Meter:
     def note(self, delta: Delta, waited_s: float) -> None:
         """Count a delta. One that had come before it was asked for says nothing of the replica."""
         now_s = self._clock()
+        self.seat.num_tokens += len(delta.token_ids)
         if self.is_first:
             self.is_first = False
             new_tokens = self._new_tokens - delta.cached_tokens

@@ -9,8 +9,12 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from mxn.ledger.types import Ledger, LimitState, Principal
+from mxn.ledger.types import CloseReason, Ledger, LimitState, Principal
+
+if TYPE_CHECKING:
+    from mxn.serve.traffic import Traffic
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,6 +26,8 @@ class Hop:
     device: str = ""
     reason: str = ""  # why the router chose it, such as "prefix 512 of 600 tokens"
     resumed_tokens: int = 0  # tokens that were made before this replica took over
+    is_takeover: bool = False  # an earlier replica of this request was lost
+    begun_s: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +41,9 @@ class RequestContext:
     model: str = ""
     arrived_s: float = field(default_factory=time.perf_counter)
     upstream_s: float = 0.0  # time spent waiting for replicas, which is not the gateway's own
+    queue_s: float = 0.0  # the part of it before a replica had room
+    ledger_open_s: float = 0.0
+    ledger_settle_s: float = 0.0
     deadline_s: float | None = None  # on the clock of `time.monotonic`
     hops: list[Hop] = field(default_factory=list)
     limits: tuple[LimitState, ...] = ()
@@ -42,9 +51,18 @@ class RequestContext:
     is_batch: bool = False  # a line of a batch: low priority, progress is not noted
     batch_id: str | None = None
     usage_id: str | None = None  # of the row in the ledger; None: the id of the answer
-    input_tokens: int = 0  # what was settled, for the log
+    # What was settled, for logs, metrics and traces; filled without a ledger too.
+    reason: CloseReason | None = None  # None: nothing was dispatched
+    refusal: str = ""  # which limit refused it: budget, requests, input_tokens, output_tokens
+    is_stream: bool = False
+    input_tokens: int = 0
+    cached_tokens: int = 0
     output_tokens: int = 0
+    reasoning_tokens: int = 0
+    device_us: int = 0
     cost_micro: int = 0
+    currency: str = ""
+    traffic: Traffic | None = None  # where tokens, money and refusals are counted
     is_billed: bool = True  # False: this work was paid for by an earlier attempt
 
 

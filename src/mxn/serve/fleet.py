@@ -80,6 +80,8 @@ class Seat:
         self.waiting = 0
         self.kv_used = 0.0
         self.is_draining = False
+        self.num_tokens = 0  # made here, for whatever request
+        self.num_lost = 0  # requests that had to go on from another one
         self.weight = 1.0
         self._recent, self._recent_at_s = 0.0, 0.0
 

@@ -23,6 +23,7 @@ from mxn.serve.context import RequestContext, enter
 from mxn.serve.dialects import response_on
 from mxn.serve.openai.errors import ApiError, from_exception, request_id, unauthorized
 from mxn.serve.routing.headers import route_headers
+from mxn.serve.traffic import Traffic
 
 # Probes and scrapers have no key, and what they see holds nothing of a user.
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
@@ -46,6 +47,7 @@ class Gateway:
         ledger: Callable[[], Ledger | None] = lambda: None,
         request_timeout_s: float | None = None,
         max_requests: int | None = None,
+        traffic: Traffic | None = None,
         on_end: Sequence[OnEnd] = (),
     ) -> None:
         """`ledger` is asked for each request, since it is opened when the server starts."""
@@ -55,6 +57,7 @@ class Gateway:
         self._timeout_s = request_timeout_s
         self._max_requests = max_requests
         self._num_running = 0
+        self._traffic = traffic
         self._on_end = tuple(on_end)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,6 +70,7 @@ class Gateway:
         if context is None:
             context = RequestContext(request_id=_request_id(given), endpoint=scope["path"])
         context.ledger = self._ledger()
+        context.traffic = self._traffic
         enter(context)
         request_id.set(context.request_id)
         status = 0

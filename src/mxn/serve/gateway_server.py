@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mxn import env
 from mxn.errors import ConfigError
 from mxn.serve.config import GatewayConfig
+
+if TYPE_CHECKING:
+    from mxn.serve.replicas.spec import ReplicaSpec
 
 log = logging.getLogger("mxn.serve")
 
@@ -59,7 +64,10 @@ def _migrate(config: GatewayConfig) -> None:
 
 
 def _serve(
-    config: GatewayConfig, specs: list, sock: object, announce: Callable[[str], None]
+    config: GatewayConfig,
+    specs: list[ReplicaSpec],
+    sock: socket.socket,
+    announce: Callable[[str], None],
 ) -> None:
     from mxn.ledger.database import Database
     from mxn.serve.accounting import Accounting

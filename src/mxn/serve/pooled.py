@@ -65,6 +65,15 @@ class PooledClient:
         """Return the chips of the replicas, each once."""
         return list(dict.fromkeys(replica.chip for replica in self.replicas))
 
+    def seats(self) -> list[Seat]:
+        """Return the replicas with what is known of them, for status pages."""
+        return self._core.fleet.of(self._chips)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait until a replica has room."""
+        return len(self._core.gate.admission)
+
     def pinned(self, *chips: str) -> PooledClient:
         """Return a view of the replicas on some chips. Raises: NotFoundError."""
         for chip in chips:

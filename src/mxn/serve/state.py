@@ -21,6 +21,7 @@ from mxn.serve.replicas.passthrough import UpstreamModels
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.settings import ServeSettings
 from mxn.serve.stores import Stores
+from mxn.serve.traffic import Traffic
 
 R = TypeVar("R", bound=ModelRequest)
 Kind = Literal["decoder", "embedder", "reranker"]
@@ -39,6 +40,7 @@ class State:
     models: ServedModels
     settings: ServeSettings
     metrics: Metrics = field(default_factory=Metrics)
+    traffic: Traffic = field(default_factory=Traffic)
     ledger: Ledger | None = None  # set when the server starts
     is_draining: bool = False  # it is about to stop: balancers should send elsewhere
     stores: Stores = field(default_factory=Stores)

@@ -17,8 +17,8 @@ from mxn.engine.protocol import Grammar
 TokenOf = Callable[[str], int | None]
 """The id of a token that is spelled like this, or None."""
 
-# One space, or a new line with its indentation. With more freedom a weak model fills its answer with
-# white space until the limit.
+# One space, or a new line with its indentation. With more freedom a weak model fills its answer
+# with white space until the limit.
 _JSON_RULES = {"whitespace_pattern": r"( ?|\n[ \t]{0,16})", "coerce_one_of": True}
 
 

@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from mxn.engine.protocol import Grammar, SamplingParams
+from mxn.engine.protocol import Delta, Grammar, SamplingParams
 from mxn.serve.chat.choice import ChoiceReader, Reading
 from mxn.serve.chat.dialect import Dialect, dialect_of
 from mxn.serve.chat.events import ChatEvent, ChatRun, Finished, Text
@@ -67,6 +67,7 @@ async def start_chat(
         prompts=[prompt_ids],
         sampling=sampling,
         num_choices=body.n or 1,
+        is_stream=bool(body.stream),
     )
     return NativeRun(run_id, model, job, reading)
 
@@ -168,6 +169,16 @@ class NativeRun:
         num_open = len(readers)
         last: Finished | None = None
         is_plain = reading.is_plain
+        made: list[ChatEvent] = []
+
+        def read(index: int, delta: Delta) -> int:
+            """Read a delta as soon as it is there: its thoughts are in the row that is settled."""
+            nonlocal made
+            made = readers[index].read(delta)
+            return readers[index].reasoning_tokens
+
+        if not is_plain:
+            job.read = read
         async with aclosing(job.run()) as deltas:
             async for index, delta in deltas:
                 if is_plain and delta.finish_reason is None:
@@ -176,8 +187,8 @@ class NativeRun:
                         waiting.discard(index)
                         yield Text(index, delta.text, delta.logprobs)
                     continue
-                made = readers[index].read(delta)
-                job.reasoning_tokens = sum(reader.reasoning_tokens for reader in readers)
+                if is_plain:
+                    read(index, delta)
                 if not made and index in waiting:
                     made.append(Text(index, ""))
                 waiting.discard(index)

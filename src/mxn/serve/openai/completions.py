@@ -50,6 +50,7 @@ class CompletionRoutes:
             prompts=[prompt.ids for prompt in prompts],
             sampling=self._sampling(body, model),
             num_choices=num_choices,
+            is_stream=bool(body.stream),
         )
         answer = _Answer(job_id, model, job, body, prompts)
         if not body.stream:

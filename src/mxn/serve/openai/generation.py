@@ -144,17 +144,15 @@ class Job:
     num_choices: int
     is_stream: bool = False
     # Called with each delta before it is passed on; returns the reasoning tokens of its choice so
-    # far. The row is settled before the last delta comes out, so counting later would be too late.
-    count_reasoning: Callable[[int, Delta], int] | None = None
+    # far. The row is settled before the last delta comes out, so reading later would be too late.
+    read: Callable[[int, Delta], int] | None = None
     device_s: float = 0.0
-    _reasoning: list[int] = field(init=False)
+    _reasoning: list[int] = field(init=False)  # tokens of thoughts of each sequence
     _left: list[int] = field(init=False)  # tokens of each sequence that have left
 
     def __post_init__(self) -> None:
         self._reasoning = [0] * len(self.requests)
         self._left = [0] * len(self.requests)
-
-    reasoning_tokens: int = 0  # of all choices so far; the reader of the text keeps it up to date
 
     @classmethod
     def create(
@@ -208,8 +206,8 @@ class Job:
             async with aclosing(_merge(self.model.client, self.requests)) as deltas:
                 async for index, delta in _in_time(deltas):
                     self.traces[index].on_delta(delta)
-                    if self.count_reasoning is not None:
-                        self._reasoning[index] = self.count_reasoning(index, delta)
+                    if self.read is not None:
+                        self._reasoning[index] = self.read(index, delta)
                     if delta.finish_reason is not None:
                         if delta.finish_reason == "cancelled":
                             raise EngineDiedError("the replica cancelled the request")
@@ -220,7 +218,8 @@ class Job:
                             await self._settle(meter, "complete", 200)
                     yield index, delta
                     self._left[index] = self.traces[index].completion_tokens
-                    meter.progress(*self._counts())
+                    if meter.is_due():
+                        meter.progress(*self._counts())
         except BaseException as exc:
             outcome = "error" if isinstance(exc, Exception) else outcome
             await self._settle(meter, *reason_of(exc))
@@ -274,7 +273,7 @@ class Job:
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
             completion_tokens_details=CompletionTokensDetails(
-                reasoning_tokens=self.reasoning_tokens
+                reasoning_tokens=min(sum(self._reasoning), completion)
             ),
         )
 

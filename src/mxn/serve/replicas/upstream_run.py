@@ -16,6 +16,7 @@ import msgspec
 from mxn.errors import EngineDiedError
 from mxn.ledger.types import CloseReason, CountBasis, Ledger, OpenUsage, Settlement, Ticket
 from mxn.serve.context import Hop, RequestContext
+from mxn.serve.metering import open_row, settle_row
 from mxn.serve.openai.errors import ApiError
 from mxn.serve.replicas.http_client import Answer, ConnectionLost
 from mxn.serve.replicas.sse import Batch, Choice, Chunk, MalformedStream, SseReader, UpstreamUsage
@@ -79,6 +80,7 @@ class Account:
 
     ledger: Ledger | None
     ticket: Ticket | None = None
+    is_settled: bool = False
 
     async def open(self, plan: Plan, chips: tuple[str, ...]) -> None:
         """Raises: RateLimitError, QuotaError."""
@@ -87,30 +89,33 @@ class Account:
             return
         limit = plan.head.limit
         output = _DEFAULT_OUTPUT_TOKENS if limit is None else limit
-        self.ticket = await self.ledger.open(
-            OpenUsage(
-                usage_id=plan.context.usage_id or plan.id,
-                request_id=plan.context.request_id,
-                principal=principal,
-                endpoint=plan.path,
-                model=plan.model,
-                chips=chips,
-                input_tokens=plan.input_estimate,
-                max_output_tokens=output * (plan.head.n or 1) if _makes_tokens(plan) else 0,
-                is_stream=bool(plan.head.stream),
-                batch_id=plan.context.batch_id,
-            )
+        usage = OpenUsage(
+            usage_id=plan.context.usage_id or plan.id,
+            request_id=plan.context.request_id,
+            principal=principal,
+            endpoint=plan.path,
+            model=plan.model,
+            chips=chips,
+            input_tokens=plan.input_estimate,
+            max_output_tokens=output * (plan.head.n or 1) if _makes_tokens(plan) else 0,
+            is_stream=bool(plan.head.stream),
+            batch_id=plan.context.batch_id,
         )
-        plan.context.limits = self.ticket.limits
+        self.ticket = await open_row(plan.context, self.ledger, usage)
 
-    def progress(self, input_tokens: int, output_tokens: int) -> None:
+    def progress(self, hop: Hop, input_tokens: int, output_tokens: int) -> None:
         if self.ticket is not None and self.ledger is not None:
-            self.ledger.progress(self.ticket, input_tokens, output_tokens)
+            self.ledger.progress(
+                self.ticket, input_tokens, output_tokens, chip=hop.chip, replica=hop.replica
+            )
 
-    async def settle(self, settlement: Settlement) -> None:
+    async def settle(self, context: RequestContext, used: Settlement) -> None:
+        """The first call counts, also without a ledger."""
+        if self.is_settled:
+            return
+        self.is_settled = True
         ticket, self.ticket = self.ticket, None
-        if ticket is not None and self.ledger is not None:
-            await self.ledger.settle(ticket, settlement)
+        await settle_row(context, self.ledger, ticket, used)
 
 
 def _makes_tokens(plan: Plan) -> bool:
@@ -245,6 +250,7 @@ class UpstreamRun:
         self.num_replicas += 1
         hop = Hop(replica=upstream.name, chip=upstream.config.chip)
         hop.resumed_tokens = self._resumed_events
+        hop.is_takeover = self.num_replicas > 1
         self.plan.context.hops.append(hop)
         return upstream
 
@@ -275,7 +281,8 @@ class UpstreamRun:
                     self._sent.append(choice)
         if batch.chunks and not self.plan.context.is_batch:
             input_tokens, output_tokens, _ = self.counts()
-            self.account.progress(input_tokens, max(self.num_events, output_tokens))
+            hop = self.plan.context.hops[-1]
+            self.account.progress(hop, input_tokens, max(self.num_events, output_tokens))
 
     @property
     def _may_continue(self) -> bool:
@@ -331,7 +338,7 @@ class UpstreamRun:
     async def settle(self, reason: CloseReason, status: int = 200) -> None:
         """Close the row in the ledger; a second call does nothing."""
         self.is_closing = True
-        if self.account.ticket is None:
+        if self.account.is_settled:
             return
         hops = self.plan.context.hops
         usage = self.usage
@@ -342,6 +349,7 @@ class UpstreamRun:
         if reason == "client_gone" and not self.num_events:
             input_tokens = 0 if usage is None else input_tokens
         await self.account.settle(
+            self.plan.context,
             Settlement(
                 reason=reason,
                 chip=hops[-1].chip if hops else "",
@@ -353,7 +361,7 @@ class UpstreamRun:
                 basis=basis,
                 num_replicas=max(1, self.num_replicas),
                 status=status,
-            )
+            ),
         )
 
 

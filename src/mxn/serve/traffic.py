@@ -1,0 +1,175 @@
+"""What every request counts for: requests, tokens, money, refusals, waits; ours and foreign models.
+
+Plain numbers in dictionaries, turned into Prometheus families when somebody scrapes, so that a
+request costs a few dictionary look-ups. On the event loop only. Knows nothing of replicas' inner
+state; start at `Traffic.ended` and `Traffic.settled`.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from starlette.types import Scope
+
+from mxn.ledger.types import Receipt, Settlement
+from mxn.serve.context import RequestContext
+
+MAX_LABELS = 1000  # combinations in one table; more are counted under OTHER
+OTHER = "other"
+
+_WAITS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_WHOLE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+Labels = tuple[str, ...]
+
+
+class Table:
+    """A counter with labels. `kept` are the labels that stay when there are too many rows."""
+
+    def __init__(self, name: str, text: str, labels: Labels, kept: Collection[str] = ()) -> None:
+        self.name, self.text, self.labels = name, text, labels
+        self._kept = [label in kept for label in labels]
+        self.values: dict[Labels, float] = {}
+
+    def add(self, key: Labels, amount: float = 1) -> None:
+        values = self.values
+        try:
+            values[key] += amount
+        except KeyError:
+            if len(values) >= MAX_LABELS:
+                pairs = zip(key, self._kept, strict=True)
+                key = tuple(value if kept else OTHER for value, kept in pairs)
+            values[key] = values.get(key, 0) + amount
+
+    def family(self) -> Metric:
+        family = CounterMetricFamily(self.name, self.text, labels=self.labels)
+        for key, value in self.values.items():
+            family.add_metric(key, value)
+        return family
+
+
+class Waits:
+    """A histogram of seconds with one label."""
+
+    def __init__(self, name: str, text: str, label: str, bounds_s: tuple[float, ...]) -> None:
+        self.name, self.text, self.label, self.bounds_s = name, text, label, bounds_s
+        self._counts: dict[str, list[int]] = {}
+        self._sums_s: dict[str, float] = {}
+
+    def add(self, key: str, seconds: float) -> None:
+        counts = self._counts.get(key)
+        if counts is None:
+            counts = self._counts[key] = [0] * (len(self.bounds_s) + 1)
+            self._sums_s[key] = 0.0
+        counts[bisect_left(self.bounds_s, seconds)] += 1
+        self._sums_s[key] += seconds
+
+    def family(self) -> Metric:
+        family = HistogramMetricFamily(self.name, self.text, labels=[self.label])
+        names = [*map(str, self.bounds_s), "+Inf"]
+        for key, counts in self._counts.items():
+            buckets, total = [], 0
+            for name, count in zip(names, counts, strict=True):
+                total += count
+                buckets.append((name, total))
+            family.add_metric([key], buckets, self._sums_s[key])
+        return family
+
+
+class Traffic(Collector):
+    """The counts of one server."""
+
+    def __init__(self) -> None:
+        self.paths: frozenset[str] = frozenset()  # without variable parts: their own label
+        self.requests = Table(
+            "mxn_requests",
+            "Requests that ended, by endpoint, HTTP status (499: the client was gone) and model",
+            ("endpoint", "status", "model"),
+            kept=("status",),
+        )
+        self.tokens = Table(
+            "mxn_tokens",
+            "Tokens by kind; input includes cached, output includes reasoning",
+            ("kind", "model", "chip"),
+            kept=("kind",),
+        )
+        self.cost = Table(
+            "mxn_cost_micro",
+            "What settled requests cost, in millionths of the currency",
+            ("model", "chip", "org", "currency"),
+            kept=("currency",),
+        )
+        self.failovers = Table(
+            "mxn_failovers", "Times that a request went on from another replica", ("model",)
+        )
+        self.refusals = Table(
+            "mxn_refusals",
+            "Requests that were refused for a budget or a rate limit",
+            ("reason", "model"),
+            kept=("reason",),
+        )
+        self.ledger_s = Waits(
+            "mxn_ledger_seconds", "Time until a row was open or settled", "operation", _WAITS_S
+        )
+        self.whole_s = Waits(
+            "mxn_http_request_seconds", "Arrival to the end of the answer", "endpoint", _WHOLE_S
+        )
+        self._families: list[Callable[[], Any]] = [
+            table.family
+            for table in (
+                self.requests, self.tokens, self.cost, self.failovers, self.refusals,
+                self.ledger_s, self.whole_s,
+            )
+        ]  # fmt: skip
+
+    def ended(self, context: RequestContext, scope: Scope, status: int) -> None:
+        """A request is over; see `gateway.OnEnd`."""
+        endpoint = scope["path"]
+        if endpoint not in self.paths:
+            endpoint = endpoint_of(scope)
+        model = context.model
+        self.requests.add((endpoint, str(status), model))
+        if context.refusal:
+            self.refusals.add((context.refusal, model))
+        self.whole_s.add(endpoint, time.perf_counter() - context.arrived_s)
+        if len(context.hops) > 1:
+            for hop in context.hops:
+                if hop.is_takeover:
+                    self.failovers.add((model,))
+
+    def settled(self, context: RequestContext, used: Settlement, receipt: Receipt | None) -> None:
+        """The row of a request was settled; `receipt` None: it is accounted nowhere."""
+        model, chip, add = context.model, used.chip, self.tokens.add
+        if used.input_tokens:
+            add(("input", model, chip), used.input_tokens)
+        if used.cached_tokens:
+            add(("cached", model, chip), used.cached_tokens)
+        if used.output_tokens:
+            add(("output", model, chip), used.output_tokens)
+        if used.reasoning_tokens:
+            add(("reasoning", model, chip), used.reasoning_tokens)
+        if receipt is not None and receipt.currency and receipt.is_new:
+            who = context.principal
+            org = who.org_id if who is not None else ""
+            self.cost.add((model, chip, org, receipt.currency), receipt.cost_micro)
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._families:
+            yield family()
+
+
+def endpoint_of(scope: Scope) -> str:
+    """Return a path with names for its variable parts; what no route knows is OTHER."""
+    params = scope.get("path_params")
+    if not params:
+        return OTHER
+    path = scope["path"]
+    for name, value in params.items():
+        path = path.replace(str(value), f"{{{name}}}", 1) if value else path
+    return path
