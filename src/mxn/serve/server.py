@@ -20,6 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from mxn.errors import ConfigError, InternalError
+from mxn.serve.wire import Http
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the pause of a client that polls once a minute
@@ -86,7 +87,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             loop="uvloop",
-            http="httptools",
+            http=Http,
             ws="none",
             lifespan="on",
             backlog=_BACKLOG,
