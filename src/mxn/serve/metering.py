@@ -57,7 +57,7 @@ async def open_row(context: RequestContext, ledger: Ledger, usage: OpenUsage) ->
     finally:
         context.ledger_open_s = time.perf_counter() - begun_s
         if context.traffic is not None:
-            context.traffic.ledger_s.add("open", context.ledger_open_s)
+            context.traffic.ledger_s.add(("open",), context.ledger_open_s)
     context.limits = ticket.limits
     return ticket
 
@@ -92,7 +92,7 @@ async def _settle(
 def _count(context: RequestContext, used: Settlement, receipt: Receipt | None) -> None:
     if context.traffic is not None:
         if receipt is not None:
-            context.traffic.ledger_s.add("settle", context.ledger_settle_s)
+            context.traffic.ledger_s.add(("settle",), context.ledger_settle_s)
         context.traffic.settled(context, used, receipt)
 
 

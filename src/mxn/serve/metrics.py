@@ -12,12 +12,13 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mxn.engine.protocol import Delta, EngineStats
+from mxn.serve.replica_status import ReplicaFamilies
 
 Outcome = Literal["stop", "length", "client_gone", "error"]
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_WHOLE_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_WHOLE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
@@ -25,6 +26,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.replicas = ReplicaFamilies()
+        self.registry.register(self.replicas)
         self._by_model: dict[str, ModelMetrics] = {}
         self._counters = {
             name: Counter(f"mxn_{name}", text, ["model_name"], registry=self.registry)

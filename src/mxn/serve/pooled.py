@@ -70,6 +70,11 @@ class PooledClient:
         return self._core.fleet.of(self._chips)
 
     @property
+    def now_s(self) -> float:
+        """The time by which states of seats are asked."""
+        return self._core.fleet.clock()
+
+    @property
     def num_queued(self) -> int:
         """Requests that wait until a replica has room."""
         return len(self._core.gate.admission)
@@ -182,9 +187,11 @@ class PooledClient:
             return None
         try:
             async with asyncio.timeout(self._core.fleet.rules.probe_limit_s * 0.75):
-                return await seat.replica.client.stats()
+                stats = await seat.replica.client.stats()
         except (TimeoutError, MxnError):
             return None  # its counters are missing from the sum until it answers again
+        seat.see(stats)
+        return stats
 
     def _seat(self, replica_id: str) -> Seat:
         seat = self._core.fleet.get(replica_id)

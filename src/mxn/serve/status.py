@@ -11,8 +11,12 @@ from starlette.responses import Response
 import mxn
 from mxn.engine.protocol import EngineStats
 from mxn.errors import MxnError
+from mxn.serve.fleet import Seat
 from mxn.serve.http import json_response
 from mxn.serve.openai.errors import RETRY_AFTER_S
+from mxn.serve.pooled import PooledClient
+from mxn.serve.replica_status import ReplicaState, ReplicaStatus
+from mxn.serve.replicas.upstream import Upstream
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State
 
@@ -36,6 +40,10 @@ class StatusRoutes:
                 models[name]["progress"] = pending.progress
         for upstream in self._state.upstreams:
             models[upstream.name] = {"status": "ready" if upstream.is_healthy else "dead"}
+        for row in replica_rows(self._state):
+            replicas = models[row.model].setdefault("replicas", [])
+            assert isinstance(replicas, list)
+            replicas.append({"name": row.name, "chip": row.chip, "state": row.state})
         if self._state.is_draining:
             body = {"status": "draining", "models": models}
             return json_response(body, {"retry-after": str(RETRY_AFTER_S)}, status=503)
@@ -46,26 +54,29 @@ class StatusRoutes:
         return json_response(body, {"retry-after": str(RETRY_AFTER_S)}, status=503)
 
     async def load(self, request: Request) -> Response:
-        """Requests and pages in use, in all and by model; null where a replica does not answer."""
+        """Requests and pages in use, in all, by model and by replica; null: it does not answer."""
+        state = self._state
         stats = await self._stats()
-        answered = [item for item in stats.values() if item is not None]
-        total = sum(item.num_running + item.num_waiting for item in answered)
-        models = {
-            name: item
-            and {
-                "running": item.num_running,
-                "waiting": item.num_waiting,
-                "kv_pages_used": item.kv_pages_used,
-                "kv_pages_total": item.kv_pages_total,
-            }
-            for name, item in stats.items()
-        }
-        return json_response({"server_load": total, "models": models})
+        queued = queued_by_model(state)
+        models = {name: item and _load_of(item, queued[name]) for name, item in stats.items()}
+        for upstream in state.upstreams:
+            running = sum(server.num_running for server in upstream.upstreams.all)
+            models[upstream.name] = _load_of(EngineStats(num_running=running), 0)
+        total = sum(
+            item["running"] + item["waiting"] + item["queued"]
+            for item in models.values()
+            if item is not None
+        )
+        body = {"server_load": total, "models": models, "replicas": replica_rows(state)}
+        return json_response(body)
 
     async def metrics(self, request: Request) -> Response:
+        state = self._state
         for name, stats in (await self._stats()).items():
-            self._state.metrics.set_gauges(name, stats)
-        return Response(self._state.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+            state.metrics.set_gauges(name, stats)
+        state.metrics.replicas.rows = replica_rows(state)
+        state.metrics.replicas.queued = queued_by_model(state)
+        return Response(state.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def version(self, request: Request) -> Response:
         return json_response({"version": mxn.__version__})
@@ -84,3 +95,75 @@ async def _stats_of(model: ServedModel) -> EngineStats | None:
         return await asyncio.wait_for(model.client.stats(), _STATS_TIMEOUT_S)
     except (TimeoutError, MxnError):
         return None
+
+
+def _load_of(stats: EngineStats, queued: int) -> dict[str, int]:
+    return {
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "queued": queued,
+        "kv_pages_used": stats.kv_pages_used,
+        "kv_pages_total": stats.kv_pages_total,
+    }
+
+
+def queued_by_model(state: State) -> dict[str, int]:
+    """Return how many requests of each model wait for a replica with room."""
+    clients = {model.name: model.client for model in state.models}
+    return {
+        name: client.num_queued if isinstance(client, PooledClient) else 0
+        for name, client in clients.items()
+    }
+
+
+def replica_rows(state: State) -> list[ReplicaStatus]:
+    """Return the replicas of pools and the foreign servers, as they were last seen."""
+    rows = []
+    for model in state.models:
+        client = model.client
+        if isinstance(client, PooledClient):
+            now_s = client.now_s
+            rows += [_row_of_seat(model.name, seat, now_s) for seat in client.seats()]
+    for model in state.upstreams:
+        rows += [_row_of_upstream(state, model.name, server) for server in model.upstreams.all]
+    return rows
+
+
+def _row_of_seat(model: str, seat: Seat, now_s: float) -> ReplicaStatus:
+    return ReplicaStatus(
+        model=model,
+        name=seat.id,
+        chip=seat.replica.chip,
+        state=_state_of(seat, now_s),
+        running=max(0, seat.load - seat.waiting),
+        waiting=seat.waiting,
+        kv_used=seat.kv_used,
+        tokens=seat.num_tokens,
+        lost=seat.num_lost,
+    )
+
+
+def _state_of(seat: Seat, now_s: float) -> ReplicaState:
+    """Return `Seat.state` as one of a few words."""
+    if seat.is_draining:
+        return "draining"
+    if not seat.replica.client.is_healthy:
+        return "down"
+    if not seat.breaker.allows(now_s):
+        return "failing"
+    return "up" if seat.health.is_up else "held"
+
+
+def _row_of_upstream(state: State, model: str, server: Upstream) -> ReplicaStatus:
+    key = (model, server.name)
+    return ReplicaStatus(
+        model=model,
+        name=server.name,
+        chip=server.config.chip,
+        state="up" if server.is_healthy else "failing",
+        running=server.num_running,
+        waiting=None,  # only the server itself knows
+        kv_used=None,
+        tokens=int(state.traffic.made.values.get(key, 0)),
+        lost=int(state.traffic.lost.values.get(key, 0)),
+    )

@@ -7,9 +7,11 @@ state; start at `Traffic.ended` and `Traffic.settled`.
 
 from __future__ import annotations
 
+import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator
+from itertools import pairwise
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
@@ -21,10 +23,13 @@ from mxn.ledger.types import Receipt, Settlement
 from mxn.serve.context import RequestContext
 
 MAX_LABELS = 1000  # combinations in one table; more are counted under OTHER
+MAX_HISTOGRAMS = 200  # each is a line for every bound
 OTHER = "other"
 
 _WAITS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _WHOLE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+_VARIABLE = re.compile(r"{(\w+)}")
 
 Labels = tuple[str, ...]
 
@@ -55,30 +60,31 @@ class Table:
 
 
 class Waits:
-    """A histogram of seconds with one label."""
+    """A histogram of seconds with labels; when there are too many rows, more are OTHER."""
 
-    def __init__(self, name: str, text: str, label: str, bounds_s: tuple[float, ...]) -> None:
-        self.name, self.text, self.label, self.bounds_s = name, text, label, bounds_s
-        self._counts: dict[str, list[int]] = {}
-        self._sums_s: dict[str, float] = {}
+    def __init__(self, name: str, text: str, labels: Labels, bounds_s: tuple[float, ...]) -> None:
+        self.name, self.text, self.labels, self.bounds_s = name, text, labels, bounds_s
+        self._counts: dict[Labels, list[int]] = {}
+        self._sums_s: dict[Labels, float] = {}
 
-    def add(self, key: str, seconds: float) -> None:
-        counts = self._counts.get(key)
-        if counts is None:
-            counts = self._counts[key] = [0] * (len(self.bounds_s) + 1)
-            self._sums_s[key] = 0.0
-        counts[bisect_left(self.bounds_s, seconds)] += 1
+    def add(self, key: Labels, seconds: float) -> None:
+        if key not in self._counts:
+            if len(self._counts) >= MAX_HISTOGRAMS:
+                key = (OTHER,) * len(key)
+            self._counts.setdefault(key, [0] * (len(self.bounds_s) + 1))
+            self._sums_s.setdefault(key, 0.0)
+        self._counts[key][bisect_left(self.bounds_s, seconds)] += 1
         self._sums_s[key] += seconds
 
     def family(self) -> Metric:
-        family = HistogramMetricFamily(self.name, self.text, labels=[self.label])
+        family = HistogramMetricFamily(self.name, self.text, labels=self.labels)
         names = [*map(str, self.bounds_s), "+Inf"]
         for key, counts in self._counts.items():
             buckets, total = [], 0
             for name, count in zip(names, counts, strict=True):
                 total += count
                 buckets.append((name, total))
-            family.add_metric([key], buckets, self._sums_s[key])
+            family.add_metric(key, buckets, self._sums_s[key])
         return family
 
 
@@ -86,7 +92,7 @@ class Traffic(Collector):
     """The counts of one server."""
 
     def __init__(self) -> None:
-        self.paths: frozenset[str] = frozenset()  # without variable parts: their own label
+        self.paths: frozenset[str] = frozenset()  # of all routes, such as /v1/files/{file_id}
         self.requests = Table(
             "mxn_requests",
             "Requests that ended, by endpoint, HTTP status (499: the client was gone) and model",
@@ -115,11 +121,17 @@ class Traffic(Collector):
             kept=("reason",),
         )
         self.ledger_s = Waits(
-            "mxn_ledger_seconds", "Time until a row was open or settled", "operation", _WAITS_S
+            "mxn_ledger_seconds", "Time until a row was open or settled", ("operation",), _WAITS_S
         )
         self.whole_s = Waits(
-            "mxn_http_request_seconds", "Arrival to the end of the answer", "endpoint", _WHOLE_S
+            "mxn_http_request_seconds",
+            "Arrival to the end of the answer",
+            ("endpoint", "model"),
+            _WHOLE_S,
         )
+        # By (model, replica), for servers that do not count for us; shown with the replicas.
+        self.made = Table("", "Output tokens of settled requests", ("model", "replica"))
+        self.lost = Table("", "Requests that another replica took over", ("model", "replica"))
         self._families: list[Callable[[], Any]] = [
             table.family
             for table in (
@@ -131,17 +143,18 @@ class Traffic(Collector):
     def ended(self, context: RequestContext, scope: Scope, status: int) -> None:
         """A request is over; see `gateway.OnEnd`."""
         endpoint = scope["path"]
-        if endpoint not in self.paths:
-            endpoint = endpoint_of(scope)
+        if endpoint not in self.paths or "{" in endpoint:
+            endpoint = endpoint_of(scope, self.paths)
         model = context.model
         self.requests.add((endpoint, str(status), model))
         if context.refusal:
             self.refusals.add((context.refusal, model))
-        self.whole_s.add(endpoint, time.perf_counter() - context.arrived_s)
+        self.whole_s.add((endpoint, model), time.perf_counter() - context.arrived_s)
         if len(context.hops) > 1:
-            for hop in context.hops:
+            for before, hop in pairwise(context.hops):
                 if hop.is_takeover:
                     self.failovers.add((model,))
+                    self.lost.add((model, before.replica))
 
     def settled(self, context: RequestContext, used: Settlement, receipt: Receipt | None) -> None:
         """The row of a request was settled; `receipt` None: it is accounted nowhere."""
@@ -152,6 +165,7 @@ class Traffic(Collector):
             add(("cached", model, chip), used.cached_tokens)
         if used.output_tokens:
             add(("output", model, chip), used.output_tokens)
+            self.made.add((model, used.replica), used.output_tokens)
         if used.reasoning_tokens:
             add(("reasoning", model, chip), used.reasoning_tokens)
         if receipt is not None and receipt.currency and receipt.is_new:
@@ -164,12 +178,13 @@ class Traffic(Collector):
             yield family()
 
 
-def endpoint_of(scope: Scope) -> str:
-    """Return a path with names for its variable parts; what no route knows is OTHER."""
-    params = scope.get("path_params")
-    if not params:
-        return OTHER
-    path = scope["path"]
-    for name, value in params.items():
-        path = path.replace(str(value), f"{{{name}}}", 1) if value else path
-    return path
+def endpoint_of(scope: Scope, paths: Collection[str]) -> str:
+    """Return the path of the route that matched, such as /v1/files/{file_id}; else OTHER."""
+    params = scope.get("path_params") or {}
+    for path in paths if params else ():
+        plain = path.replace(":path", "")
+        # Filled in rather than cut out: an id may look like any other part of the path.
+        is_alike = set(_VARIABLE.findall(plain)) == set(params)
+        if is_alike and plain.format(**params) == scope["path"]:
+            return plain
+    return OTHER

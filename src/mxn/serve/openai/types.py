@@ -356,7 +356,7 @@ class ModelCard(Struct, kw_only=True):
     family: str
     device: str
     chips: list[str]
-    max_model_len: int
+    max_model_len: int | None  # None: a foreign server's model, and it does not say
 
 
 class ModelList(Struct, kw_only=True):
