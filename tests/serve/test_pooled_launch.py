@@ -13,7 +13,7 @@ import pytest
 from mxn.engine.client import ProcessEngine
 from mxn.engine.config import KV_FRACTION_HOST, EngineConfig
 from mxn.engine.protocol import Generate, SamplingParams
-from mxn.errors import ConfigError, InternalError, MxnError
+from mxn.errors import ConfigError, MxnError
 from mxn.serve.context import RequestContext, enter
 from mxn.serve.launch import ModelRequest, replica_configs, spread, start_pool
 from mxn.serve.served import ServedModels
@@ -77,9 +77,6 @@ def test_one_replica_that_cannot_be_loaded_leaves_none_behind() -> None:
     assert set(psutil.Process().children()) <= before
 
 
-@pytest.mark.xfail(
-    raises=InternalError, strict=False, reason="until engines implement Generate.resume_ids"
-)
 def test_a_killed_replica_ends_no_stream() -> None:
     """Greedy streams of real engine processes are the same with and without a kill."""
     sampling = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
