@@ -45,7 +45,8 @@ class Gateway:
 
     def chat(self, model: str = "echo", text: str = "hello there", **more: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8}
-        return self.post("/v1/chat/completions", body | more)
+        options = {"headers": more.pop("headers", {})}
+        return self.post("/v1/chat/completions", body | more, **options)
 
     def scrape(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         """Return every sample of /metrics by name and labels."""

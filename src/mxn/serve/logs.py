@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from datetime import UTC, datetime
+from typing import Any, TextIO
 
 import msgspec
 from starlette.types import Scope
 
 from mxn.serve.context import RequestContext
+
+_MAX_PATH = 512  # characters; what is longer is no route of ours
 
 
 class RequestLog:
@@ -17,27 +20,46 @@ class RequestLog:
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
+        self._encode = msgspec.json.Encoder().encode
 
     def __call__(self, context: RequestContext, scope: Scope, status: int) -> None:
-        took_s = time.perf_counter() - context.arrived_s
-        who = context.principal
-        line = {
-            "time": time.time(),
-            "request_id": context.request_id,
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": status,
-            "took_ms": round(1000 * took_s, 3),
-            "own_ms": round(1000 * max(0.0, took_s - context.upstream_s), 3),
-            "model": context.model,
-            "org": who.org_id if who else None,
-            "project": who.project_id if who else None,
-            "key": who.key_id if who else None,
-            "replicas": [hop.replica for hop in context.hops],
-            "chips": [hop.chip for hop in context.hops],
-            "input_tokens": context.input_tokens,
-            "output_tokens": context.output_tokens,
-            "cost_micro": context.cost_micro,
-            "batch": context.batch_id,
-        }
-        self._out.write(msgspec.json.encode(line).decode() + "\n")
+        self._out.write(self._encode(line_of(context, scope, status)).decode() + "\n")
+
+
+def line_of(context: RequestContext, scope: Scope, status: int) -> dict[str, Any]:
+    """Return what is logged; `time` is in Unix seconds, `at` the same for people."""
+    now_s = time.time()
+    took_s = time.perf_counter() - context.arrived_s
+    who = context.principal
+    return {
+        "time": now_s,
+        "at": datetime.fromtimestamp(now_s, UTC).isoformat(timespec="milliseconds"),
+        "request_id": context.request_id,
+        "method": scope["method"],
+        "path": scope["path"][:_MAX_PATH],
+        "status": status,
+        "reason": context.reason,
+        "refusal": context.refusal or None,
+        "is_stream": context.is_stream,
+        "took_ms": _ms(took_s),
+        "own_ms": _ms(took_s - context.upstream_s),
+        "queue_ms": _ms(context.queue_s),
+        "ledger_ms": _ms(context.ledger_open_s + context.ledger_settle_s),
+        "model": context.model,
+        "org": who.org_id if who else None,
+        "project": who.project_id if who else None,
+        "key": who.key_id if who else None,
+        "replicas": [hop.replica for hop in context.hops],
+        "chips": [hop.chip for hop in context.hops],
+        "input_tokens": context.input_tokens,
+        "cached_tokens": context.cached_tokens,
+        "output_tokens": context.output_tokens,
+        "reasoning_tokens": context.reasoning_tokens,
+        "cost_micro": context.cost_micro,
+        "currency": context.currency or None,
+        "batch": context.batch_id,
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * max(0.0, seconds), 3)

@@ -84,6 +84,7 @@ class Account:
 
     async def open(self, plan: Plan, chips: tuple[str, ...]) -> None:
         """Raises: RateLimitError, QuotaError."""
+        plan.context.is_stream = bool(plan.head.stream)
         principal = plan.context.principal
         if self.ledger is None or principal is None or not plan.context.is_billed:
             return
