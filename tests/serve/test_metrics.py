@@ -93,6 +93,30 @@ def test_a_failover_is_counted_for_the_model_and_against_the_replica(tmp_path):
         assert served.value("mxn_replica_requests_lost_total", **other) == 0
 
 
+def test_a_stream_that_breaks_is_counted_though_its_status_was_200(tmp_path):
+    with gateway(tmp_path, [EchoEngine(dies_after=3), EchoEngine(dies_after=3)]) as served:
+        answer = served.chat(stream=True)
+        assert answer.status_code == 200
+        assert '"error"' in answer.text
+        labels = {"reason": "replica_lost", "model": "echo"}
+        assert served.value("mxn_broken_streams_total", **labels) == 1
+        assert served.chat(stream=True).status_code == 503
+        assert served.value("mxn_broken_streams_total", **labels) == 1
+        assert served.value("mxn_requests_total", endpoint=CHAT, status="503", model="echo") == 1
+
+
+def test_tokens_are_counted_while_an_answer_runs(tmp_path):
+    with gateway(tmp_path, [EchoEngine(token_s=0.02)]) as served:
+        body = {"model": "echo", "prompt": "hello", "max_tokens": 1000, "stream": True}
+        headers = {"authorization": f"Bearer {served.tenant.key}"}
+        with httpx.stream("POST", f"{served.url}/v1/completions", json=body, headers=headers):
+            deadline_s = time.monotonic() + 5
+            while not served.value("mxn_generation_tokens_total", model_name="echo"):
+                assert time.monotonic() < deadline_s
+            assert served.value("mxn_prompt_tokens_total", model_name="echo") == 5
+            assert served.value("mxn_num_requests_running", model_name="echo") == 1
+
+
 def test_a_foreign_server_that_is_away_is_seen(served):
     for _ in range(2):
         assert served.chat("far").status_code == 200

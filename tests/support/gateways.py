@@ -15,7 +15,7 @@ from mxn.engine.echo import EchoEngine
 from mxn.ledger.database import Database
 from mxn.serve.accounting import Accounting
 from mxn.serve.app import create_app
-from mxn.serve.fleet import Replica
+from mxn.serve.fleet import PoolRules, Replica
 from mxn.serve.gateway import OnEnd
 from mxn.serve.pooled import PooledClient
 from mxn.serve.replicas.upstream import UpstreamConfig
@@ -66,10 +66,11 @@ def gateway(
 ) -> Iterator[Gateway]:
     """Serve `echo` on chips chip-a and chip-b, and `far` on a server of another kind."""
     engines = list(engines) or [EchoEngine(), EchoEngine()]
-    pool = PooledClient(
+    replicas = [
         Replica(id=f"echo-{at}", client=engine, chip=f"chip-{'ab'[at]}")
         for at, engine in enumerate(engines)
-    )
+    ]
+    pool = PooledClient(replicas, PoolRules(recover_s=0.2))
     models = ServedModels([ServedModel(name="echo", client=pool, tokenizer=engines[0].tokenizer)])
     database = Database.open(f"sqlite:///{folder}/ledger.db")
     tenant = make_tenant(database)

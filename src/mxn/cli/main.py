@@ -22,6 +22,7 @@ from mxn.cli import (
     run,
     serve,
     tenants,
+    top,
     up,
     usage,
 )
@@ -40,6 +41,7 @@ app.command("gateway")(gateway.gateway)
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("ps")(ps.ps)
+app.command("top")(top.top)
 app.command("models")(models.models)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)

@@ -140,9 +140,16 @@ class Trace:
             else:
                 self._metrics.first_token.observe(now - self._arrived_s)
             self._last_s = now
-        self.prompt_tokens = max(self.prompt_tokens, delta.prompt_tokens)
-        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
-        self.completion_tokens = max(self.completion_tokens, delta.completion_tokens)
+        if delta.prompt_tokens > self.prompt_tokens:
+            self._metrics.prompt_tokens.inc(delta.prompt_tokens - self.prompt_tokens)
+            self.prompt_tokens = delta.prompt_tokens
+        if delta.cached_tokens > self.cached_tokens:
+            self._metrics.cached_tokens.inc(delta.cached_tokens - self.cached_tokens)
+            self.cached_tokens = delta.cached_tokens
+        # At once, not at the end: a rate over seconds must see answers that take minutes.
+        if delta.completion_tokens > self.completion_tokens:
+            self._metrics.generation_tokens.inc(delta.completion_tokens - self.completion_tokens)
+            self.completion_tokens = delta.completion_tokens
         if delta.finish_reason == "stop" or delta.finish_reason == "length":
             self.close(delta.finish_reason)
 
@@ -151,8 +158,5 @@ class Trace:
         if self.done:
             return
         self.done = True
-        self._metrics.prompt_tokens.inc(self.prompt_tokens)
-        self._metrics.cached_tokens.inc(self.cached_tokens)
-        self._metrics.generation_tokens.inc(self.completion_tokens)
         self._metrics.whole.observe(time.perf_counter() - self._arrived_s)
         self._metrics.finished(outcome)

@@ -29,6 +29,7 @@ OTHER = "other"
 _WAITS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _WHOLE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
+_BROKEN = frozenset({"replica_lost", "timeout", "error"})
 _VARIABLE = re.compile(r"{(\w+)}")
 
 Labels = tuple[str, ...]
@@ -114,6 +115,12 @@ class Traffic(Collector):
         self.failovers = Table(
             "mxn_failovers", "Times that a request went on from another replica", ("model",)
         )
+        self.broken = Table(
+            "mxn_broken_streams",
+            "Answers that had begun with status 200 and ended with an error, by reason",
+            ("reason", "model"),
+            kept=("reason",),
+        )
         self.refusals = Table(
             "mxn_refusals",
             "Requests that were refused for a budget or a rate limit",
@@ -135,8 +142,8 @@ class Traffic(Collector):
         self._families: list[Callable[[], Any]] = [
             table.family
             for table in (
-                self.requests, self.tokens, self.cost, self.failovers, self.refusals,
-                self.ledger_s, self.whole_s,
+                self.requests, self.tokens, self.cost, self.failovers, self.broken,
+                self.refusals, self.ledger_s, self.whole_s,
             )
         ]  # fmt: skip
 
@@ -147,6 +154,8 @@ class Traffic(Collector):
             endpoint = endpoint_of(scope, self.paths)
         model = context.model
         self.requests.add((endpoint, str(status), model))
+        if status == 200 and context.reason in _BROKEN:
+            self.broken.add((context.reason, model))
         if context.refusal:
             self.refusals.add((context.refusal, model))
         self.whole_s.add((endpoint, model), time.perf_counter() - context.arrived_s)
