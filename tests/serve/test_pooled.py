@@ -23,6 +23,7 @@ from mxn.serve.context import RequestContext, enter
 from mxn.serve.fleet import PoolRules, Replica
 from mxn.serve.pooled import PooledClient
 from mxn.serve.routing.admission import AdmissionRules
+from mxn.serve.routing.breaker import BreakerRules
 from mxn.serve.testing import Scripted
 
 WHOLE = "abcdefghij"
@@ -367,5 +368,40 @@ def test_a_lost_replica_comes_back_after_probes() -> None:
         assert seat is not None
         while not seat.health.is_up:
             await asyncio.sleep(0.02)
+
+    run(work)
+
+
+def test_requests_wait_for_a_replica_that_is_held_back_for_its_failures() -> None:
+    """Others died; the one that is left is well, but failed too often a moment ago."""
+    rules = PoolRules(probe_s=0.05, recover_s=5.0, breaker=BreakerRules(open_s=0.2))
+
+    async def work() -> None:
+        pool = pool_of(Scripted(), rules=rules)
+        (seat,) = pool.seats()
+        for _ in range(rules.breaker.open_after):
+            seat.breaker.failed(pool._core.fleet.clock())
+        assert not pool._core.fleet.has_any(None)
+        answers = await asyncio.gather(*(collect(pool) for _ in range(5)))
+        for answer in answers:
+            check_whole(answer)
+        pool._core.gate.admission.validate()
+        assert seat.in_flight == 0
+
+    run(work)
+
+
+def test_a_replica_that_stays_held_back_is_not_waited_for_without_end() -> None:
+    rules = PoolRules(probe_s=0.05, recover_s=0.2, breaker=BreakerRules(open_s=60.0))
+
+    async def work() -> None:
+        pool = pool_of(Scripted(), rules=rules)
+        (seat,) = pool.seats()
+        for _ in range(rules.breaker.open_after):
+            seat.breaker.failed(pool._core.fleet.clock())
+        with pytest.raises(EngineDiedError, match="failed too often"):
+            await collect(pool)
+        assert pool.num_queued == 0
+        pool._core.gate.admission.validate()
 
     run(work)

@@ -213,6 +213,7 @@ class StreamCall(_Call):
         joined = self._seam.take(delta)
         if meter.is_first:
             self._core.fleet.worked(meter.seat)
+            self._core.gate.wake()  # some wait for a sign of life from a replica that had failed
             watch.set_limit(self._gap_limit_s(meter.seat))
         meter.note(delta, watch.waited_s)
         return joined
@@ -223,7 +224,8 @@ class StreamCall(_Call):
         if self._lose(exc) is None or _is_final(exc):
             raise exc
         clock = self._core.fleet.clock
-        until_s = clock() + (self._rules.recover_s if self._seam.has_begun else 0.0)
+        may_wait = self._seam.has_begun or self._core.fleet.is_held_back(self._chips, self._lost)
+        until_s = clock() + (self._rules.recover_s if may_wait else 0.0)
         while (seat := self._next_seat()) is None:
             if self._num_attempts >= self._rules.max_attempts or clock() >= until_s:
                 raise self._end_of(exc) from exc

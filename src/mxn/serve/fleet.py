@@ -42,7 +42,9 @@ class PoolRules:
     # Where no other replica could go on, waiting is better than giving up, up to so many limits.
     last_hope: float = 4.0
     max_attempts: int = 4  # of one request, on all replicas together
-    recover_s: float = 10.0  # a stream that has begun waits this long for a replica to come back
+    # A stream that has begun waits this long for a replica to come back; one that has not, for a
+    # replica that is there and only held back for its failures.
+    recover_s: float = 10.0
     probe_s: float = 1.0  # between two looks at a replica, ± a fifth
     probe_limit_s: float = 2.0
     policy: PolicyRules = field(default_factory=PolicyRules)
@@ -200,6 +202,14 @@ class Fleet:
     def has_any(self, chips: Chips, excluded: Sequence[str] = ()) -> bool:
         """Whether there is a replica for it, full or not."""
         return bool(self._candidates(chips, excluded, self.clock()))
+
+    def is_held_back(self, chips: Chips, excluded: Sequence[str] = ()) -> bool:
+        """Whether a replica answers, so that there is hope, also where `has_any` is False."""
+        return any(
+            not seat.is_draining and seat.replica.client.is_healthy
+            for seat in self.of(chips)
+            if seat.id not in excluded
+        )
 
     def pick(
         self,

@@ -40,17 +40,21 @@ class Gate:
     async def enter(self, asked: Asked) -> Granted:
         """Return a seat; pair it with `leave`.
 
-        Raises: EngineDiedError when no replica is there, OverloadedError when all are full and the
-        queue is, or the deadline passed.
+        Raises: EngineDiedError when no replica is there, or those that are there stay held back
+        for their failures; OverloadedError when all are full and the queue is, or the deadline
+        passed.
         """
         if not len(self.admission):
             granted = self._pick(asked)
             if granted is not None:
                 self.admission.admit(asked.entry)
                 return granted
+        limit_s = float("inf")
         if not self._fleet.has_any(asked.chips):
-            raise self.unavailable(asked.chips)
-        return await self._wait(asked)
+            if not self._fleet.is_held_back(asked.chips):
+                raise self.unavailable(asked.chips)
+            limit_s = self._fleet.rules.recover_s
+        return await self._wait(asked, limit_s)
 
     def leave(self, seat: Seat, entry: Entry, tokens: float) -> None:
         """The request is over; `tokens` is what it really used."""
@@ -86,7 +90,8 @@ class Gate:
     def _pick(self, asked: Asked) -> Granted | None:
         return self._fleet.pick(asked.prompt_ids, chips=asked.chips, adapter=asked.adapter)
 
-    async def _wait(self, asked: Asked) -> Granted:
+    async def _wait(self, asked: Asked, limit_s: float) -> Granted:
+        """`limit_s`: how long to wait for a replica that is held back."""
         entry, now_s = asked.entry, self._fleet.clock()
         victim = self.admission.wait(entry, now_s)
         if victim is not None:
@@ -97,15 +102,20 @@ class Gate:
         self._waiting[entry] = asked, future
         self.wake()  # there may be room that the requests before this one cannot use
         try:
-            async with asyncio.timeout(max(0.0, entry.deadline_s - now_s)):
-                return await future
-        except TimeoutError:
-            self._forget(entry, future)
-            waited_s = self._fleet.clock() - now_s
-            raise self.admission.overloaded(f"it waited {waited_s:.1f} s in the queue") from None
+            if await _comes(future, min(limit_s, entry.deadline_s - now_s)):
+                return future.result()
+            if limit_s < entry.deadline_s - now_s:
+                if not self._fleet.has_any(asked.chips):
+                    self._forget(entry, future)
+                    raise self.unavailable(asked.chips)
+                if await _comes(future, entry.deadline_s - now_s - limit_s):
+                    return future.result()
         except asyncio.CancelledError:
             self._forget(entry, future)
             raise
+        self._forget(entry, future)
+        waited_s = self._fleet.clock() - now_s
+        raise self.admission.overloaded(f"it waited {waited_s:.1f} s in the queue")
 
     def _forget(self, entry: Entry, future: asyncio.Future[Granted]) -> None:
         """Undo a wait that ended early, also where a seat was granted in the same moment."""
@@ -116,6 +126,13 @@ class Gate:
             seat, _ = future.result()
             seat.breaker.abandoned()
             self.leave(seat, entry, 0.0)
+
+
+async def _comes(future: asyncio.Future[Granted], limit_s: float) -> bool:
+    """Wait for a seat; return whether it, or a refusal, came in time."""
+    timeout_s = None if limit_s == float("inf") else max(0.0, limit_s)
+    done, _ = await asyncio.wait({future}, timeout=timeout_s)
+    return bool(done)
 
 
 def entry_of(context: RequestContext, cost: float, priority: int, chips: Chips) -> Entry:

@@ -44,7 +44,7 @@ from mxn.serve.replicas.server import HEARTBEAT_S
 T = TypeVar("T")
 
 _SILENCE_S = 4 * HEARTBEAT_S
-_PROBE_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # pauses between attempts to find a lost server again
+_PROBE_S = (0.2, 0.5, 1.0, 2.0)  # pauses between attempts to find a lost server again
 _encoder = msgspec.msgpack.Encoder()
 
 
