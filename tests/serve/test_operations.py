@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
 from datetime import datetime
 
 import httpx
@@ -27,7 +22,7 @@ from mxn.serve.state import State
 from mxn.serve.status import replica_rows
 from support.gateways import gateway
 from support.ledgers import make_tenant
-from support.server import _announced
+from support.server import gateway_process
 
 SECRET = "the launch code is zebra"
 FIELDS = {
@@ -127,24 +122,6 @@ def check_holds_no_secret(text, key):
     assert "sk-" not in text
 
 
-@contextmanager
-def gateway_process(home, *options):
-    """Run `mxn gateway`; yield its URL and the file with all it says."""
-    log = home / "gateway.log"
-    command = [sys.executable, "-m", "mxn.cli.main", "gateway", "--port", "0", *options]
-    with log.open("w") as out:
-        environment = os.environ | {"MXN_HOME": str(home), "MXN_LOG": "debug"}
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-    try:
-        while (url := _announced(log)) is None:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        yield url, log
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_real_gateway_logs_neither_prompts_nor_keys(tmp_path, stream):
     tenant = make_tenant(Database.open(f"sqlite:///{tmp_path}/ledger.db"))
@@ -153,7 +130,7 @@ def test_a_real_gateway_logs_neither_prompts_nor_keys(tmp_path, stream):
     with running(create_app(far)) as url:
         options = ("--replica", f"echo={url}", "--log-format", "json",
                    "--database", f"sqlite:///{tmp_path}/ledger.db")  # fmt: skip
-        with gateway_process(tmp_path, *options) as (own_url, log):
+        with gateway_process(tmp_path, *options) as (own_url, _, log):
             body = {"model": "echo", "messages": [{"role": "user", "content": SECRET}]}
             body |= {"stream": stream, "max_tokens": 5}
             for key in (tenant.key, "sk-wrong-one"):

@@ -34,6 +34,26 @@ def serving(model: Path, home: Path, *options: str, name: str = "tiny") -> Itera
         process.wait(60)
 
 
+@contextmanager
+def gateway_process(
+    home: Path, *options: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
+    """Run `mxn gateway`; yield its URL, its process and the file with all it says."""
+    log = home / "gateway.log"
+    command = [sys.executable, "-m", "mxn.cli.main", "gateway", "--port", "0", *options]
+    environment = os.environ | {"MXN_HOME": str(home), "MXN_LOG": "debug"}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    try:
+        while (url := _announced(log)) is None:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield url, process, log
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 def _wait_until_ready(process: subprocess.Popen, log: Path) -> str:
     deadline_s = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline_s:

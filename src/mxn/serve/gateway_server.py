@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from mxn.errors import ConfigError
 from mxn.serve.config import GatewayConfig
 
 if TYPE_CHECKING:
+    from mxn.serve.peers import Peers
     from mxn.serve.replicas.spec import ReplicaSpec
 
 log = logging.getLogger("mxn.serve")
@@ -29,6 +31,7 @@ def run_gateway(config: GatewayConfig, announce: Callable[[str], None]) -> None:
     Raises: ConfigError before anything is opened.
     """
     from mxn.serve.front import by_model
+    from mxn.serve.peers import Peers, bind_all
     from mxn.serve.replicas.spec import ReplicaSpec
     from mxn.serve.server import Tls, bind, url_of
     from mxn.serve.workers import supervise
@@ -51,7 +54,12 @@ def run_gateway(config: GatewayConfig, announce: Callable[[str], None]) -> None:
         _serve(config, specs, sock, announce)
         return
     announce(url_of(sock, "https" if config.tls_cert else "http"))
-    supervise(lambda _: _serve(config, specs, sock, lambda _: None), config.workers)
+    with tempfile.TemporaryDirectory(prefix="mxn-") as folder:
+        sockets = bind_all(Path(folder), config.workers)
+        supervise(
+            lambda index: _serve(config, specs, sock, lambda _: None, Peers(sockets, index)),
+            config.workers,
+        )
 
 
 def _migrate(config: GatewayConfig) -> None:
@@ -68,6 +76,7 @@ def _serve(
     specs: list[ReplicaSpec],
     sock: socket.socket,
     announce: Callable[[str], None],
+    peers: Peers | None = None,
 ) -> None:
     from mxn.ledger.database import Database
     from mxn.serve.accounting import Accounting
@@ -79,6 +88,7 @@ def _serve(
     from mxn.serve.served import ServedModels
     from mxn.serve.server import Tls, run
     from mxn.serve.settings import ServeSettings
+    from mxn.serve.status import tell
 
     groups = by_model(specs)
     served = ServedModels()
@@ -96,14 +106,21 @@ def _serve(
         request_timeout_s=config.request_timeout_s,
         max_requests=config.max_requests,
     )
+
+    async def startup(models: ServedModels) -> None:
+        if peers is not None:
+            await peers.listen(lambda: tell(state))
+        await connect(models, groups, rules)
+
     app = create_app(
         served,
         settings,
-        startup=lambda models: connect(models, groups, rules),
+        startup=startup,
         accounting=accounting,
         on_end=[RequestLog()] if config.log_format == "json" else [],
     )
     state = app.state.mxn
+    state.peers = peers
     add_foreign(state.upstreams, groups)
     files: list[Path] = []
 

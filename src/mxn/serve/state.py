@@ -17,6 +17,7 @@ from mxn.serve.metrics import Metrics
 from mxn.serve.names import Names, base_name
 from mxn.serve.openai.errors import ApiError, model_not_found, unavailable
 from mxn.serve.openai.types import ModelRequest
+from mxn.serve.peers import Peers
 from mxn.serve.replicas.passthrough import UpstreamModels
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.settings import ServeSettings
@@ -46,6 +47,7 @@ class State:
     stores: Stores = field(default_factory=Stores)
     names: Names = field(default_factory=Names)
     upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # of foreign servers
+    peers: Peers | None = None  # the other workers of this gateway; None: there are none
 
     async def read(self, request: Request, type: type[R]) -> tuple[R, ServedModel]:
         """Parse the body and find its model. Raises: ApiError."""

@@ -14,6 +14,7 @@ from mxn.errors import MxnError
 from mxn.serve.fleet import Seat
 from mxn.serve.http import json_response
 from mxn.serve.openai.errors import RETRY_AFTER_S
+from mxn.serve.peers import Told, merge_metrics, merge_replicas
 from mxn.serve.pooled import PooledClient
 from mxn.serve.replica_status import ReplicaState, ReplicaStatus
 from mxn.serve.replicas.upstream import Upstream
@@ -56,35 +57,50 @@ class StatusRoutes:
     async def load(self, request: Request) -> Response:
         """Requests and pages in use, in all, by model and by replica; null: it does not answer."""
         state = self._state
-        stats = await self._stats()
-        queued = queued_by_model(state)
+        stats = await _stats(state)
+        queued, rows = queued_by_model(state), replica_rows(state)
+        if state.peers is not None:
+            told = await state.peers.ask(Told(metrics="", queued=queued, replicas=rows))
+            queued = {name: sum(t.queued.get(name, 0) for t in told.values()) for name in queued}
+            rows = merge_replicas(told, state.peers.index)
         models = {name: item and _load_of(item, queued[name]) for name, item in stats.items()}
         for upstream in state.upstreams:
-            running = sum(server.num_running for server in upstream.upstreams.all)
+            running = sum(row.running for row in rows if row.model == upstream.name)
             models[upstream.name] = _load_of(EngineStats(num_running=running), 0)
         total = sum(
             item["running"] + item["waiting"] + item["queued"]
             for item in models.values()
             if item is not None
         )
-        body = {"server_load": total, "models": models, "replicas": replica_rows(state)}
-        return json_response(body)
+        return json_response({"server_load": total, "models": models, "replicas": rows})
 
     async def metrics(self, request: Request) -> Response:
-        state = self._state
-        for name, stats in (await self._stats()).items():
-            state.metrics.set_gauges(name, stats)
-        state.metrics.replicas.rows = replica_rows(state)
-        state.metrics.replicas.queued = queued_by_model(state)
-        return Response(state.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+        """Of all workers, if there are several: then each sample says whose it is."""
+        peers, own = self._state.peers, await tell(self._state)
+        if peers is None:
+            text = own.metrics.encode()
+        else:
+            told = await peers.ask(own)
+            text = merge_metrics({index: item.metrics for index, item in told.items()})
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def version(self, request: Request) -> Response:
         return json_response({"version": mxn.__version__})
 
-    async def _stats(self) -> dict[str, EngineStats | None]:
-        models = list(self._state.models)
-        results = await asyncio.gather(*(_stats_of(model) for model in models))
-        return {model.name: result for model, result in zip(models, results, strict=True)}
+
+async def tell(state: State) -> Told:
+    """Return what this process counted, with its replicas as they are now."""
+    for name, stats in (await _stats(state)).items():
+        state.metrics.set_gauges(name, stats)
+    rows, queued = replica_rows(state), queued_by_model(state)
+    state.metrics.replicas.rows, state.metrics.replicas.queued = rows, queued
+    return Told(metrics=state.metrics.text().decode(), queued=queued, replicas=rows)
+
+
+async def _stats(state: State) -> dict[str, EngineStats | None]:
+    models = list(state.models)
+    results = await asyncio.gather(*(_stats_of(model) for model in models))
+    return {model.name: result for model, result in zip(models, results, strict=True)}
 
 
 async def _stats_of(model: ServedModel) -> EngineStats | None:
