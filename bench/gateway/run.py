@@ -45,8 +45,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(command: list[str], url: str, headers: dict[str, str], **env: str) -> Iterator[None]:
-    """Run a server until the end of the block; begins when it answers a chat."""
+def process(command: list[str], url: str, headers: dict[str, str], **env: str) -> Iterator[int]:
+    """Run a server until the end of the block; begins when it answers a chat. Yields its pid."""
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | env)
         try:
@@ -56,7 +56,7 @@ def process(command: list[str], url: str, headers: dict[str, str], **env: str) -
                     log.seek(0)
                     raise SystemExit(f"{command[0]} is not up:\n{log.read()[-3000:].decode()}")
                 time.sleep(0.3)
-            yield
+            yield child.pid
         finally:
             child.terminate()
             child.wait(30)

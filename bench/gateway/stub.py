@@ -25,6 +25,7 @@ PROMPT_TOKENS = 7
 _LENGTH = re.compile(rb"content-length:\s*(\d+)", re.IGNORECASE)
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
 _USAGE = re.compile(rb'"include_usage"\s*:\s*true')
+_LIMIT = re.compile(rb'"max_tokens"\s*:\s*(\d{1,6})')
 _MARK = re.compile(rb"#[^#\"\\]{1,64}#")
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: "
 
@@ -107,11 +108,15 @@ def _events(base: dict[str, object], chunks: int, *, is_chat: bool) -> list[byte
     return [*([one(None, None, "assistant")] if is_chat else []), *words, one(None, "stop")]
 
 
+_by_length: dict[int, Answers] = {}
+
+
 class Stub(asyncio.Protocol):
     """One connection; requests on it are answered in order."""
 
-    def __init__(self, answers: Answers, token_s: float) -> None:
+    def __init__(self, answers: Answers, token_s: float, is_sized: bool = False) -> None:
         self._answers = answers
+        self._is_sized = is_sized
         self._token_s = token_s
         self._buffer = b""
         self._transport: asyncio.Transport
@@ -137,7 +142,7 @@ class Stub(asyncio.Protocol):
             self._answer(head.split(b" ", 2)[1], body)
 
     def _answer(self, path: bytes, body: bytes) -> None:
-        answers = self._answers
+        answers = self._as_long_as_asked(body) if self._is_sized else self._answers
         found = _MARK.search(body)
         mark = found[0] if found else b""
         if path.endswith(b"/embeddings"):
@@ -153,6 +158,14 @@ class Stub(asyncio.Protocol):
         else:
             whole = answers.chat if b"chat" in path else answers.text
             self._whole(whole.replace(b"MARK", mark, 1))
+
+    def _as_long_as_asked(self, body: bytes) -> Answers:
+        """Return answers with as many words as `max_tokens` says."""
+        found = _LIMIT.search(body)
+        chunks = int(found[1]) if found else self._answers.chunks
+        if chunks not in _by_length:
+            _by_length[chunks] = Answers(chunks)
+        return _by_length[chunks]
 
     def _whole(self, body: bytes) -> None:
         head = b"%bapplication/json\r\ncontent-length: %d\r\n\r\n" % (_HEAD, len(body))
@@ -183,12 +196,17 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-async def serve(port: int = 0, *, chunks: int = 32, token_s: float = 0.0) -> None:
-    """Serve on loopback until cancelled; print the address once it is listening."""
+async def serve(
+    port: int = 0, *, chunks: int = 32, token_s: float = 0.0, is_sized: bool = False
+) -> None:
+    """Serve on loopback until cancelled; print the address once it is listening.
+
+    `is_sized`: `max_tokens` of a request, not `chunks`, says how long its answer is.
+    """
     answers = Answers(chunks)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: Stub(answers, token_s), "127.0.0.1", port, backlog=2048
+        lambda: Stub(answers, token_s, is_sized), "127.0.0.1", port, backlog=2048
     )
     host, bound = server.sockets[0].getsockname()[:2]
     print(f"http://{host}:{bound}", flush=True)
@@ -196,10 +214,13 @@ async def serve(port: int = 0, *, chunks: int = 32, token_s: float = 0.0) -> Non
 
 
 @contextlib.contextmanager
-def running_stub(*, chunks: int = 32, token_s: float = 0.0, port: int = 0) -> Iterator[str]:
+def running_stub(
+    *, chunks: int = 32, token_s: float = 0.0, port: int = 0, is_sized: bool = False
+) -> Iterator[str]:
     """Run the stub in a process of its own; yield its base URL."""
     command = [sys.executable, str(Path(__file__).resolve()), "--port", str(port)]
     command += ["--chunks", str(chunks), "--token-s", str(token_s)]
+    command += ["--sized"] if is_sized else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -217,9 +238,17 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=9000)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--token-s", type=float, default=0.0, help="pause before each chunk")
+    parser.add_argument("--sized", action="store_true", help="as many chunks as max_tokens says")
     options = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(serve(options.port, chunks=options.chunks, token_s=options.token_s))
+        uvloop.run(
+            serve(
+                options.port,
+                chunks=options.chunks,
+                token_s=options.token_s,
+                is_sized=options.sized,
+            )
+        )
 
 
 if __name__ == "__main__":
