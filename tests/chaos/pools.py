@@ -149,6 +149,7 @@ class Local:
     _pids: dict[str, int] = field(default_factory=dict)
     _num_kills: int = 0
     _all_pages: int = 0
+    _gone: list[str] = field(default_factory=list)  # killed since all were there
 
     # An engine that dies five times in ten minutes stays down; the server is new before that.
     _MOST_KILLS = 4
@@ -180,6 +181,7 @@ class Local:
         self.server.start()
         self.server.wait()
         self._num_kills = 0
+        self._gone.clear()
         self._pids = {f"m-{at}": pid for at, pid in enumerate(self._engines())}
         assert len(self._pids) == self.num_replicas, self._pids
         self._all_pages = _pages(self.url, self.key)
@@ -191,6 +193,7 @@ class Local:
 
     def kill(self, replica: str) -> None:
         self._num_kills += 1
+        self._gone.append(replica)
         os.kill(self._pids[replica], signal.SIGKILL)
 
     def pause(self, replica: str) -> None:
@@ -204,12 +207,11 @@ class Local:
             self.stop()
             self.start()
             return
-        gone = [name for name, pid in self._pids.items() if not _is_alive(pid)]
         until_s = time.monotonic() + START_LIMIT_S
-        while gone:
+        while self._gone:
             new = [pid for pid in self._engines() if pid not in self._pids.values()]
             if new and _pages(self.url, self.key) >= self._all_pages:
-                self._pids[gone[0]] = new[-1]
+                self._pids[self._gone.pop()] = new[-1]
                 return
             assert time.monotonic() < until_s, self.server.log.read_text()[-3000:]
             time.sleep(_LOOK_S)
@@ -220,7 +222,7 @@ class Local:
         if self.server.process.poll() is not None:
             return []
         found = psutil.Process(self.server.process.pid).children(recursive=True)
-        engines = [item for item in found if "mxn.engine.process" in item.cmdline()]
+        engines = [item for item in found if _is_engine(item)]
         return [item.pid for item in sorted(engines, key=lambda p: (p.create_time(), p.pid))]
 
 
@@ -234,8 +236,8 @@ def _pages(url: str, key: str) -> int:
     return model["kv_pages_total"] if model else 0
 
 
-def _is_alive(pid: int) -> bool:
+def _is_engine(process: psutil.Process) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return "mxn.engine.process" in process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False  # it has just ended
