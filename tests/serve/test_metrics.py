@@ -105,6 +105,17 @@ def test_a_stream_that_breaks_is_counted_though_its_status_was_200(tmp_path):
         assert served.value("mxn_requests_total", endpoint=CHAT, status="503", model="echo") == 1
 
 
+def test_the_first_piece_of_a_foreign_stream_is_timed(served):
+    name = "mxn_time_to_first_token_seconds"
+    assert served.chat("far").status_code == 200
+    assert not served.value(f"{name}_count", model_name="far"), "only streams have one"
+    assert served.chat("far", stream=True).status_code == 200
+    assert served.value(f"{name}_count", model_name="far") == 1
+    first_s = served.value(f"{name}_sum", model_name="far")
+    whole_s = served.value("mxn_http_request_seconds_sum", endpoint=CHAT, model="far")
+    assert 0 < first_s < whole_s
+
+
 def test_tokens_are_counted_while_an_answer_runs(tmp_path):
     with gateway(tmp_path, [EchoEngine(token_s=0.02)]) as served:
         body = {"model": "echo", "prompt": "hello", "max_tokens": 1000, "stream": True}

@@ -102,6 +102,7 @@ def create_app(
     )
     app.state.mxn = state
     state.metrics.registry.register(state.traffic)
+    state.traffic.metrics = state.metrics
     state.traffic.paths = frozenset(operation.path for operation in operations(state))
     front: ASGIApp = Gateway(
         Dispatch(app.routes, app.serve_rest),

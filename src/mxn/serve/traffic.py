@@ -21,6 +21,7 @@ from starlette.types import Scope
 
 from mxn.ledger.types import Receipt, Settlement
 from mxn.serve.context import RequestContext
+from mxn.serve.metrics import Metrics
 
 MAX_LABELS = 1000  # combinations in one table; more are counted under OTHER
 MAX_HISTOGRAMS = 200  # each is a line for every bound
@@ -93,6 +94,9 @@ class Traffic(Collector):
     """The counts of one server."""
 
     def __init__(self) -> None:
+        self.metrics: Metrics | None = (
+            None  # of the same server, for what both kinds of models have
+        )
         self.paths: frozenset[str] = frozenset()  # of all routes, such as /v1/files/{file_id}
         self.requests = Table(
             "mxn_requests",
@@ -164,6 +168,12 @@ class Traffic(Collector):
                 if hop.is_takeover:
                     self.failovers.add((model,))
                     self.lost.add((model, before.replica))
+
+    def began(self, context: RequestContext) -> None:
+        """The first piece of a foreign server's stream is here; of our own, `Trace` says so."""
+        if self.metrics is not None:
+            waited_s = time.perf_counter() - context.arrived_s
+            self.metrics.model(context.model).first_token.observe(waited_s)
 
     def settled(self, context: RequestContext, used: Settlement, receipt: Receipt | None) -> None:
         """The row of a request was settled; `receipt` None: it is accounted nowhere."""

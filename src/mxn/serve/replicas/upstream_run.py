@@ -270,6 +270,7 @@ class UpstreamRun:
     def _note(self, batch: Batch) -> None:
         """Count what a batch holds."""
         keeps = self._may_continue
+        has_begun = self.num_events > 0
         for chunk in batch.chunks:
             if chunk.usage is not None:
                 self.usage = chunk.usage
@@ -280,6 +281,9 @@ class UpstreamRun:
                     self.num_events += 1
                 if keeps:
                     self._sent.append(choice)
+        traffic = self.plan.context.traffic
+        if not has_begun and self.num_events and traffic is not None:
+            traffic.began(self.plan.context)
         if batch.chunks and not self.plan.context.is_batch:
             input_tokens, output_tokens, _ = self.counts()
             hop = self.plan.context.hops[-1]
