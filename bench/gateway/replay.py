@@ -15,199 +15,44 @@ import argparse
 import asyncio
 import contextlib
 import json
-import random
-import re
 import secrets
-import sqlite3
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 sys.path.insert(0, str(Path(__file__).parent))
-from azure import Arrival, read_trace, timetable
-from load import complete_size
+from azure import read_trace, timetable
+from leaks import Pool, Sample, books, busy, grown, kept, look, slope
+from player import NAME, Replay, Tally
 from run import free_port, process
-from samples import Held, growth, sample
 from stub import running_stub
 
 from mxn.ledger import budget_admin, keys, tenants
-from mxn.ledger.balance import check
 from mxn.ledger.database import Database
 
-NAME = "stub"  # of the model, whichever it is: what `process` asks for
 REST_S = 8.0  # longer than idle connections are kept
 MOST_REST_S = 30.0
-_PROMPT = re.compile(rb'"prompt_tokens":\s*(\d+)')
-_OUTPUT = re.compile(rb'"completion_tokens":\s*(\d+)')
-_WORDS = ["who", "goes", "there", "my", "lord", "the", "king", "of", "night", "and", "love"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Servers under test: process ids by name, and where requests go."""
-
-    url: str
-    key: str
-    database: Path
-    pids: dict[str, int]
-    replicas: tuple[str, ...]  # addresses that answer /load
-
-
-@dataclass(slots=True)
-class Tally:
-    done: int = 0
-    left: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    late_s: float = 0.0  # most that a request waited for a free connection
-    problems: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    seconds: float
-    requests: int
-    rows: int
-    database_bytes: int
-    log_bytes: int  # of SQLite's write-ahead log, which is written again from its start
-    held: dict[str, Held]
-
-
-@dataclass(slots=True)
-class Replay:
-    """Sends a timetable over a fixed number of connections."""
-
-    pool: Pool
-    leave: float
-    seed: int
-    tally: Tally = field(default_factory=Tally)
-
-    async def run(self, arrivals: Iterator[Arrival], speedup: float, connections: int) -> None:
-        queue: asyncio.Queue[tuple[float, Arrival] | None] = asyncio.Queue()
-        workers = [asyncio.create_task(self._work(queue, n)) for n in range(connections)]
-        begun_s = time.monotonic()
-        for arrival in arrivals:
-            due_s = begun_s + arrival.at_s / speedup
-            wait_s = due_s - time.monotonic()
-            if wait_s > 0.002:  # timers are no finer, and a request a hair early hurts nobody
-                await asyncio.sleep(wait_s)
-            while queue.qsize() > 10 * connections:  # the server is the limit: no endless queue
-                await asyncio.sleep(0.01)
-            queue.put_nowait((due_s, arrival))
-        for _ in workers:
-            queue.put_nowait(None)
-        await asyncio.gather(*workers)
-
-    async def _work(self, queue: asyncio.Queue[Any], number: int) -> None:
-        rng = random.Random(self.seed * 1000 + number)
-        streams = None
-        while (item := await queue.get()) is not None:
-            due_s, arrival = item
-            self.tally.late_s = max(self.tally.late_s, time.monotonic() - due_s)
-            try:
-                streams = streams or await asyncio.open_connection(*self._place())
-                can_stay = await self._ask(*streams, arrival, rng)
-            except (OSError, ValueError) as error:
-                self.tally.problems[repr(error)[:300]] += 1
-                can_stay = False
-            if not can_stay and streams is not None:
-                streams[1].close()
-                streams = None
-        if streams is not None:
-            streams[1].close()
-
-    def _place(self) -> tuple[str, int]:
-        host, _, port = self.pool.url.partition("://")[2].partition(":")
-        return host, int(port)
-
-    async def _ask(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, arrival: Arrival,
-        rng: random.Random,
-    ) -> bool:  # fmt: skip
-        """Send one request and read its answer; return whether the connection can be used again."""
-        leaves = rng.random() < self.leave
-        writer.write(self._request(arrival, rng))
-        answer = b""
-        while complete_size(answer) is None:
-            piece = await reader.read(1 << 16)
-            if not piece:
-                raise ValueError(f"the connection ended: {answer[:300]!r}")
-            answer += piece
-            if leaves:
-                self.tally.left += 1
-                return False
-        self.tally.done += 1
-        self._check(answer, arrival)
-        return True
-
-    def _request(self, arrival: Arrival, rng: random.Random) -> bytes:
-        prompt = " ".join(rng.choices(_WORDS, k=arrival.prompt_tokens))
-        body: dict[str, Any] = {
-            "model": NAME,
-            "messages": [{"role": "user", "content": f"#{rng.randint(1, 10**9)}# {prompt}"}],
-            "max_tokens": arrival.output_tokens,
-            "ignore_eos": True,
-        }
-        if rng.random() < 0.8:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
-        data = json.dumps(body).encode()
-        return (
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\n"
-            b"content-type: application/json\r\nauthorization: Bearer %b\r\n"
-            b"content-length: %d\r\n\r\n%b" % (self.pool.key.encode(), len(data), data)
-        )
-
-    def _check(self, answer: bytes, arrival: Arrival) -> None:
-        problems = self.tally.problems
-        prompt, output = _PROMPT.findall(answer), _OUTPUT.findall(answer)
-        if not answer.startswith(b"HTTP/1.1 200"):
-            problems[answer[:300].decode(errors="replace")] += 1
-        elif not output or int(output[-1]) != arrival.output_tokens:
-            problems[f"{output} tokens instead of {arrival.output_tokens}"] += 1
-        elif b"text/event-stream" in answer[:2000] and b"data: [DONE]" not in answer[-100:]:
-            problems[f"a stream that ends with {answer[-100:]!r}"] += 1
-        else:
-            self.tally.input_tokens += int(prompt[-1])
-            self.tally.output_tokens += int(output[-1])
-
-
-def look(pool: Pool, tally: Tally, begun_s: float) -> Sample:
-    """Return what everything holds now."""
-    log = Path(f"{pool.database}-wal")
-    with contextlib.closing(sqlite3.connect(pool.database)) as connection:
-        (rows,) = connection.execute("SELECT count(*) FROM usage").fetchone()
-    return Sample(
-        seconds=round(time.monotonic() - begun_s, 1),
-        requests=tally.done + tally.left,
-        rows=rows,
-        database_bytes=pool.database.stat().st_size,
-        log_bytes=log.stat().st_size if log.exists() else 0,
-        held={name: sample(pid) for name, pid in pool.pids.items()},
-    )
-
-
-async def _sampled(replay: Replay, every_s: float, samples: list[Sample]) -> None:
+async def _sampled(pool: Pool, replay: Replay, every_s: float, samples: list[Sample]) -> None:
     begun_s = time.monotonic()
     while True:
-        samples.append(await asyncio.to_thread(look, replay.pool, replay.tally, begun_s))
+        samples.append(await asyncio.to_thread(look, pool, replay.tally, begun_s))
         _print(samples[-1])
         await asyncio.sleep(every_s)
 
 
-async def _at_rest(replay: Replay, before: Sample, begun_s: float) -> Sample:
+async def _at_rest(pool: Pool, replay: Replay, before: Sample, begun_s: float) -> Sample:
     """Return the look at which everything is given back, or the last one in the time allowed."""
     until_s = time.monotonic() + MOST_REST_S
     await asyncio.sleep(REST_S)
     while True:
-        found = look(replay.pool, replay.tally, begun_s)
-        if not _kept(before, found) or time.monotonic() > until_s:
+        found = look(pool, replay.tally, begun_s)
+        if not kept(before, found) or time.monotonic() > until_s:
             return found
         await asyncio.sleep(1.0)
 
@@ -229,25 +74,27 @@ async def drive(pool: Pool, options: argparse.Namespace) -> dict[str, Any]:
     """Replay everything and return the report."""
     trace = read_trace(options.trace, options.length_scale, options.longest)
     first = look(pool, Tally(), time.monotonic())  # rows of the look whether servers are up
-    warm = Replay(pool, options.leave, options.seed + 1)
+    warm = Replay(pool.url, pool.key, options.leave, options.seed + 1)
     await warm.run(timetable(trace, 4 * options.connections, None), 1e9, options.connections)
     await asyncio.sleep(REST_S)
     before = look(pool, warm.tally, time.monotonic())
-    replay, samples = Replay(pool, options.leave, options.seed), list[Sample]()
-    sampler = asyncio.create_task(_sampled(replay, options.every, samples))
+    replay, samples = Replay(pool.url, pool.key, options.leave, options.seed), list[Sample]()
+    sampler = asyncio.create_task(_sampled(pool, replay, options.every, samples))
     begun_s = time.monotonic()
     arrivals = timetable(trace, options.requests, options.hours)
     await replay.run(arrivals, options.speedup, options.connections)
     seconds = time.monotonic() - begun_s
     sampler.cancel()
-    await asyncio.wait({sampler})
-    samples.append(await _at_rest(replay, before, begun_s))
+    with contextlib.suppress(asyncio.CancelledError):
+        await sampler  # raises what ended it before, such as the death of a server
+    samples.append(await _at_rest(pool, replay, before, begun_s))
     _print(samples[-1])
     tally = replay.tally
-    slopes = {name: _slope(samples, name) for name in pool.pids}
-    problems = [f"{count} times {what}" for what, count in tally.problems.most_common(5)]
-    problems += _grown(slopes, options.limit_kib) + _kept(before, samples[-1])
-    problems += await _busy(pool) + _books(pool, (warm.tally, tally), first.rows)
+    slopes = {name: slope(samples, name) for name in pool.pids}
+    wrong = warm.tally.problems + tally.problems
+    problems = [f"{count} times {what}" for what, count in wrong.most_common(5)]
+    problems += grown(slopes, options.limit_kib) + kept(before, samples[-1])
+    problems += await busy(pool) + books(pool, (warm.tally, tally), first.rows)
     told = {name: getattr(options, name) for name in vars(options) if name not in ("trace", "json")}
     return {
         "options": told,
@@ -260,68 +107,6 @@ async def drive(pool: Pool, options: argparse.Namespace) -> dict[str, Any]:
         "samples": [asdict(item) for item in samples],
         "problems": problems,
     }
-
-
-def _slope(samples: list[Sample], name: str) -> float:
-    """Return the growth of memory in KiB for 10,000 requests; the last look is at rest, so out."""
-    at = [item.requests / 10_000 for item in samples[:-1]]
-    return growth(at, [item.held[name].rss_kib for item in samples[:-1]])
-
-
-def _grown(slopes: dict[str, float], limit_kib: float) -> list[str]:
-    return [
-        f"{name} grows by {slope:.0f} KiB for 10,000 requests, above {limit_kib:.0f}"
-        for name, slope in slopes.items()
-        if slope > limit_kib
-    ]
-
-
-def _kept(before: Sample, after: Sample) -> list[str]:
-    problems = []
-    for name, held in after.held.items():
-        for what in ("num_fds", "num_threads"):
-            was, is_now = getattr(before.held[name], what), getattr(held, what)
-            if is_now > was:
-                problems.append(f"{name} had {was} {what} at rest and has {is_now} afterwards")
-    return problems
-
-
-async def _busy(pool: Pool) -> list[str]:
-    """Return what replicas still run or hold; pages kept for prompts to come are no part of it."""
-    problems = []
-    async with httpx.AsyncClient() as http:
-        for url in pool.replicas:
-            (model,) = (await http.get(f"{url}/load")).json()["models"].values()
-            if model is None or model["running"] or model["waiting"] or model["kv_pages_used"]:
-                problems.append(f"{url} still holds {model}")
-    return problems
-
-
-def _books(pool: Pool, tallies: tuple[Tally, ...], others: int) -> list[str]:
-    """Return what the ledger and the clients do not agree on; `others`: rows of nobody counted."""
-    database = Database.open(f"sqlite:///{pool.database}")
-    problems = check(database)
-    database.close()
-    with contextlib.closing(sqlite3.connect(pool.database)) as connection:
-        (num_open,) = connection.execute(
-            "SELECT count(*) FROM usage WHERE state != 'settled'"
-        ).fetchone()
-        (reserved,) = connection.execute("SELECT sum(reserved) FROM budget_periods").fetchone()
-        held = connection.execute(
-            "SELECT count(*), sum(input_tokens), sum(output_tokens) FROM usage "
-            "WHERE reason = 'complete'"
-        ).fetchone()
-    if num_open or reserved:
-        problems.append(f"{num_open} rows are open, {reserved} tokens reserved")
-    told = tuple(
-        sum(getattr(tally, name) for tally in tallies)
-        for name in ("done", "input_tokens", "output_tokens")
-    )
-    # Whoever left after the last token had a complete answer: their rows may stand here too.
-    most = told[0] + sum(tally.left for tally in tallies) + others
-    if not told[0] <= held[0] <= most or held[1] < told[1] or held[2] < told[2]:
-        problems.append(f"(requests, input, output): clients were told {told}, rows say {held}")
-    return problems
 
 
 @contextlib.contextmanager
