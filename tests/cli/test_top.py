@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 from mxn.cli.rates import Look, Summary, Window, summarize
-from mxn.cli.top import draw
+from mxn.cli.top import _Server, draw
 from mxn.engine.echo import EchoEngine
+from mxn.serve.running import announce
 from support.gateways import gateway
 
 
@@ -97,6 +98,26 @@ def test_top_says_what_is_wrong_in_one_line(mxn, served):
     assert done.returncode == 2
     assert "API key" in done.stderr
     assert "mxn top --url" in mxn("top", "--once").stderr
+
+
+def test_top_finds_the_server_of_this_machine(mxn, home, served, monkeypatch):
+    monkeypatch.setenv("MXN_HOME", str(home))
+    monkeypatch.setenv("MXN_API_KEY", served.tenant.key)
+    file = announce(served.url, ["echo"], needs_key=True)
+    done = mxn("top", "--once", "--interval", 0.1)
+    file.unlink()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(served.url)
+
+
+def test_a_server_that_goes_away_is_told_and_may_come_back(tmp_path):
+    with gateway(tmp_path) as served:
+        server = _Server(served.url, served.tenant.key)
+        summaries = server.summaries(0.1)
+        assert isinstance(next(summaries), Summary)
+    for _ in range(2):
+        assert "no answer from" in str(next(summaries))
+    server.close()
 
 
 def test_top_in_a_terminal_redraws_and_ends_on_ctrl_c(home, served):

@@ -114,6 +114,29 @@ def test_a_line_says_who_what_how_long_and_how_much(tmp_path):
     check_holds_no_secret(out.getvalue(), served.tenant.key)
 
 
+class Full(io.StringIO):
+    """A file on a disk that is full at first."""
+
+    num_refused = 0
+
+    def write(self, text):
+        if self.num_refused < 2:
+            self.num_refused += 1
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+def test_a_log_that_cannot_be_written_fails_no_request_and_says_so_later():
+    out = Full()
+    engine = EchoEngine()
+    model = ServedModel(name="echo", client=engine, tokenizer=engine.tokenizer)
+    with running(create_app(ServedModels([model]), on_end=[RequestLog(out)])) as url:
+        for _ in range(4):
+            assert httpx.get(f"{url}/version").status_code == 200
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line.get("lost_lines") for line in lines] == [2, None]
+
+
 def check_holds_no_secret(text, key):
     assert "zebra" not in text
     assert "launch" not in text

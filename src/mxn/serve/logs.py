@@ -21,9 +21,18 @@ class RequestLog:
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
         self._encode = msgspec.json.Encoder().encode
+        self._num_lost = 0  # lines that could not be written since the last one that was
 
     def __call__(self, context: RequestContext, scope: Scope, status: int) -> None:
-        self._out.write(self._encode(line_of(context, scope, status)).decode() + "\n")
+        line = line_of(context, scope, status)
+        if self._num_lost:
+            line["lost_lines"] = self._num_lost
+        try:
+            self._out.write(self._encode(line).decode() + "\n")
+        except OSError:
+            self._num_lost += 1  # a full disk must not fail requests; the next line tells
+        else:
+            self._num_lost = 0
 
 
 def line_of(context: RequestContext, scope: Scope, status: int) -> dict[str, Any]:
