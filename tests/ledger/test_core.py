@@ -372,3 +372,31 @@ def test_an_opening_is_composed_without_a_database(tenant):
         future=None,
     )  # fmt: skip
     assert (opening.window, opening.budgets, opening.limits) == (60_000_000, (), ())
+
+
+def test_a_new_key_works_at_once_and_guesses_do_not_hammer_the_database(run, database, tenant):
+    async def check(ledger):
+        await ledger.authenticate(tenant.key)
+        for name in ("first", "second"):
+            with database.begin() as connection:
+                _, key = keys.create_key(
+                    connection, tenant.principal.project_id, name=name, now_us=now_us()
+                )
+            await ledger.authenticate(key)
+        num_looks, refresh = 0, ledger.cache.refresh
+
+        def counted(**options):
+            nonlocal num_looks
+            num_looks += 1
+            refresh(**options)
+
+        ledger.cache.refresh = counted
+        began_s = time.monotonic()
+        tries = (ledger.authenticate(f"sk-guess-{at}") for at in range(300))
+        found = await asyncio.gather(*tries, return_exceptions=True)
+        assert {type(error) for error in found} == {AuthError}
+        took_s = time.monotonic() - began_s
+        assert num_looks <= 2 + 10 * took_s
+        await ledger.authenticate(tenant.key)
+
+    run(check)

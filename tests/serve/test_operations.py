@@ -33,17 +33,35 @@ FIELDS = {
 }  # fmt: skip
 
 
+def test_without_an_admin_key_nobody_sees_money_or_addresses(tmp_path):
+    with gateway(tmp_path) as served:
+        served.chat("echo")
+        served.chat("far")
+        private = ("mxn_cost_micro_total{", "mxn_replica_up{")
+        shown = served.get("/metrics").text
+        hidden = httpx.get(f"{served.url}/metrics").text
+        assert all(name in shown for name in private)
+        assert not any(name in hidden for name in private)
+        assert served.tenant.principal.org_id not in hidden
+        assert "mxn_requests_total{" in hidden
+        health = httpx.get(f"{served.url}/health")
+        assert health.status_code == 200
+        assert "replicas" not in health.json()["models"]["echo"]
+        wrong = httpx.get(f"{served.url}/metrics", headers={"authorization": "Bearer sk-wrong"})
+        assert wrong.status_code == 401
+
+
 def test_health_and_load_show_every_replica(tmp_path):
     with gateway(tmp_path) as served:
         served.chat("far")
-        health = httpx.get(f"{served.url}/health")
+        health = served.get("/health")
         assert health.status_code == 200
         assert health.json()["models"]["echo"]["replicas"] == [
             {"name": "echo-0", "chip": "chip-a", "state": "up"},
             {"name": "echo-1", "chip": "chip-b", "state": "up"},
         ]
         served.engines[0].die()
-        health = httpx.get(f"{served.url}/health")
+        health = served.get("/health")
         assert health.status_code == 200, "the other one answers"
         states = {r["name"]: r["state"] for m in health.json()["models"].values()
                   for r in m["replicas"]}  # fmt: skip

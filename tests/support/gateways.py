@@ -39,6 +39,9 @@ class Gateway:
         headers = {"authorization": f"Bearer {self.tenant.key}"} | options.pop("headers", {})
         return httpx.post(self.url + path, json=body, headers=headers, timeout=20, **options)
 
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return httpx.request(method, self.url + path, timeout=20, **options)
+
     def get(self, path: str) -> httpx.Response:
         headers = {"authorization": f"Bearer {self.tenant.key}"}
         return httpx.get(self.url + path, headers=headers, timeout=20)
@@ -49,10 +52,11 @@ class Gateway:
         return self.post("/v1/chat/completions", body | more, **options)
 
     def scrape(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-        """Return every sample of /metrics by name and labels."""
+        """Return every sample of /metrics that an admin sees, by name and labels."""
+        text = self.get("/metrics").text
         return {
             (sample.name, frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+            for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
 

@@ -58,7 +58,9 @@ def make_tenant(database: Database, name: str = "default") -> Tenant:
     with database.begin() as connection:
         org = tenants.create_org(connection, name, now_us=now_us())
         project = tenants.create_project(connection, org, "p", now_us=now_us())
-        key_id, key = keys.create_key(connection, project, name="k", now_us=now_us())
+        key_id, key = keys.create_key(
+            connection, project, name="k", now_us=now_us(), scopes=(*keys.DEFAULT_SCOPES, "admin")
+        )
     return Tenant(database, Principal(key_id=key_id, org_id=org, project_id=project), key)
 
 

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Mode = Literal["auto", "inline", "thread"]
 
 _STALE_S = 0.5  # older rules are looked up anew before a key is let in
+_UNKNOWN_S = 0.1  # between two looks for keys that are not known
 _POLL_S = 0.2
 _TICK_S = 0.1
 _BUSY_MS = 2000
@@ -116,7 +117,10 @@ class SqlLedger:
     async def authenticate(self, key: str) -> Principal:
         """See `Ledger.authenticate`. Raises also: OverloadedError when nothing can be looked up."""
         rules = await self._fresh()
-        state = rules.key(hashlib.sha256(key.encode()).hexdigest())
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        state = rules.key(digest)
+        if state is None:
+            state = (await self._newest()).key(digest)
         if state is None:
             raise AuthError("the API key is not known", hint="`mxn keys list` shows the known ones")
         now_us = self._now_us()
@@ -137,10 +141,25 @@ class SqlLedger:
             await self._look()
         return self.cache.rules
 
-    async def _look(self) -> None:
+    async def _newest(self) -> Rules:
+        """Return rules as they were when this was called, or later: the key may just be made.
+
+        However many unknown keys are tried, the database is asked a few times a second.
+        """
+        asked_s = time.monotonic()
+        while self.cache.checked_s < asked_s:
+            pause_s = self.cache.checked_s + _UNKNOWN_S - time.monotonic()
+            if pause_s > 0:
+                await asyncio.sleep(pause_s)
+            await self._look(asked_s)
+        return self.cache.rules
+
+    async def _look(self, newer_than_s: float | None = None) -> None:
         """Refresh the rules now; whoever asks meanwhile waits for the same look."""
         if self._looking is None or self._looking.done():
-            look = partial(self.cache.refresh, newer_than_s=time.monotonic() - _STALE_S)
+            if newer_than_s is None:
+                newer_than_s = time.monotonic() - _STALE_S
+            look = partial(self.cache.refresh, newer_than_s=newer_than_s)
             self._looking = asyncio.create_task(asyncio.to_thread(look))
         try:
             await asyncio.wait_for(asyncio.shield(self._looking), self._open_timeout_s)

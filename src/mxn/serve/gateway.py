@@ -27,6 +27,8 @@ from mxn.serve.traffic import Traffic
 
 # Probes and scrapers have no key, and what they see holds nothing of a user.
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
+# With a key of the scope `admin` they say more: what each organization spent, where replicas are.
+_SHOWS_MORE = frozenset({"/health", "/metrics"})
 CONTEXT = "mxn.context"  # in the scope: a context that was made before, by a batch
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -120,11 +122,13 @@ class Gateway:
         self, context: RequestContext, scope: Scope, authorization: bytes, api_key: bytes
     ) -> None:
         """Find out who asks. Raises: AuthError, ForbiddenError, ApiError 401."""
-        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if scope["method"] == "OPTIONS":
             return
         kind, _, key = authorization.partition(b" ")
         key = key.strip() if kind.lower() == b"bearer" else b""
         key = key or api_key.strip()
+        if scope["path"] in OPEN_PATHS and not (key and scope["path"] in _SHOWS_MORE):
+            return
         if self._digests and self._is_fixed(key):
             return
         ledger = context.ledger
@@ -135,6 +139,8 @@ class Gateway:
         if not key:
             raise _unknown(key)
         context.principal = await ledger.authenticate(key.decode("latin-1"))
+        if scope["path"] in OPEN_PATHS:
+            return
         needed = _scope_of(scope["path"])
         if needed not in context.principal.scopes:
             raise ForbiddenError(

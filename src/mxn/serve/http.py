@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -24,6 +24,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 _PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 _STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[(?P<index>\d+)\]")
 _SHOWN_CHARS = 60
+
+# Decoding holds every other request up. A megabyte of text takes a millisecond, but a megabyte of
+# nested empty lists 150: so their number is limited, not only the bytes.
+_COUNTED_BYTES = 1 << 20
+MAX_CONTAINERS: Final = 250_000  # objects and lists in one body
+MAX_STRINGS: Final = 500_000
+BODY_TIMEOUT_S: Final = 60.0  # for a client that sends its body slowly
 
 
 class Endpoint:
@@ -49,6 +56,7 @@ async def parse(request: Request, type: type[T], max_body_bytes: int) -> T:
     Raises: ApiError 413 for a body over the limit, 400 with `param` for anything wrong in it.
     """
     body = await read_body(request, max_body_bytes)
+    check_shape(body)
     try:
         return msgspec.json.decode(body, type=type)
     except msgspec.ValidationError as exc:
@@ -57,7 +65,50 @@ async def parse(request: Request, type: type[T], max_body_bytes: int) -> T:
         raise ApiError(f"The body is not valid JSON: {exc}", code="invalid_json") from None
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+def check_shape(body: bytes) -> None:
+    """Refuse JSON that is small in bytes and huge in memory. Raises: ApiError."""
+    if len(body) < _COUNTED_BYTES:
+        return
+    num = body.count(b"[") + body.count(b"{")
+    if num <= MAX_CONTAINERS and body.count(b'"') // 2 <= MAX_STRINGS:
+        return
+    # Many of them may stand in a text, such as a program: without escapes, every second piece
+    # between quotes is outside of strings.
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
+    num_strings = plain.count(b'"') // 2
+    if num_strings > MAX_STRINGS:
+        raise _too_many("strings", num_strings, MAX_STRINGS)
+    if plain.count(b"[") + plain.count(b"{") <= MAX_CONTAINERS:
+        return
+    num = sum(part.count(b"[") + part.count(b"{") for part in plain.split(b'"')[::2])
+    if num > MAX_CONTAINERS:
+        raise _too_many("lists and objects", num, MAX_CONTAINERS)
+
+
+def _too_many(what: str, num: int, limit: int) -> ApiError:
+    return ApiError(
+        f"The body has {num} {what}; at most {limit} are taken.",
+        status=413,
+        code="request_too_large",
+    )
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+    """Return the whole body. Raises: ApiError 413, or 408 when it takes longer than `timeout_s`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_body(request, max_bytes)
+    except TimeoutError:
+        raise ApiError(
+            f"The body did not arrive within {timeout_s:g} s.",
+            status=408,
+            type="timeout_error",
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from None
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise too_large(max_bytes)

@@ -44,17 +44,20 @@ class Names:
         Raises: ApiError 404 for a chip that nobody knows, 400 for one without this model; both
         list the pairs that exist.
         """
-        model = models.get(name)
+        model = self._plain(models, name)
         if model is not None:
             return model
-        base_name, at, chip = name.rpartition("@")
-        if at:
-            base = self.find(models, base_name)
-            return None if base is None else self._on_chip(models, base, chip)
-        if name.startswith(BATCH_PREFIX):
-            base = models.get(name.removeprefix(BATCH_PREFIX))
-            return None if base is None else self._patient(base, name)
-        return None
+        base_name, _, chip = name.rpartition("@")
+        base = self._plain(models, base_name) if base_name else None
+        return None if base is None else self._on_chip(models, base, chip)
+
+    def _plain(self, models: ServedModels, name: str) -> ServedModel | None:
+        """Return the model of a name that says nothing about chips."""
+        model = models.get(name)
+        if model is not None or not name.startswith(BATCH_PREFIX):
+            return model
+        base = models.get(name.removeprefix(BATCH_PREFIX))
+        return None if base is None else self._patient(base, name)
 
     def _on_chip(self, models: ServedModels, base: ServedModel, chip: str) -> ServedModel:
         chips = chips_named(base, chip)
@@ -127,6 +130,13 @@ class Patient:
 def base_name(name: str) -> str:
     """Return the plain model name within a longer one."""
     return (name.rpartition("@")[0] or name).removeprefix(BATCH_PREFIX)
+
+
+def permitted_name(model: ServedModel) -> str:
+    """Return the name that a key's list of models must hold, which is not cut from what was asked:
+    a model may be called `batch-x` or `x@y` itself."""
+    is_view = isinstance(model.client, Patient)
+    return model.name.removeprefix(BATCH_PREFIX) if is_view else model.name
 
 
 def chips_of(model: ServedModel) -> list[str]:

@@ -11,7 +11,6 @@ class ServeSettings:
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # never in a log
     max_body_bytes: int = 32 << 20
-    body_timeout_s: float = 60.0  # for a client that sends its body slowly
     request_timeout_s: float | None = None  # from arrival to the last token; None: no limit
     max_requests: int | None = None  # under way at the same time; None: no limit
     heartbeat_s: float = 15.0  # silence after which a stream sends `: ping`

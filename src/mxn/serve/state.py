@@ -14,7 +14,7 @@ from mxn.ledger.types import Ledger
 from mxn.serve.context import current
 from mxn.serve.http import parse
 from mxn.serve.metrics import Metrics
-from mxn.serve.names import Names, base_name
+from mxn.serve.names import Names, base_name, permitted_name
 from mxn.serve.openai.errors import ApiError, model_not_found, unavailable
 from mxn.serve.openai.types import ModelRequest
 from mxn.serve.peers import Peers
@@ -65,25 +65,23 @@ class State:
         if model is None and self.settings.is_lenient:
             model = self.models.only()
         if model is not None:
-            self._check_allowed(model.name)
+            note_model(model.name, permitted_name(model))
             return model
-        known = [*self.models.names(), *self.models.pending]
         pending = self.models.pending
         plain = base_name(name) if name else next(iter(pending), "")
         if plain in pending and (name or not len(self.models)):
             raise self._loading(plain)
+        known = self.known_names()
         if not name:
             raise ApiError(f"model is required; one of {known}.", param="model")
         raise model_not_found(name, known)
 
-    @staticmethod
-    def _check_allowed(name: str) -> None:
-        """Note which model a request is for. Raises: ForbiddenError when its key may not use it."""
-        context = current()
-        context.model = name
-        principal = context.principal
-        if principal is not None and not principal.may_use(base_name(name)):
-            raise ForbiddenError(f"this key may not use the model {name!r}")
+    def known_names(self) -> list[str]:
+        """Return the names of all models that the caller's key may use."""
+        foreign = (model.name for model in self.upstreams)
+        return [
+            name for name in (*self.models.names(), *self.models.pending, *foreign) if may_see(name)
+        ]
 
     def _loading(self, name: str) -> ApiError:
         pending = self.models.pending[name]
@@ -95,6 +93,24 @@ class State:
             share = 100 * pending.progress.done // pending.progress.total
             message = f"Model {name!r} is loading ({pending.progress.stage}, {share} %)."
         return unavailable(message, type="model_loading", code="model_loading")
+
+
+def note_model(name: str, permitted: str) -> None:
+    """Note which model a request is for; `permitted` is what its key's list of models must hold.
+
+    Raises: ForbiddenError when the key may not use it.
+    """
+    context = current()
+    context.model = name
+    principal = context.principal
+    if principal is not None and not principal.may_use(permitted):
+        raise ForbiddenError(f"this key may not use the model {permitted!r}")
+
+
+def may_see(name: str) -> bool:
+    """Whether the caller's key may use a model of that name."""
+    principal = current().principal
+    return principal is None or principal.may_use(name)
 
 
 def require_kind(model: ServedModel, *kinds: Kind) -> None:

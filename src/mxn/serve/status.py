@@ -11,6 +11,7 @@ from starlette.responses import Response
 import mxn
 from mxn.engine.protocol import EngineStats
 from mxn.errors import MxnError
+from mxn.serve.context import current
 from mxn.serve.fleet import Seat
 from mxn.serve.http import json_response
 from mxn.serve.openai.errors import RETRY_AFTER_S
@@ -21,6 +22,7 @@ from mxn.serve.replicas.upstream import Upstream
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State
 
+_PRIVATE = (b"mxn_cost_micro", b"mxn_replica_")  # names of organizations and addresses of replicas
 _STATS_TIMEOUT_S = 2.0  # a busy engine answers between two steps
 
 
@@ -41,7 +43,7 @@ class StatusRoutes:
                 models[name]["progress"] = pending.progress
         for upstream in self._state.upstreams:
             models[upstream.name] = {"status": "ready" if upstream.is_healthy else "dead"}
-        for row in replica_rows(self._state):
+        for row in replica_rows(self._state) if self._may_see_all() else ():
             replicas = models[row.model].setdefault("replicas", [])
             assert isinstance(replicas, list)
             replicas.append({"name": row.name, "chip": row.chip, "state": row.state})
@@ -82,10 +84,28 @@ class StatusRoutes:
         else:
             told = await peers.ask(own)
             text = merge_metrics({index: item.metrics for index, item in told.items()})
+        if not self._may_see_all():
+            text = _without(text, _PRIVATE)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    def _may_see_all(self) -> bool:
+        """Whether the caller may know who spent what, and where replicas are.
+
+        Without keys everybody may; with them, those who have one of the scope `admin`.
+        """
+        if self._state.ledger is None:
+            return True
+        principal = current().principal
+        return principal is not None and "admin" in principal.scopes
 
     async def version(self, request: Request) -> Response:
         return json_response({"version": mxn.__version__})
+
+
+def _without(text: bytes, families: tuple[bytes, ...]) -> bytes:
+    """Return an exposition without the samples of some families."""
+    lines = text.split(b"\n")
+    return b"\n".join(line for line in lines if not line.startswith(families))
 
 
 async def tell(state: State) -> Told:

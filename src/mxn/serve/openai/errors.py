@@ -76,10 +76,14 @@ class ClientGone(Exception):
     """The client closed the connection; nobody reads an answer any more."""
 
 
+_SHOWN_NAME_CHARS = 200
+
+
 def model_not_found(name: str, known: list[str]) -> ApiError:
     served = ", ".join(repr(item) for item in known) or "none"
+    shown = name if len(name) <= _SHOWN_NAME_CHARS else f"{name[:_SHOWN_NAME_CHARS]}…"
     return ApiError(
-        f"The model {name!r} does not exist. Served models: {served}.",
+        f"The model {shown!r} does not exist. Served models: {served}.",
         status=404,
         param="model",
         code="model_not_found",

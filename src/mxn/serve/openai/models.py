@@ -11,7 +11,7 @@ from mxn.serve.openai.errors import model_not_found
 from mxn.serve.openai.types import ModelCard, ModelList
 from mxn.serve.replicas.upstream_chat import UpstreamModel
 from mxn.serve.served import ServedModel
-from mxn.serve.state import State
+from mxn.serve.state import State, may_see
 
 
 class ModelRoutes:
@@ -22,11 +22,13 @@ class ModelRoutes:
         cards = [
             _card(model, name)
             for model in self._state.models.all()
+            if may_see(model.name)
             for name in (model.name, *model.aliases)
         ]
         cards += [
             _foreign_card(model, name)
             for model in self._state.upstreams
+            if may_see(model.name)
             for name in (model.name, *model.aliases)
         ]
         return json_response(ModelList(data=cards))
@@ -34,14 +36,13 @@ class ModelRoutes:
     async def retrieve(self, request: Request) -> Response:
         name = request.path_params["model"]
         foreign = self._state.upstreams.get(name)
-        if foreign is not None:
+        if foreign is not None and may_see(foreign.name):
             return json_response(_foreign_card(foreign, name))
         model = self._state.models.get(name)
         if model is None and self._state.settings.is_lenient:
             model = self._state.models.only()
-        if model is None:
-            known = [*self._state.models.names(), *(m.name for m in self._state.upstreams)]
-            raise model_not_found(name, known)
+        if model is None or not may_see(model.name):
+            raise model_not_found(name, self._state.known_names())
         return json_response(_card(model, name))
 
 
