@@ -17,7 +17,14 @@ from tokenizers.processors import TemplateProcessing
 
 from mxn.errors import NotFoundError, UserError
 from mxn.models.chat_template import ChatTemplates, Message
+from mxn.models.token_bound import bytes_per_token
 from mxn.models.token_bytes import ByteTable, detect_scheme
+
+# The library holds the GIL while it encodes or decodes one text, and lets go of it for a batch.
+# A batch of one is quicker from about a hundred characters on; below a thousand it saves less than
+# 0.1 ms, which is not worth a hand-over to the library's threads.
+_BATCH_CHARS = 1024
+_BATCH_IDS = 1024
 
 
 class Backend(Protocol):
@@ -39,11 +46,13 @@ class Backend(Protocol):
 
     def added_ids(self) -> frozenset[int]: ...
 
+    def bytes_per_token(self) -> int | None: ...
+
     def token_id(self, token: str) -> int | None: ...
 
 
 class _FastBackend:
-    """A `tokenizers.Tokenizer`; its encode and decode release the GIL."""
+    """A `tokenizers.Tokenizer`. Long texts go as a batch of one: only that releases the GIL."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, cleans_spaces: bool = False) -> None:
         # A file may carry the truncation of its training run; a server never truncates silently.
@@ -54,14 +63,23 @@ class _FastBackend:
         self._cleans_spaces = cleans_spaces and type(backend.model).__name__ != "BPE"
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.raw.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < _BATCH_CHARS:
+            return self.raw.encode(text, add_special_tokens=add_special_tokens).ids
+        batch = self.raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return batch[0].ids
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        encoding = self.raw.encode(first, second)
+        if len(first) + len(second) < _BATCH_CHARS:
+            encoding = self.raw.encode(first, second)
+        else:
+            encoding = self.raw.encode_batch_fast([(first, second)])[0]
         return encoding.ids, encoding.type_ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        text = self.raw.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) < _BATCH_IDS:
+            text = self.raw.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:
+            text = self.raw.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
         return _clean_spaces(text) if self._cleans_spaces else text
 
     def token(self, token_id: int) -> str | None:
@@ -71,7 +89,8 @@ class _FastBackend:
         return self.raw.token_to_id(token)
 
     def truncate(self, text: str, num_tokens: int) -> str:
-        offsets = self.raw.encode(text, add_special_tokens=False).offsets
+        # Not `encode_batch_fast`, which counts no offsets.
+        offsets = self.raw.encode_batch([text], add_special_tokens=False)[0].offsets
         return text if len(offsets) <= num_tokens else text[: offsets[num_tokens - 1][1]]
 
     def vocab(self) -> dict[str, int]:
@@ -83,6 +102,9 @@ class _FastBackend:
 
     def added_ids(self) -> frozenset[int]:
         return frozenset(self.raw.get_added_tokens_decoder())
+
+    def bytes_per_token(self) -> int | None:
+        return bytes_per_token(self.raw, self.vocab())
 
 
 class _SlowBackend:
@@ -120,6 +142,9 @@ class _SlowBackend:
     def added_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.added_tokens_decoder)
 
+    def bytes_per_token(self) -> int | None:
+        return None  # what its Python code does to a text is not known
+
 
 class Tokenizer:
     """Encodes, decodes and renders chats for one checkpoint. Thread-safe after construction."""
@@ -141,6 +166,7 @@ class Tokenizer:
         self.special_ids = backend.special_ids()
         self._added_ids = backend.added_ids()
         self._bytes = ByteTable(byte_scheme, self._added_ids)
+        self._bytes_per_token = backend.bytes_per_token()
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -243,6 +269,16 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens)
+
+    def min_tokens(self, text: str) -> int:
+        """Return a number of tokens that `text` has at least, without tokenizing it.
+
+        0 where this kind of tokenizer gives no bound.
+        """
+        if self._bytes_per_token is None:
+            return 0
+        num_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        return -(-num_bytes // self._bytes_per_token)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """Return (token ids, token types) of a pair with special tokens, as rerankers take it."""
