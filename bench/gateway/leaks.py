@@ -19,6 +19,10 @@ from samples import Held, growth, sample
 from mxn.ledger.balance import check
 from mxn.ledger.database import Database
 
+NOISE_KIB = 2048
+# The ledger's pool of SQLite connections, each a file and its log, is filled when it is first busy.
+_SLACK = {"num_sockets": 0, "num_files": 4, "num_threads": 0}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
@@ -62,12 +66,17 @@ def slope(samples: list[Sample], name: str) -> float:
     return growth(at, [item.held[name].rss_kib for item in samples[:-1]])
 
 
-def grown(slopes: dict[str, float], limit_kib: float) -> list[str]:
-    """Return whose memory follows the number of requests; KiB for 10,000 of them."""
+def grown(slopes: dict[str, float], num_requests: int, limit_kib: float) -> list[str]:
+    """Return whose memory follows the number of requests; KiB for 10,000 of them.
+
+    In a short run a single step of the allocator makes a steep line: growth of less than
+    `NOISE_KIB` in the part that is judged proves nothing.
+    """
+    judged = 2 / 3 * num_requests / 10_000
     return [
         f"{name} grows by {slope:.0f} KiB for 10,000 requests, above {limit_kib:.0f}"
         for name, slope in slopes.items()
-        if slope > limit_kib
+        if slope > limit_kib and slope * judged > NOISE_KIB
     ]
 
 
@@ -75,9 +84,9 @@ def kept(before: Sample, after: Sample) -> list[str]:
     """Return what is there afterwards and was not there at rest before."""
     problems = []
     for name, held in after.held.items():
-        for what in ("num_fds", "num_threads"):
+        for what, slack in _SLACK.items():
             was, is_now = getattr(before.held[name], what), getattr(held, what)
-            if is_now > was:
+            if is_now > was + slack:
                 problems.append(f"{name} had {was} {what} at rest and has {is_now} afterwards")
     return problems
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from azure import read_trace, timetable
+from azure import Arrival, read_trace, timetable
 from leaks import Pool, Sample, books, busy, grown, kept, look, slope
 from player import NAME, Replay, Tally
 from run import free_port, process
@@ -59,8 +59,8 @@ async def _at_rest(pool: Pool, replay: Replay, before: Sample, begun_s: float) -
 
 def _print(item: Sample) -> None:
     held = "  ".join(
-        f"{name} {one.rss_kib / 1024:.1f} ({one.pss_kib / 1024:.1f}) MiB {one.num_fds} fds "
-        f"{one.num_threads} thr"
+        f"{name} {one.rss_kib / 1024:.1f} ({one.pss_kib / 1024:.1f}) MiB "
+        f"{one.num_sockets} + {one.num_files} fds {one.num_threads} thr"
         for name, one in item.held.items()
     )
     print(
@@ -75,7 +75,10 @@ async def drive(pool: Pool, options: argparse.Namespace) -> dict[str, Any]:
     trace = read_trace(options.trace, options.length_scale, options.longest)
     first = look(pool, Tally(), time.monotonic())  # rows of the look whether servers are up
     warm = Replay(pool.url, pool.key, options.leave, options.seed + 1)
-    await warm.run(timetable(trace, 4 * options.connections, None), 1e9, options.connections)
+    first_ones = timetable(
+        [Arrival(0.0, item.prompt_tokens, 1) for item in trace], options.warm, None
+    )
+    await warm.run(first_ones, 1e9, options.connections)
     await asyncio.sleep(REST_S)
     before = look(pool, warm.tally, time.monotonic())
     replay, samples = Replay(pool.url, pool.key, options.leave, options.seed), list[Sample]()
@@ -93,7 +96,7 @@ async def drive(pool: Pool, options: argparse.Namespace) -> dict[str, Any]:
     slopes = {name: slope(samples, name) for name in pool.pids}
     wrong = warm.tally.problems + tally.problems
     problems = [f"{count} times {what}" for what, count in wrong.most_common(5)]
-    problems += grown(slopes, options.limit_kib) + kept(before, samples[-1])
+    problems += grown(slopes, samples[-1].requests, options.limit_kib) + kept(before, samples[-1])
     problems += await busy(pool) + books(pool, (warm.tally, tally), first.rows)
     told = {name: getattr(options, name) for name in vars(options) if name not in ("trace", "json")}
     return {
@@ -143,7 +146,9 @@ def pool_of(
 
 
 @contextlib.contextmanager
-def models(folder: Path, model: str, count: int) -> Iterator[tuple[list[str], dict[str, int]]]:
+def models(
+    folder: Path, model: str, count: int, kv_memory: str
+) -> Iterator[tuple[list[str], dict[str, int]]]:
     """Run servers of a model; yield their addresses and process ids."""
     with contextlib.ExitStack() as stack:
         urls, pids = [], {}
@@ -152,7 +157,7 @@ def models(folder: Path, model: str, count: int) -> Iterator[tuple[list[str], di
             urls.append(f"http://127.0.0.1:{port}")
             command = [
                 sys.executable, "-m", "mxn.cli.main", "serve", model, "--name", NAME, "--device",
-                "cpu", "--threads", "1", "--port", str(port),
+                "cpu", "--threads", "1", "--kv-memory", kv_memory, "--port", str(port),
             ]  # fmt: skip
             env = {"MXN_HOME": str(folder), "OMP_NUM_THREADS": "1"}
             pids[f"replica{number}"] = stack.enter_context(process(command, urls[-1], {}, **env))
@@ -166,6 +171,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, default=2, help="of --model")
     parser.add_argument("--requests", type=int)
     parser.add_argument("--hours", type=float, help="of the trace's time")
+    parser.add_argument(
+        "--warm",
+        type=int,
+        default=1000,
+        help="requests for one token before anything is measured, which fill bounded caches",
+    )
+    parser.add_argument("--kv-memory", default="64MiB", help="of each replica of --model")
     parser.add_argument("--speedup", type=float, default=60.0)
     parser.add_argument("--length-scale", type=float, default=0.1)
     parser.add_argument("--longest", type=int, default=200, help="tokens of prompt or answer")
@@ -192,7 +204,9 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.model:
-            urls, pids = stack.enter_context(models(folder, options.model, options.replicas))
+            urls, pids = stack.enter_context(
+                models(folder, options.model, options.replicas, options.kv_memory)
+            )
         else:
             urls, pids = (
                 [stack.enter_context(running_stub(is_sized=True, token_s=options.token_s))],

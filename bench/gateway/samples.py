@@ -17,7 +17,8 @@ class Held:
 
     rss_kib: int
     pss_kib: int
-    num_fds: int
+    num_sockets: int
+    num_files: int  # all other descriptors
     num_threads: int
 
 
@@ -27,7 +28,8 @@ def sample(pid: int) -> Held:
     return Held(
         rss_kib=sum(item.rss_kib for item in found),
         pss_kib=sum(item.pss_kib for item in found),
-        num_fds=sum(item.num_fds for item in found),
+        num_sockets=sum(item.num_sockets for item in found),
+        num_files=sum(item.num_files for item in found),
         num_threads=sum(item.num_threads for item in found),
     )
 
@@ -43,13 +45,23 @@ def family(pid: int) -> list[int]:
 
 def _one(pid: int) -> Held:
     status = _fields(Path(f"/proc/{pid}/status").read_text().splitlines())
+    fds = [_target(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    num_sockets = sum(target.startswith("socket:") for target in fds)
     rollup = _fields(Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     return Held(
         rss_kib=status["VmRSS"],
         pss_kib=rollup["Pss"],
-        num_fds=len(os.listdir(f"/proc/{pid}/fd")),
+        num_sockets=num_sockets,
+        num_files=len(fds) - num_sockets,
         num_threads=status["Threads"],
     )
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:
+        return ""  # closed since the folder was listed
 
 
 def _fields(lines: Iterable[str]) -> dict[str, int]:

@@ -48,13 +48,14 @@ def test_what_a_process_holds_is_seen(tmp_path):
     files = [(tmp_path / str(number)).open("w") for number in range(5)]
     memory = bytearray(b"x") * (32 << 20)
     after = sample(os.getpid())
-    assert after.num_fds - before.num_fds == 5
+    assert after.num_files - before.num_files == 5
+    assert after.num_sockets == before.num_sockets
     assert after.rss_kib - before.rss_kib > 16 << 10
     assert after.pss_kib - before.pss_kib > 16 << 10
     for file in files:
         file.close()
     assert len(memory) == 32 << 20
-    assert sample(os.getpid()).num_fds == before.num_fds
+    assert sample(os.getpid()).num_files == before.num_files
 
 
 @LINUX
@@ -67,11 +68,12 @@ def test_what_is_kept_and_what_grows_is_told():
         seconds=0, requests=0, rows=0, database_bytes=0, log_bytes=0, held={"gateway": held}
     )
     assert kept(before, before) == []
-    more = replace(before, held={"gateway": replace(held, num_fds=held.num_fds + 1)})
+    more = replace(before, held={"gateway": replace(held, num_sockets=held.num_sockets + 1)})
     (problem,) = kept(before, more)
-    assert "num_fds" in problem
-    assert grown({"gateway": 100.0}, limit_kib=200.0) == []
-    assert len(grown({"gateway": 300.0}, limit_kib=200.0)) == 1
+    assert "num_sockets" in problem
+    assert grown({"gateway": 1000.0}, num_requests=100_000, limit_kib=1024.0) == []
+    assert len(grown({"gateway": 1500.0}, num_requests=100_000, limit_kib=1024.0)) == 1
+    assert grown({"gateway": 1500.0}, num_requests=1000, limit_kib=1024.0) == []
 
 
 def test_the_trace_is_scaled_bounded_and_repeated(tmp_path):
