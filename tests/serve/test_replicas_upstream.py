@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from mxn.ledger.types import OpenUsage, Principal, Receipt, Settlement, Ticket
 from mxn.serve.app import create_app
 from mxn.serve.context import current
 from mxn.serve.replicas.http_client import HttpLimits
-from mxn.serve.replicas.sse import Renamer, SseReader
+from mxn.serve.replicas.sse import MalformedStream, Renamer, SseReader
 from mxn.serve.replicas.upstream import UpstreamConfig
 from mxn.serve.replicas.upstream_chat import UpstreamModel
 from mxn.serve.served import ServedModel, ServedModels
@@ -393,3 +394,172 @@ def test_mxn_behind_mxn_keeps_text_and_counts(events) -> None:
         assert text_of(got) == direct["choices"][0]["message"]["content"]
     made = direct["usage"]["completion_tokens"]
     assert {item.output_tokens for item in book.settled.values()} == {made}
+
+
+def lost_after(*events: bytes) -> Script:
+    """Return a server that is lost in mid-answer: fewer bytes come than it had said."""
+    body = b"".join(events)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n"
+    return lambda _: [head % (len(body) + 99) + body]
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": SCHEMA},
+        {"structured_outputs": {"regex": "[a-z]+"}},
+        {"guided_json": {"type": "object"}},
+        {"grammar": 'root ::= "a"'},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"stop": [" 世界!"]},
+        {"stop": " 世界!"},
+        {"min_tokens": 9},
+        {"logprobs": True},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -1},
+        {"repetition_penalty": 1.1},
+    ],
+    ids=str,
+)
+def test_what_acts_on_the_whole_answer_is_not_continued(field: dict[str, Any]) -> None:
+    first = lost_after(stream_of(WORDS[:2], has_end=False))
+    second = lambda body: [sse(stream_of(WORDS[2:]))]  # noqa: E731
+    with fakes(first, second) as found, gateway(*found) as (client, book):
+        answer = ask(client, stream=True, **field)
+    error = json.loads(answer.text.strip().split("\n\n")[-2][6:])["error"]
+    assert error["code"] == "engine_unavailable"
+    assert next(iter(field)) in json.dumps(error)
+    assert not found[1].bodies, "the second server must not be asked"
+    assert book.only().reason == "replica_lost"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"response_format": {"type": "text"}, "tool_choice": "auto", "logprobs": False},
+        {"temperature": 0, "seed": 3, "logit_bias": {"5": 1}, "frequency_penalty": 0},
+        {"stop": ["界 x", "END"], "min_tokens": 0, "repetition_penalty": 1.0},
+    ],
+    ids=str,
+)
+def test_what_acts_on_one_token_at_a_time_is_continued(events, field: dict[str, Any]) -> None:
+    first = lost_after(stream_of(WORDS[:3], has_end=False))
+    second = lambda body: [sse(stream_of(WORDS[3:]))]  # noqa: E731
+    with fakes(first, second) as found, gateway(*found) as (client, _):
+        assert text_of(events(ask(client, stream=True, **field))) == "".join(WORDS)
+        assert found[1].bodies[0]["continue_final_message"] is True
+
+
+def test_the_server_that_continues_is_asked_in_its_own_way(events) -> None:
+    """One that cannot continue is passed over, and its kind does not change the body."""
+    rest = lambda body: [sse(stream_of(WORDS[2:]))]  # noqa: E731
+    with fakes(lost_after(stream_of(WORDS[:2], has_end=False)), rest, rest) as found:
+        kinds = ("vllm", "openai", "vllm")
+        configs = [
+            UpstreamConfig(url=fake.url, model="up", kind=kind)
+            for fake, kind in zip(found, kinds, strict=True)
+        ]
+        with gateway(*configs) as (client, _):
+            assert text_of(events(ask(client, stream=True))) == "".join(WORDS)
+    assert not found[1].bodies
+    assert found[2].bodies[0]["continue_final_message"] is True
+    assert found[2].bodies[0]["add_generation_prompt"] is False
+
+
+@pytest.mark.parametrize("num_servers", [1, 2])
+@pytest.mark.parametrize("words", [WORDS, []])
+@pytest.mark.parametrize("how", ["lost", "malformed"])
+def test_a_server_lost_after_the_finish_reason_has_answered(
+    events, num_servers: int, words: list[str], how: str
+) -> None:
+    parts = [stream_of(words, has_end=False), chunk({}, "stop")]
+    parts += [b"data: {nonsense\n\n"] if how == "malformed" else []
+    other = lambda body: [sse(stream_of(["more"]))]  # noqa: E731
+    with (
+        fakes(lost_after(*parts), other) as found,
+        gateway(*found[:num_servers]) as (client, book),
+    ):
+        answer = ask(client, stream=True, response_format={"type": "json_object"})
+        got = events(answer)
+        assert text_of(got) == "".join(words)
+        assert [item["choices"][0]["finish_reason"] for item in got].count("stop") == 1
+    assert not found[1].bodies
+    used = book.only()
+    assert (used.reason, used.basis, used.output_tokens) == ("complete", "events", len(words))
+
+
+def test_each_choice_must_have_ended() -> None:
+    """A reason that comes twice for one choice is not the other's."""
+    ends = [chunk({"content": "a"}), chunk({}, "stop"), chunk({}, "stop")]
+    with fakes(lost_after(*ends)) as found, gateway(*found) as (client, book):
+        assert "engine_unavailable" in ask(client, stream=True, n=2).text
+    assert book.only().reason == "replica_lost"
+
+
+def test_an_answer_that_reached_its_limit_is_not_asked_for_more(events) -> None:
+    other = lambda body: [sse(stream_of(["more"]))]  # noqa: E731
+    first = lost_after(stream_of(WORDS[:2], has_end=False))
+    with fakes(first, other) as found, gateway(*found) as (client, _):
+        got = events(ask(client, stream=True, max_tokens=2))
+        assert text_of(got) == "".join(WORDS[:2])
+        assert got[-1]["choices"][0]["finish_reason"] == "length"
+    assert not found[1].bodies
+
+
+DEEP = b'data: {"choices":[{"delta":{"x":' + b"[" * 5000 + b"]" * 5000 + b"}}]}\n\n"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'data: {"choices":[{"delta":[1]}]}\n\n',
+        b'data: {"choices":[{"delta":"text"}]}\n\n',
+        b'data: {"choices":[{"delta":7}]}\n\n',
+        DEEP,
+    ],
+    ids=["list", "string", "number", "deep"],
+)
+@pytest.mark.parametrize("num_words", [0, 2])
+def test_a_delta_that_is_none_loses_the_server_and_not_the_answer(
+    events, bad: bytes, num_words: int
+) -> None:
+    first = sse(stream_of(WORDS[:num_words], has_end=False) + bad)
+    other = lambda body: [sse(stream_of(WORDS[num_words:]))]  # noqa: E731
+    with fakes(lambda body: [first], other) as found, gateway(*found) as (client, book):
+        answer = ask(client, stream=True)
+        assert text_of(events(answer)) == "".join(WORDS)
+    assert book.only().reason == "complete"
+
+
+def test_what_a_foreign_server_says_is_quoted_briefly_and_answers_never() -> None:
+    secret = "the secret answer"
+    bad = b'data: {"choices": "' + secret.encode() + b'"}\n\n'
+    batch = SseReader().feed(bad)
+    assert batch.problem is not None
+    assert secret not in batch.problem
+    assert "bytes that are no event" in batch.problem
+    long = json.dumps({"error": {"message": "m" * 5000}}).encode()
+    batch = SseReader().feed(b"data: " + long + b"\n\n")
+    assert batch.problem is not None
+    assert len(batch.problem) < 250
+    assert "mmm" in batch.problem
+
+
+def test_a_long_event_costs_one_look_at_each_byte_and_has_an_end() -> None:
+    reader = SseReader(max_event_bytes=1 << 20)
+    begun_s = time.perf_counter()
+    piece = b"x" * 16
+    reader.feed(b'data: {"id": "')
+    for _ in range((1 << 20) // 16 - 1):
+        assert not reader.feed(piece).blocks
+    batch = reader.feed(b'"}\n\ndata: [DONE]\n')
+    assert len(batch.blocks) == 1
+    assert reader.feed(b"\n").is_done
+    assert time.perf_counter() - begun_s < 2, "copying the rest at each piece takes far longer"
+    with pytest.raises(MalformedStream, match="more than 1048576 bytes"):
+        reader.feed(b"y" * ((1 << 20) + 1))

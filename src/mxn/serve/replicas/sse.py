@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+MAX_QUOTED_CHARS = 200  # of what a foreign server says
 _RAW_NULL = msgspec.Raw(b"null")
 
 
@@ -73,27 +74,43 @@ _decoder = msgspec.json.Decoder(Chunk)
 
 
 class SseReader:
-    """Feed bytes, get batches of whole events; what is incomplete waits for the next piece."""
+    """Feed bytes, get batches of whole events; what is incomplete waits for the next piece.
 
-    def __init__(self, max_event_bytes: int = 16 << 20) -> None:
-        self._rest = b""
+    Each byte is looked at a fixed number of times, however small the pieces of a long event are.
+    """
+
+    def __init__(self, max_event_bytes: int = 4 << 20) -> None:
+        self._rest = bytearray()  # holds no blank line
+        self._has_cr = False  # the last byte was a CR, which waits for its LF
         self._max_event_bytes = max_event_bytes
 
     def feed(self, data: bytes) -> Batch:
         """Return the events that are complete now. Raises: MalformedStream for one without end."""
-        data = self._rest + data if self._rest else data
-        if b"\r" in data:  # some servers end lines as HTTP does; a split CRLF waits
-            cut = len(data) - 1 if data.endswith(b"\r") else len(data)
-            data = data[:cut].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + data[cut:]
-        head, found, self._rest = data.rpartition(b"\n\n")
-        if len(self._rest) > self._max_event_bytes:
+        if self._has_cr or b"\r" in data:  # some servers end lines as HTTP does
+            data = self._without_cr(data)
+        rest = self._rest
+        if rest and (b"\n\n" in data or (rest[-1:] == data[:1] == b"\n")):
+            data, self._rest = bytes(rest + data), bytearray()
+            rest = self._rest
+        elif rest:
+            rest += data
+            data = b""
+        head, found, tail = data.rpartition(b"\n\n")
+        rest += tail
+        if len(rest) > self._max_event_bytes:
             raise MalformedStream(f"an event of more than {self._max_event_bytes} bytes")
         return self._parse(head.split(b"\n\n")) if found else Batch([], [], False)
 
     def finish(self) -> Batch:
         """Return what the end of the stream completes: a last event without its blank line."""
-        rest, self._rest = self._rest.strip(), b""
+        rest, self._rest = bytes(self._rest).strip(), bytearray()
         return self._parse([rest]) if rest else Batch([], [], False)
+
+    def _without_cr(self, data: bytes) -> bytes:
+        data = b"\r" + data if self._has_cr else data
+        self._has_cr = data.endswith(b"\r")
+        data = data[:-1] if self._has_cr else data
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _parse(self, raw: list[bytes]) -> Batch:
         batch = Batch([], [], False)
@@ -108,14 +125,36 @@ class SseReader:
             try:
                 chunk = decode(data)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-                batch.problem = f"sent {data[:80]!r} ({exc})"
+                # Nothing of the data itself: it may be a piece of somebody's answer.
+                batch.problem = f"sent {len(data)} bytes that are no event ({clipped(exc)})"
                 return batch
             if chunk.error is not None:
-                batch.problem = f"reported {chunk.error!r}"
+                batch.problem = f"reported {_reported(chunk.error)}"
+                return batch
+            if not all(_is_object(choice.delta) for choice in chunk.choices):
+                batch.problem = "sent a delta that is no object"
                 return batch
             batch.chunks.append(chunk)
             batch.blocks.append(block if len(data) + 6 == len(block) else b"data: " + data)
         return batch
+
+
+def clipped(value: object) -> str:
+    """Return the beginning of what a foreign server says, for messages and logs."""
+    text = str(value)
+    return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}…"
+
+
+def _reported(error: Any) -> str:
+    """Return an error event's message, quoted; of other shapes only what they are."""
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("code")
+    return repr(clipped(error)) if isinstance(error, str | int) else "an error"
+
+
+def _is_object(delta: msgspec.Raw) -> bool:
+    data = bytes(memoryview(delta)[:1])
+    return data == b"{" or bytes(delta) == b"null"
 
 
 def _data(block: bytes) -> bytes:

@@ -34,7 +34,8 @@ from mxn.serve.http import disconnected, explain, stop
 from mxn.serve.openai.errors import ApiError, ClientGone, from_exception
 from mxn.serve.openai.stream import DONE, PING, event
 from mxn.serve.openai.types import CompletionTokensDetails, PromptTokensDetails, Usage
-from mxn.serve.replicas.sse import Batch, Choice, Renamer, UpstreamUsage
+from mxn.serve.replicas.continuing import is_opening
+from mxn.serve.replicas.sse import Batch, Choice, Renamer, UpstreamUsage, clipped
 from mxn.serve.replicas.upstream import Upstream, UpstreamConfig, UpstreamSet
 from mxn.serve.replicas.upstream_run import (
     BYTES_PER_TOKEN,
@@ -42,7 +43,6 @@ from mxn.serve.replicas.upstream_run import (
     Head,
     Plan,
     UpstreamRun,
-    is_opening,
     status_of,
 )
 
@@ -337,7 +337,7 @@ class PassStream(Response):
             is_takeover = self.num_sent > 0
             self._num_replicas = run.num_replicas
             self._renamer = Renamer(run.plan.id, run.plan.model)
-            if is_takeover and chunks and all(is_opening(item) for item in chunks[0].choices):
+            if is_takeover and chunks and all(_only_opens(item) for item in chunks[0].choices):
                 del batch.blocks[0], chunks[0]
         if chunks and not self._wants_usage:
             last = chunks[-1]
@@ -358,6 +358,10 @@ class PassStream(Response):
             await send({"type": "http.response.body", "body": data, "more_body": not is_last})
         finally:
             self.is_sending = False
+
+
+def _only_opens(choice: Choice) -> bool:
+    return choice.finish_reason is None and is_opening(choice)
 
 
 def _with_usage(block: bytes, run: UpstreamRun) -> bytes:
@@ -444,7 +448,11 @@ class UpstreamChatRun:
 
 
 def _events_of(choice: Choice, seen_calls: set[tuple[int, int]]) -> list[ChatEvent]:
-    delta = _delta_decoder.decode(choice.delta)
+    try:
+        delta = _delta_decoder.decode(choice.delta)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        message = f"The server of this model sent a delta of an unknown shape: {clipped(exc)}"
+        raise ApiError(message, status=502, type="server_error", code="bad_upstream") from None
     index = choice.index
     out: list[ChatEvent] = []
     if delta is not None:

@@ -6,10 +6,10 @@ they must be changed on the way; writes no answers.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
@@ -18,9 +18,12 @@ from mxn.ledger.types import CloseReason, CountBasis, Ledger, OpenUsage, Settlem
 from mxn.serve.context import Hop, RequestContext
 from mxn.serve.metering import open_row, settle_row
 from mxn.serve.openai.errors import ApiError
+from mxn.serve.replicas.continuing import is_opening, obstacle, text_of
 from mxn.serve.replicas.http_client import Answer, ConnectionLost
 from mxn.serve.replicas.sse import Batch, Choice, Chunk, MalformedStream, SseReader, UpstreamUsage
 from mxn.serve.replicas.upstream import Upstream, UpstreamSet, error_of, is_retried, lost
+
+log = logging.getLogger("mxn.serve")
 
 _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
@@ -67,11 +70,17 @@ class Plan:
     def input_estimate(self) -> int:
         return self.body_bytes // BYTES_PER_TOKEN + 1
 
-    def body_for(self, upstream: Upstream) -> bytes:
-        self.fields["model"] = upstream.model_json
+    def body_for(self, upstream: Upstream, rest: dict[str, msgspec.Raw] | None = None) -> bytes:
+        """Return the body for a server; `rest`: the fields that ask for the rest of an answer."""
+        fields = self.fields | {"model": upstream.model_json}
         if self.head.stream:
-            self.fields["stream_options"] = _WITH_USAGE
-        return msgspec.json.encode(self.fields)
+            fields["stream_options"] = _WITH_USAGE
+        if rest is not None:
+            fields |= rest
+            if upstream.continues == "field":
+                fields["continue_final_message"] = _TRUE
+                fields["add_generation_prompt"] = _FALSE
+        return msgspec.json.encode(fields)
 
 
 @dataclass(slots=True)
@@ -137,7 +146,7 @@ class UpstreamRun:
     num_replicas: int = 0
     _tried: list[Upstream] = field(default_factory=list)
     _sent: list[Choice] = field(default_factory=list)  # kept while the answer could be continued
-    _finished: int = 0
+    _finished: set[int] = field(default_factory=set)  # choices that have their finish reason
     _resumed_events: int = 0
     is_closing: bool = False  # the row is being settled: too late to cancel
 
@@ -179,12 +188,15 @@ class UpstreamRun:
                 except (ConnectionLost, MalformedStream) as exc:
                     answer.close()
                     upstream.failed()
-                    continued = self._continuation(upstream, exc)
-                    if continued is None:
+                    last = self._last_after(exc)
+                    if last is not None:
                         self.is_over = True
-                        yield self._ended_at_limit()
+                        yield last
                         return
-                    answer = await self._open(continued)
+                    rest = self._rest(upstream, exc) if self.num_events else None
+                    self.upstream = None
+                    upstream.num_running -= 1
+                    answer = await self._open(rest)
         finally:
             answer.close()
             if self.upstream is not None:
@@ -201,7 +213,7 @@ class UpstreamRun:
                 if batch.chunks:
                     yield batch
                 raise MalformedStream(f"{upstream.name} {batch.problem}")
-            is_complete = self._finished >= (self.plan.head.n or 1)
+            is_complete = self._is_complete
             if batch.is_done or (not data and is_complete):
                 if not is_complete and not batch.chunks and not self.num_events:
                     raise MalformedStream("an empty stream")
@@ -214,17 +226,12 @@ class UpstreamRun:
             if batch.chunks:
                 yield batch
 
-    async def _open(self, body: dict[str, msgspec.Raw] | None) -> Answer:
+    async def _open(self, rest: dict[str, msgspec.Raw] | None) -> Answer:
         """Return a stream that has begun, on the first server that takes the request."""
         while True:
-            upstream = self._next(must_continue=body is not None)
+            upstream = self._next(must_continue=rest is not None)
             self.upstream = None
-            fields = self.plan.fields if body is None else body
-            saved, self.plan.fields = self.plan.fields, fields
-            try:
-                data = self.plan.body_for(upstream)
-            finally:
-                self.plan.fields = saved
+            data = self.plan.body_for(upstream, rest)
             try:
                 answer = await upstream.http.open("POST", self.plan.path, data)
                 if answer.status == 200:
@@ -275,9 +282,10 @@ class UpstreamRun:
             if chunk.usage is not None:
                 self.usage = chunk.usage
             for choice in chunk.choices:
-                if choice.finish_reason is not None:
-                    self._finished += 1
-                elif self.num_events or choice.text or not _is_opening(choice):
+                is_last = choice.finish_reason is not None
+                if is_last:
+                    self._finished.add(choice.index)
+                if (self.num_events and not is_last) or not is_opening(choice):
                     self.num_events += 1
                 if keeps:
                     self._sent.append(choice)
@@ -293,36 +301,45 @@ class UpstreamRun:
     def _may_continue(self) -> bool:
         return self.plan.is_chat and (self.plan.head.n or 1) == 1 and len(self.upstreams.all) > 1
 
-    def _continuation(self, upstream: Upstream, exc: Exception) -> dict[str, msgspec.Raw] | None:
-        """Return the body that goes on after what was sent; None when the limit is reached.
+    @property
+    def _is_complete(self) -> bool:
+        return len(self._finished) >= (self.plan.head.n or 1)
+
+    def _last_after(self, exc: Exception) -> Batch | None:
+        """Return the last batch of an answer whose server was lost when nothing more was due."""
+        if self._is_complete:  # only counts and the end mark are missing
+            log.info("%s; the answer was whole", exc)
+            return Batch([], [], True)
+        limit = self.plan.head.limit
+        if self._may_continue and limit is not None and 0 < limit <= self.num_events:
+            return self._ended_at_limit()
+        return None
+
+    def _rest(self, upstream: Upstream, exc: Exception) -> dict[str, msgspec.Raw]:
+        """Return the fields that ask another server for the rest of the answer.
 
         Raises: EngineDiedError when the answer cannot be continued.
         """
-        self.upstream = None
-        upstream.num_running -= 1
-        if not self.num_events:
-            return self.plan.fields
-        error = EngineDiedError(f"{upstream.name} was lost in mid-answer: {exc}", retry_after_s=1.0)
         text = text_of(self._sent) if self._may_continue and not self._finished else None
-        if text is None:
-            raise error
+        why = "it is more than one text" if text is None else obstacle(self.plan.fields, text)
+        if text is None or why is not None:
+            raise EngineDiedError(
+                f"{upstream.name} was lost in mid-answer: {exc}",
+                hint=f"no other server can go on with it ({why}); send it again",
+                retry_after_s=1.0,
+            )
         self._resumed_events = self.num_events
-        fields = dict(self.plan.fields)
+        rest: dict[str, msgspec.Raw] = {}
         limit = self.plan.head.limit
         if limit is not None:
-            if limit <= self.num_events:
-                return None
             name = "max_tokens" if self.plan.head.max_completion_tokens is None else (
                 "max_completion_tokens"
             )  # fmt: skip
-            fields[name] = msgspec.Raw(b"%d" % (limit - self.num_events))
-        messages = msgspec.json.decode(fields["messages"], type=list[msgspec.Raw])
+            rest[name] = msgspec.Raw(b"%d" % (limit - self.num_events))
+        messages = msgspec.json.decode(self.plan.fields["messages"], type=list[msgspec.Raw])
         said = msgspec.json.encode({"role": "assistant", "content": text})
-        fields["messages"] = msgspec.Raw(msgspec.json.encode([*messages, msgspec.Raw(said)]))
-        following = self.upstreams.choose(self._tried)
-        if following is not None and following.continues == "field":
-            fields["continue_final_message"], fields["add_generation_prompt"] = _TRUE, _FALSE
-        return fields
+        rest["messages"] = msgspec.Raw(msgspec.json.encode([*messages, msgspec.Raw(said)]))
+        return rest
 
     def _ended_at_limit(self) -> Batch:
         value = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
@@ -368,32 +385,6 @@ class UpstreamRun:
                 status=status,
             ),
         )
-
-
-def _is_opening(choice: Choice) -> bool:
-    """Whether a delta is the first one, which only says the role."""
-    delta = bytes(choice.delta)
-    if delta == b"null":
-        return choice.text is not None and not choice.text
-    value = msgspec.json.decode(delta)
-    return not any(item for key, item in value.items() if key != "role")
-
-
-def is_opening(choice: Choice) -> bool:
-    return choice.finish_reason is None and _is_opening(choice)
-
-
-def text_of(choices: list[Choice]) -> str | None:
-    """Return the text of an answer so far; None when it holds more than text."""
-    parts: list[str] = []
-    for choice in choices:
-        delta: dict[str, Any] = msgspec.json.decode(choice.delta) or {}
-        for name, value in delta.items():
-            if name == "content":
-                parts.append(value or "")
-            elif name != "role" and value:
-                return None
-    return "".join(parts)
 
 
 def status_of(error: BaseException) -> int:
