@@ -20,7 +20,7 @@ from mxn.errors import UnsupportedError
 from mxn.serve.http import unless_gone
 from mxn.serve.metering import Meter, reason_of
 from mxn.serve.metrics import Trace
-from mxn.serve.openai.generation import check_prompt, chips_of
+from mxn.serve.openai.generation import check_length, check_prompt, chips_of
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State, new_id
 
@@ -42,6 +42,10 @@ async def tokenize_inputs(
     def tokenize() -> list[list[int]]:
         return [model.tokenizer.encode(i) if isinstance(i, str) else i for i in inputs]
 
+    for position, item in enumerate(inputs):
+        if isinstance(item, str):
+            name = param if len(inputs) == 1 else f"{param}[{position}]"
+            check_length(item, model, name)
     is_long = sum(len(item) for item in inputs) > _THREAD_CHARS
     sequences = await asyncio.to_thread(tokenize) if is_long else tokenize()
     for position, ids in enumerate(sequences):
@@ -94,6 +98,9 @@ async def score_pairs(
     """Return one score for each pair, in order. Raises: ApiError 400 for a pair too long."""
     if model.info.kind == "embedder":
         return await _cosines(request, state, model, pairs, param)
+    for position, (first, second) in enumerate(pairs):
+        check_length(first, model, f"{param}[{position}]")
+        check_length(second, model, f"{param}[{position}]")
     encoded_pairs = await _tokenize_pairs(model, pairs)
     for position, (ids, _) in enumerate(encoded_pairs):
         check_prompt(ids, model.info, max_tokens=0, param=f"{param}[{position}]")

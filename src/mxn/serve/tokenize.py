@@ -9,8 +9,9 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mxn.serve.chat.dialect import dialect_of
+from mxn.serve.chat.prompt import render_aside
 from mxn.serve.http import json_response
-from mxn.serve.openai.chat import render
 from mxn.serve.openai.errors import ApiError
 from mxn.serve.openai.generation import check_ids
 from mxn.serve.openai.types import ChatMessage, ChatRequest, ModelRequest, TokenIds
@@ -63,7 +64,8 @@ class TokenizeRoutes:
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
             )
-            text, adds_special = render(chat, model), bool(body.add_special_tokens)
+            text = await render_aside(chat, model, dialect_of(model))
+            adds_special = bool(body.add_special_tokens)
         ids = await model.encode(text or "", adds_special)
         spelled = await asyncio.to_thread(_spell, model, ids) if body.return_token_strs else None
         answer = TokenizeAnswer(

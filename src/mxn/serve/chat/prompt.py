@@ -23,6 +23,7 @@ from mxn.serve.served import ServedModel
 _TAKEN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "tokenize", "self")
 # A template takes about 1 ms for this much; below it a thread costs more than it frees.
 _INLINE_CHARS = 256 << 10
+_VALUE_CHARS = 32
 _SHORT_ID_CHARS = 9
 
 
@@ -33,19 +34,33 @@ async def render_aside(
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> str:
     """Return `render`'s text; a huge conversation goes through a thread, so that the loop lives."""
-    if _num_chars(body) < _INLINE_CHARS:
+    if _is_small(body, tools):
         return render(body, model, tools, dialect)
     return await asyncio.to_thread(render, body, model, tools, dialect)
 
 
-def _num_chars(body: ChatRequest) -> int:
-    total = 0
-    for message in body.messages:
-        if isinstance(message.content, str):
-            total += len(message.content)
-        else:
-            total += sum(len(part.text or "") for part in message.content or ())
-    return total
+def _is_small(body: ChatRequest, tools: Sequence[dict[str, Any]] | None) -> bool:
+    """Whether all that a template may look at is less than `_INLINE_CHARS`; stops counting there.
+
+    A value counts as `_VALUE_CHARS`, which is what visiting it costs here and in a template.
+    """
+    left = _INLINE_CHARS
+    # A stack, not recursion: a body may be nested more deeply than Python's own calls.
+    todo: list[Any] = [body.chat_template_kwargs, body.documents, tools, body.messages]
+    while todo:
+        item = todo.pop()
+        left -= len(item) if isinstance(item, str) else _VALUE_CHARS
+        if left <= 0:
+            return False
+        if isinstance(item, msgspec.Struct):
+            todo.extend(getattr(item, name) for name in item.__struct_fields__)
+        elif isinstance(item, dict | list):
+            if len(item) * _VALUE_CHARS >= left:
+                return False
+            todo.extend(item)
+            if isinstance(item, dict):
+                todo.extend(item.values())
+    return True
 
 
 def render(

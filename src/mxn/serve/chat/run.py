@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
@@ -28,7 +28,7 @@ from mxn.serve.chat.plan import (
 from mxn.serve.chat.prompt import render_aside
 from mxn.serve.chat.reasoning import Begins, how_it_begins
 from mxn.serve.openai.errors import ApiError
-from mxn.serve.openai.generation import Job, build_sampling, check_prompt
+from mxn.serve.openai.generation import Job, build_sampling, check_length, check_prompt
 from mxn.serve.openai.types import ChatRequest, Usage
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State, new_id, require_kind
@@ -48,12 +48,12 @@ async def start_chat(
     if body.top_logprobs and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     dialect = _dialect(state, model)
-    # Checking a large schema takes a tenth of a second.
-    call = asyncio.to_thread if may_constrain(body) else _call
+    call = _caller(body)
     tools, form = await call(_plan, body)
     prompt = await render_aside(body, model, dialect, tools.definitions())
-    prompt_ids = await model.encode(prompt, bool(body.add_special_tokens))
     max_tokens = _max_tokens(body, is_lenient=state.settings.is_lenient)
+    check_length(prompt, model, "messages")
+    prompt_ids = await model.encode(prompt, bool(body.add_special_tokens))
     check_prompt(prompt_ids, model.info, max_tokens=max_tokens, param="messages")
     continues = bool(body.continue_final_message)
     begins = how_it_begins(prompt, dialect.reasoning, continues=continues)
@@ -76,6 +76,12 @@ def _plan(body: ChatRequest) -> tuple[ToolPlan, Grammar | None]:
     return plan_tools(body), answer_form(body)
 
 
+def _caller(body: ChatRequest) -> Callable[..., Awaitable[Any]]:
+    """Return what calls a function that may check grammars: a large one takes a tenth of a second,
+    so a thread does it."""
+    return asyncio.to_thread if may_constrain(body) else _call
+
+
 async def _call(function: Callable[P, T], /, *rest: P.args, **named: P.kwargs) -> T:
     return function(*rest, **named)
 
@@ -83,8 +89,8 @@ async def _call(function: Callable[P, T], /, *rest: P.args, **named: P.kwargs) -
 async def count_prompt_tokens(state: State, body: ChatRequest, model: ServedModel) -> int:
     """Return how many tokens the prompt of a chat has. Raises: ApiError, UserError."""
     require_kind(model, "decoder")
-    tools = plan_tools(body).definitions()
-    prompt = await render_aside(body, model, _dialect(state, model), tools)
+    tools = await _caller(body)(plan_tools, body)
+    prompt = await render_aside(body, model, _dialect(state, model), tools.definitions())
     return len(await model.encode(prompt, bool(body.add_special_tokens)))
 
 

@@ -23,7 +23,6 @@ from mxn.serve.chat.events import (
     ToolCallArguments,
     ToolCallStart,
 )
-from mxn.serve.chat.prompt import render
 from mxn.serve.chat.run import start_chat
 from mxn.serve.http import json_response, unless_gone
 from mxn.serve.openai.logprobs import chat_logprobs
@@ -44,8 +43,6 @@ from mxn.serve.openai.types import (
     Usage,
 )
 from mxn.serve.state import State
-
-__all__ = ["ChatRoutes", "render"]
 
 
 class ChatRoutes:

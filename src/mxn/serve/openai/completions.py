@@ -17,7 +17,7 @@ from starlette.responses import Response
 from mxn.engine.protocol import Delta, SamplingParams, TokenLogprob
 from mxn.serve.http import json_response, unless_gone
 from mxn.serve.openai.errors import ApiError, not_supported
-from mxn.serve.openai.generation import Job, build_sampling, check_prompt
+from mxn.serve.openai.generation import Job, build_sampling, check_length, check_prompt
 from mxn.serve.openai.logprobs import CompletionLogprobsBuilder
 from mxn.serve.openai.stream import EventStream, event
 from mxn.serve.openai.types import (
@@ -67,13 +67,15 @@ class CompletionRoutes:
         prompts = []
         for value in token_prompts(body.prompt, "prompt", limit):
             is_text = isinstance(value, str)
+            # A replica keeps room for one token also where only the prompt is scored.
+            wanted = max(1, self._max_tokens(body))
+            if is_text:
+                check_length(value, model, "prompt")
             ids = (
                 await model.encode(value, body.add_special_tokens is not False)
                 if is_text
                 else value
             )
-            # A replica keeps room for one token also where only the prompt is scored.
-            wanted = max(1, self._max_tokens(body))
             check_prompt(ids, model.info, max_tokens=wanted, param="prompt")
             text = ""
             if body.echo:

@@ -133,6 +133,23 @@ def check_prompt(
         raise error
 
 
+def check_length(text: str, model: ServedModel, param: str) -> None:
+    """Refuse a text that is too long in any case before it is tokenized. Raises: ApiError.
+
+    It costs no time, unlike the tokens of 20 MB, which are seconds of a core. What passes is still
+    checked by its tokens, with `check_prompt`.
+    """
+    at_least, limit = model.tokenizer.min_tokens(text), model.info.max_context
+    if at_least > limit:
+        raise ApiError(
+            f"This model's context is {limit} tokens; the request needs at least {at_least} prompt "
+            "tokens. Shorten the prompt.",
+            param=param,
+            code="context_length_exceeded",
+            extra={"n_prompt_tokens": at_least, "n_ctx": limit},
+        )
+
+
 @dataclass(slots=True, kw_only=True)
 class Job:
     """One HTTP request as engine requests: prompt-major, so index = prompt × n + choice."""
