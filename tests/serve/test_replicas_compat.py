@@ -144,3 +144,78 @@ def test_our_own_server_answers_what_a_probe_asks(url: str) -> None:
     cards = httpx.get(f"{url}/v1/models").json()["data"]
     assert cards[0]["owned_by"] == "mxn"
     assert cards[0]["max_model_len"] == 4096
+
+
+class Canned:
+    """A foreign server that sends events as they are, then resets the connection."""
+
+    def __init__(self, *events: Any, **config: Any) -> None:
+        self.events = events
+        self.num_asked = 0
+        self.config = config
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        self.num_asked += 1
+        head = (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 99999\r\n\r\n"
+        )
+        body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in self.events)
+        writer.write(head + body)
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.close()
+
+    def collect(self, request: Generate) -> list[Delta]:
+        async def go() -> list[Delta]:
+            server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+            port = server.sockets[0].getsockname()[1]
+            options: dict[str, Any] = {"kind": "openai", "max_context": 100} | self.config
+            config = CompatConfig(url=f"http://127.0.0.1:{port}", model="m", **options)
+            engine = CompatEngine(config, EchoEngine().tokenizer)
+            try:
+                return await deltas_of(engine, request)
+            finally:
+                await engine.close()
+                server.close()
+
+        return asyncio.run(go())
+
+
+def said(text: str, reason: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"choices": [{"text": text, "finish_reason": reason, **more}]}
+
+
+def test_a_server_lost_after_the_finish_reason_has_answered() -> None:
+    deltas = Canned(said("Hello."), said("", "stop")).collect(ask("x"))
+    assert "".join(delta.text for delta in deltas) == "Hello."
+    assert (deltas[-1].finish_reason, deltas[-1].completion_tokens) == ("stop", 6)
+    with pytest.raises(EngineDiedError):
+        Canned(said("Hello.")).collect(ask("x"))
+
+
+@pytest.mark.parametrize("kind", ["openai", "vllm"])
+def test_an_answer_that_was_at_its_limit_is_ended_without_a_request(kind: str) -> None:
+    server = Canned(said("more"), kind=kind)
+    request = ask("x", resume_ids=list(b"abcdef"), max_tokens=6)
+    [delta] = server.collect(request)
+    assert server.num_asked == 0
+    assert (delta.text, delta.token_ids) == ("abcdef", [])
+    assert (delta.finish_reason, delta.completion_tokens) == ("length", 6)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        said("a", token_ids=[-1]),
+        said("a", token_ids=[2**63]),
+        said("a", token_ids=[97], logprobs={"tokens": ["odd"], "token_logprobs": [0.0]}),
+        said("a", token_ids=[97], logprobs={}),
+        {"choices": [{"text": 5}]},
+        {"choices": [{"text": "a", "delta": [1]}]},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_a_died_engine(event: dict[str, Any]) -> None:
+    with pytest.raises(EngineDiedError):
+        Canned(event, kind="vllm").collect(ask("x", logprobs=1))

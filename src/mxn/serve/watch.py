@@ -59,9 +59,10 @@ class Watch:
         self._task = task
         try:
             item = await items.__anext__()
-        except asyncio.CancelledError:
-            if self._num_cancels and not self._uncancel(task):
-                raise Stalled from None
+        except BaseException as exc:  # whatever the iterator makes of our cancellation
+            is_ours = bool(self._num_cancels) and not self._uncancel(task)
+            if is_ours and isinstance(exc, asyncio.CancelledError | Exception):
+                raise Stalled from exc
             raise
         finally:
             self._task = None

@@ -32,7 +32,7 @@ from mxn.errors import ConfigError, EngineDiedError, UnsupportedError
 from mxn.ledger.types import CountBasis
 from mxn.models.tokenizer import Tokenizer
 from mxn.serve.replicas.http_client import ConnectionLost, HttpClient, HttpLimits
-from mxn.serve.replicas.sse import MalformedStream, SseReader, UpstreamUsage
+from mxn.serve.replicas.sse import MalformedStream, SseReader, UpstreamUsage, clipped
 from mxn.serve.replicas.upstream import KINDS, Kind, Upstream, UpstreamConfig, error_of, lost
 
 _BASICS = frozenset({"temperature", "top_p", "seed", "stop", "frequency_penalty",
@@ -54,6 +54,10 @@ _LLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}
 _OWNERS: dict[str, Kind] = {
     "vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "mxn": "mxn",
 }  # fmt: skip
+# What reading a foreign server's JSON may raise when it is not of the shape it should be.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError,
+               IndexError, KeyError, TypeError, ValueError, struct.error)  # fmt: skip
+_MAX_ID = 1 << 31
 _DEFAULTS = msgspec.to_builtins(SamplingParams())
 
 
@@ -164,19 +168,26 @@ class CompatEngine:
         Raises: UnsupportedError for a parameter the server does not have, EngineDiedError.
         """
         answer = _Made(request, self.tokenizer, knows_ids="token_ids" in self.capabilities)
+        limit = self._limit(request)
+        if request.resume_ids and limit is not None and len(request.resume_ids) >= limit:
+            yield answer.at_limit()  # the replica before was lost with its last token sent
+            return
         body = msgspec.json.encode(self._body(request))
         self._num_running += 1
         self._totals["requests"] += 1
         is_finished = False
         try:
-            async with contextlib.aclosing(self._chunks(body)) as chunks:
-                async for chunk in chunks:
-                    delta = answer.push(chunk)
-                    if delta is not None:
-                        is_finished = is_finished or delta.finish_reason is not None
-                        yield delta
-                        if is_finished:
-                            return
+            try:
+                async with contextlib.aclosing(self._chunks(body)) as chunks:
+                    async for chunk in chunks:
+                        delta = answer.push(chunk)
+                        if delta is not None:
+                            yield delta
+            except MalformedStream as exc:
+                raise self._lost(exc) from exc
+            except EngineDiedError:
+                if not answer.is_finished:
+                    raise  # else only counts and the end mark are missing
             last = answer.finish()
             if last is None:
                 raise self._lost(MalformedStream("the stream ended before its answer"))
@@ -206,7 +217,10 @@ class CompatEngine:
         if answer.status != 200:
             raise error_of(self._upstream, answer, data)
         self._answered()
-        return _encoded(request, data)
+        try:
+            return _encoded(request, data)
+        except _UNREADABLE as exc:
+            raise self._lost(MalformedStream("sent vectors of an unknown shape")) from exc
 
     async def stats(self) -> EngineStats:
         """Return what went through here; the server may have other callers."""
@@ -238,8 +252,10 @@ class CompatEngine:
                     raise MalformedStream(batch.problem)
                 if batch.is_done or not data:
                     return
-        except (ConnectionLost, MalformedStream, msgspec.MsgspecError) as exc:
+        except ConnectionLost as exc:
             raise self._lost(exc) from exc
+        except (MalformedStream, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            raise self._lost(MalformedStream(clipped(exc))) from exc
         finally:
             if answer is not None:
                 answer.close()
@@ -250,9 +266,7 @@ class CompatEngine:
         sampling = request.sampling
         body: dict[str, Any] = {"model": request.adapter or self.config.model, "prompt": prompt}
         body |= self._parameters(sampling)
-        limit = sampling.max_tokens
-        if limit is None and self.config.max_context is not None:
-            limit = self.config.max_context - len(request.prompt_ids)
+        limit = self._limit(request)
         if limit is not None:  # their default is 16
             body["max_tokens"] = max(1, limit - len(request.resume_ids))
         if sampling.min_tokens:
@@ -266,6 +280,13 @@ class CompatEngine:
         if sampling.logprobs is not None:
             body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
         return body
+
+    def _limit(self, request: Generate) -> int | None:
+        """Return how many tokens an answer may have, with those made already."""
+        limit, context = request.sampling.max_tokens, self.config.max_context
+        if limit is None and context is not None:
+            limit = context - len(request.prompt_ids)
+        return limit
 
     def _parameters(self, sampling: SamplingParams) -> dict[str, Any]:
         """Return the parameters that are not at their default. Raises: UnsupportedError."""
@@ -324,8 +345,24 @@ class _Made:
             text = tokenizer.decode(request.resume_ids, sampling.skip_special_tokens)
             self._resumed_text = text.rstrip("\ufffd")  # the server completes half a character
 
+    @property
+    def is_finished(self) -> bool:
+        return self._last is not None
+
+    def at_limit(self) -> Delta:
+        """Return the last delta of an answer that had all its tokens before it came here."""
+        if self._detokenizer is not None:
+            self._resumed_text += self._detokenizer.finish()[0]
+        self._last = ("length", None)
+        last = self.finish()
+        assert last is not None
+        return last
+
     def push(self, chunk: _Chunk) -> Delta | None:
-        """Return what a chunk adds; the last piece waits for the counts that follow it."""
+        """Return what a chunk adds; the last piece waits for the counts that follow it.
+
+        Raises: MalformedStream.
+        """
         if chunk.usage is not None:
             self._server_tokens = chunk.usage.completion_tokens
             self._cached_tokens = chunk.usage.cached_tokens
@@ -335,6 +372,8 @@ class _Made:
         ids = choice.token_ids
         if ids is None:
             ids = self._tokenizer.encode(choice.text, False) if choice.text else []
+        elif not all(0 <= token_id < _MAX_ID for token_id in ids):
+            raise MalformedStream("sent what are no token ids")
         self.num_tokens += len(ids)
         text, stop = choice.text, None
         if self._detokenizer is not None:
@@ -376,13 +415,20 @@ def _logprobs(choice: _Choice, sampling: SamplingParams) -> list[TokenLogprob] |
     """Read log-probabilities whose tokens are written as `token_id:123`."""
     if sampling.logprobs is None or choice.logprobs is None:
         return None
+    try:
+        return _read_logprobs(choice.logprobs, sampling.logprobs)
+    except _UNREADABLE as exc:
+        raise MalformedStream("sent log-probabilities of an unknown shape") from exc
+
+
+def _read_logprobs(raw: dict[str, Any], num_top: int) -> list[TokenLogprob]:
     out = []
-    tops = choice.logprobs.get("top_logprobs") or []
-    values = zip(choice.logprobs["tokens"], choice.logprobs["token_logprobs"], strict=True)
+    tops = raw.get("top_logprobs") or []
+    values = zip(raw["tokens"], raw["token_logprobs"], strict=True)
     for at, (token, logprob) in enumerate(values):
         top = (tops[at] or {}) if at < len(tops) else {}
         pairs = sorted(((_id(key), value) for key, value in top.items()), key=lambda item: -item[1])
-        out.append(TokenLogprob(_id(token), logprob, pairs[: sampling.logprobs]))
+        out.append(TokenLogprob(_id(token), logprob, pairs[:num_top]))
     return out
 
 

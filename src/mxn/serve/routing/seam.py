@@ -105,9 +105,11 @@ class Seam:
             return delta.text
         both = min(len(self._cut), len(delta.text))
         if self._cut[:both] != delta.text[:both]:
-            raise InternalError(
-                f"a replica that took over said {delta.text[:both][-40:]!r} "
-                f"where {self._cut[:both][-40:]!r} had been sent"
+            said, sent = delta.text[:both], self._cut[:both]
+            at = next(i for i in range(both) if said[i] != sent[i])
+            raise InternalError(  # offsets only: errors are logged, and answers are not
+                "a replica that took over said something else than what had been sent, "
+                f"{len(self._cut) - at} characters before its end"
             )
         if delta.finish_reason is not None and len(self._cut) > both:
             raise InternalError(
