@@ -21,6 +21,10 @@ from mxn.errors import ConfigError, EngineDiedError, OverloadedError
 
 _HIGH_BYTES = 1 << 20  # unread bytes of one answer at which its socket is no longer read
 _TICK_S = 0.5  # how exactly time limits are kept
+# Bytes without any of a body: heads (also those of "continue" and the like, together), trailers,
+# and the lines between the chunks.
+_MAX_HEAD_BYTES = 64 << 10
+_PART_BYTES = 64  # what a piece costs beside its bytes, as chunks may be tiny
 _ONE_READ_BYTES = 64 << 10  # a body up to this size leaves together with its head
 
 Header = tuple[bytes, bytes]
@@ -132,8 +136,9 @@ class Answer:
 class _Connection(asyncio.Protocol):
     """One connection. The parser calls the `on_…` methods; the client owns it between answers."""
 
-    __slots__ = ("_answer", "_client", "_ends_at_eof", "_has_bytes", "_is_paused", "_parser",
-                 "_transport", "idle_since", "is_open", "last_s", "uses")  # fmt: skip
+    __slots__ = ("_answer", "_body_bytes", "_client", "_ends_at_eof", "_has_bytes", "_head_bytes",
+                 "_idle_bytes", "_is_paused", "_parser", "_transport", "idle_since", "is_open",
+                 "last_s", "uses")  # fmt: skip
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
@@ -143,6 +148,9 @@ class _Connection(asyncio.Protocol):
         self._is_paused = False
         self._ends_at_eof = True
         self._has_bytes = False
+        self._head_bytes = 0  # of header fields of this answer, and of trailers
+        self._idle_bytes = 0  # that came since the last byte of a body
+        self._body_bytes = 0
         self.is_open = False
         self.idle_since = 0.0
         self.last_s = 0.0
@@ -158,6 +166,7 @@ class _Connection(asyncio.Protocol):
         answer = self._answer = Answer(self, silence_s, deadline_s, whole)
         self.uses += 1
         self._has_bytes = False
+        self._head_bytes = self._idle_bytes = self._body_bytes = 0
         self._ends_at_eof = True
         self.last_s = self._client.now_s
         if len(body) <= _ONE_READ_BYTES:
@@ -204,10 +213,16 @@ class _Connection(asyncio.Protocol):
             return
         self.last_s = self._client.now_s
         self._has_bytes = True
+        num_body = self._body_bytes
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self._fail(f"sent what is not HTTP ({exc})")
+            return
+        # The parser keeps what is incomplete, so fields are counted before they are whole too.
+        self._idle_bytes = 0 if self._body_bytes > num_body else self._idle_bytes + len(data)
+        if not answer._done and max(self._idle_bytes, self._head_bytes) > _MAX_HEAD_BYTES:
+            self._fail(f"sent more than {_MAX_HEAD_BYTES} bytes of header fields")
             return
         if answer._done or not answer._whole:
             if answer.has_head:
@@ -237,6 +252,7 @@ class _Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         answer = self._answer
+        self._head_bytes += len(name) + len(value)
         if answer is None or answer.has_head:
             return  # a trailer
         name = name.lower()
@@ -257,9 +273,10 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         answer = self._answer
+        self._body_bytes += len(body)
         if answer is not None:
             answer._parts.append(body)
-            answer._size += len(body)
+            answer._size += len(body) + _PART_BYTES
 
     def on_message_complete(self) -> None:
         answer = self._answer
@@ -442,6 +459,8 @@ class HttpClient:
                 async with asyncio.timeout_at(until_s):
                     connection = await waiter
             except TimeoutError:
+                if waiter.done() and not waiter.cancelled():  # it came in the same turn
+                    self._hand_on(waiter.result())
                 raise OverloadedError(
                     f"all {self.limits.max_connections} connections to {self.url} are in use"
                 ) from None
