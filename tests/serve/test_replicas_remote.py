@@ -8,14 +8,31 @@ import multiprocessing
 import os
 import signal
 from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
 from typing import cast
 
 import pytest
+from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 
 from mxn.engine.echo import EchoEngine
-from mxn.engine.protocol import Delta, Encode, Generate, SamplingParams
+from mxn.engine.protocol import (
+    AdapterLoaded,
+    Delta,
+    Encode,
+    Generate,
+    LoadAdapter,
+    SamplingParams,
+    UnloadAdapter,
+)
 from mxn.errors import CapacityError, EngineDiedError, NotFoundError, UserError
+from mxn.ledger.types import Principal
 from mxn.serve.app import create_app
+from mxn.serve.context import RequestContext
+from mxn.serve.fleet import Replica
+from mxn.serve.gateway import CONTEXT
+from mxn.serve.pooled import PooledClient
+from mxn.serve.replicas.http_client import HttpClient
 from mxn.serve.replicas.remote import RemoteEngine
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.server import bind, run, running, url_of
@@ -221,3 +238,124 @@ def test_a_killed_server_fails_its_streams_at_once_and_is_found_again() -> None:
             await engine.close()
 
     asyncio.run(work())
+
+
+def test_a_key_that_was_changed_is_the_operators_matter(
+    echo: EchoEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever sent the request has shown a good key; another replica answers."""
+    app = create_app(ServedModels([served("echo", echo)]), ServeSettings(api_keys=("sk-new",)))
+
+    async def work() -> None:
+        engine = await RemoteEngine.connect(url, "echo", key="sk-new")
+        await engine._http.close()
+        engine._http = HttpClient(url, headers=[(b"authorization", b"Bearer sk-old")])
+        with pytest.raises(EngineDiedError, match="refuses our key"):
+            await deltas_of(engine, ask("hello"))
+        assert not engine.is_healthy
+        with pytest.raises(EngineDiedError):
+            await engine.stats()
+        other = EchoEngine()
+        engine._is_healthy = True
+        pool = PooledClient([Replica(id="far", client=engine), Replica(id="near", client=other)])
+        got = [delta async for delta in pool.generate(ask("hello"))]
+        assert "".join(delta.text for delta in got) == "hellohel"
+        await pool.close()
+
+    with running(app) as url:
+        asyncio.run(work())
+    told = [record.getMessage() for record in caplog.records if "our key" in record.getMessage()]
+    assert told
+    assert url in told[0]
+    assert "sk-" not in caplog.text
+
+
+class Adaptable(EchoEngine):
+    """Takes note of the adapters it is told to load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths: dict[str, str] = {}
+
+    async def load_adapter(self, request: LoadAdapter) -> AdapterLoaded:
+        self.paths[request.name] = request.path
+        return AdapterLoaded(request_id=request.request_id, adapters=tuple(self.paths))
+
+    async def unload_adapter(self, request: UnloadAdapter) -> AdapterLoaded:
+        del self.paths[request.name]
+        return AdapterLoaded(request_id=request.request_id, adapters=tuple(self.paths))
+
+
+def load(name: str, path: Path | str) -> LoadAdapter:
+    return LoadAdapter(request_id="l", name=name, path=str(path))
+
+
+def unload(name: str) -> UnloadAdapter:
+    return UnloadAdapter(request_id="u", name=name)
+
+
+@contextlib.contextmanager
+def adaptable(folder: Path | None, *scopes: str) -> Iterator[tuple[str, Adaptable]]:
+    """A server whose every request comes with a key of these scopes; none: without keys."""
+    engine = Adaptable()
+    model = served("echo", engine)
+    models = ServedModels([model])
+    models.add_adapter(model.with_adapter("own"))
+    app = create_app(models, ServeSettings(adapter_folder=str(folder) if folder else None))
+    principal = Principal(
+        key_id="k", org_id="o", project_id="p", scopes=cast("frozenset", frozenset(scopes))
+    )
+
+    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+        context = RequestContext(principal=principal if scopes else None)
+        await app({**scope, CONTEXT: context}, receive, send)
+
+    with running(cast("Starlette", asked)) as url:
+        yield url, engine
+
+
+def test_a_replica_key_loads_from_the_operators_folder_only(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    (folder / "a").mkdir(parents=True)
+    with adaptable(folder, "replica") as (url, engine):
+
+        async def work(remote: RemoteEngine) -> None:
+            await remote.load_adapter(load("a", "a"))
+            await remote.load_adapter(load("b", folder / "a"))
+            for path in ("/etc", "../elsewhere", tmp_path):
+                with pytest.raises(UserError, match="outside of the folder"):
+                    await remote.load_adapter(load("c", path))
+            await remote.unload_adapter(unload("b"))
+
+        on(url, "echo", work)
+        assert engine.paths == {"a": str(folder / "a")}
+
+
+def test_what_the_server_serves_itself_is_neither_replaced_nor_unloaded(tmp_path: Path) -> None:
+    with adaptable(tmp_path, "replica", "admin") as (url, engine):
+
+        async def work(remote: RemoteEngine) -> None:
+            with pytest.raises(UserError, match="served by this server itself"):
+                await remote.load_adapter(load("own", tmp_path))
+            with pytest.raises(UserError, match="served by this server itself"):
+                await remote.unload_adapter(unload("own"))
+            assert remote.is_healthy
+
+        on(url, "echo", work)
+        assert not engine.paths
+
+
+def test_without_a_folder_a_replica_key_loads_nothing(tmp_path: Path) -> None:
+    async def work(remote: RemoteEngine) -> None:
+        await remote.load_adapter(load("a", tmp_path))
+
+    with (
+        adaptable(None, "replica") as (url, engine),
+        pytest.raises(UserError, match="no scope 'admin'"),
+    ):
+        on(url, "echo", work)
+    assert not engine.paths
+    for scopes in (("replica", "admin"), ()):  # an admin's key, and a server without keys
+        with adaptable(None, *scopes) as (url, engine):
+            on(url, "echo", work)
+            assert engine.paths == {"a": str(tmp_path)}

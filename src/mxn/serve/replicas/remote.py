@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
@@ -40,9 +41,13 @@ from mxn.errors import (
 from mxn.serve.replicas.frames import Answered, Unpacker
 from mxn.serve.replicas.http_client import Answer, ConnectionLost, HttpClient, HttpLimits
 from mxn.serve.replicas.server import HEARTBEAT_S
+from mxn.serve.replicas.sse import clipped
 
 T = TypeVar("T")
 
+log = logging.getLogger("mxn.serve")
+
+_KEY_REFUSED = frozenset({401, 403})
 _SILENCE_S = 4 * HEARTBEAT_S
 _PROBE_S = (0.2, 0.5, 1.0, 2.0)  # pauses between attempts to find a lost server again
 _encoder = msgspec.msgpack.Encoder()
@@ -146,7 +151,7 @@ class RemoteEngine:
         try:
             answer = await self._http.open("POST", path + self._query, body, silence_s=_SILENCE_S)
             if answer.status != 200:
-                raise _error_for(answer.status, await answer.read(), self.url)
+                raise self._refused(answer.status, await answer.read())
             unpacker = Unpacker()
             while data := await answer.next():
                 for messages in unpacker.feed(data):
@@ -169,11 +174,24 @@ class RemoteEngine:
         except ConnectionLost as exc:
             raise self._lost(exc.message) from exc
         if answer.status != 200:
-            raise _error_for(answer.status, body, self.url)
+            raise self._refused(answer.status, body)
         try:
             return msgspec.msgpack.decode(body, type=kind)
         except msgspec.MsgspecError as exc:
             raise self._lost(f"{self.url} is no mxn server of this version: {exc}") from exc
+
+    def _refused(self, status: int, body: bytes) -> MxnError:
+        """Return what to raise for an answer that is none.
+
+        A key that does not work is the operator's matter once we are connected: who sent the
+        request has shown a good one to us, and another replica may take it.
+        """
+        if status not in _KEY_REFUSED or self._info is None:
+            return _error_for(status, body, self.url)
+        if self._is_healthy:
+            why = "is not known there" if status == 401 else "may not use this replica"
+            log.error("replica %s answers %d: our key %s (any more)", self.url, status, why)
+        return self._lost(f"{self.url} refuses our key ({status})")
 
     def _lost(self, message: str) -> EngineDiedError:
         """Note that the server is gone, begin to look for it, and return what to raise."""
@@ -195,7 +213,8 @@ def _expect(message: Answered, kind: type[T]) -> T:
     if isinstance(message, Failed):
         raise error_of(message)
     if not isinstance(message, kind):
-        raise InternalError(f"expected {kind.__name__} from a replica, got {message!r}")
+        got = type(message).__name__  # not what is in it, which may be an answer
+        raise InternalError(f"expected {kind.__name__} from a replica, got {got}")
     return cast("T", message)
 
 
@@ -204,7 +223,7 @@ def _error_for(status: int, body: bytes, url: str) -> MxnError:
     message, code = f"{url} answered {status}: {body[:200]!r}", None
     with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
         error = cast("dict[str, Any]", msgspec.json.decode(body)["error"])
-        message, code = f"{url}: {error['message']}", error.get("code")
+        message, code = f"{url}: {clipped(error['message'])}", error.get("code")
     if status == 401:
         return AuthError(message)
     if status == 403:

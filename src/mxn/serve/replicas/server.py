@@ -26,6 +26,7 @@ from mxn.engine.protocol import (
     UnloadAdapter,
 )
 from mxn.errors import ForbiddenError, InternalError, MxnError, UnsupportedError
+from mxn.serve.adapters import allowed_path
 from mxn.serve.context import current
 from mxn.serve.http import disconnected, read_body, stop
 from mxn.serve.openai.errors import ApiError, from_exception
@@ -93,7 +94,33 @@ class ReplicaRoutes:
     async def change_adapter(self, request: Request) -> Response:
         message = await self._read(request, _ADAPTER_MESSAGES)
         model = self._model(request)
-        return FrameStream(message.request_id, _once(_change_adapter(model.client, message)))
+        return FrameStream(message.request_id, _once(self._change(model.client, message)))
+
+    async def _change(self, client: object, message: LoadAdapter | UnloadAdapter) -> AdapterLoaded:
+        """Refusals travel in frames: a status of 403 would say that the key is not welcome."""
+        return await _change_adapter(client, self._checked(message))
+
+    def _checked(self, message: LoadAdapter | UnloadAdapter) -> LoadAdapter | UnloadAdapter:
+        """Return what may be done. Raises: ForbiddenError.
+
+        A gateway passes on what its own admins load, with a key of the scope `replica`. Such a key
+        loads from the operator's folder only, and leaves alone what this server serves itself.
+        """
+        if any(item.adapter == message.name for item in self._state.models.adapters()):
+            raise ForbiddenError(
+                f"the adapter {message.name!r} is served by this server itself",
+                hint="choose another name, or unload it here: POST /v1/unload_lora_adapter",
+            )
+        if isinstance(message, UnloadAdapter):
+            return message
+        folder, principal = self._state.settings.adapter_folder, current().principal
+        if folder is None and principal is not None and "admin" not in principal.scopes:
+            raise ForbiddenError(
+                f"the key {principal.key_id!r} has no scope 'admin', and this server has no folder "
+                "that adapters may be loaded from",
+                hint="start it with --lora-folder, or use a key that has both scopes",
+            )
+        return msgspec.structs.replace(message, path=allowed_path(message.path, folder))
 
     def _model(self, request: Request) -> ServedModel:
         principal = current().principal

@@ -17,6 +17,7 @@ import msgspec
 from mxn.errors import ConfigError, EngineDiedError, OverloadedError
 from mxn.serve.openai.errors import ApiError
 from mxn.serve.replicas.http_client import Answer, ConnectionLost, HttpClient, HttpLimits
+from mxn.serve.replicas.sse import clipped
 
 Kind = Literal["openai", "vllm", "sglang", "llama.cpp", "mindie", "mxn"]
 Continue = Literal["field", "prefill", "no"]
@@ -28,6 +29,7 @@ _CONTINUES: dict[Kind, Continue] = {
     "vllm": "field", "sglang": "field", "mxn": "field", "llama.cpp": "prefill",
 }  # fmt: skip
 _PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0)  # for which a server that failed n times is left alone
+_MAX_REFUSAL_CHARS = 4000  # of a server's words on the caller's own mistake, told to the caller
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -126,13 +128,14 @@ def error_of(upstream: Upstream, answer: Answer, body: bytes) -> Exception:
     if status == 429 or status == 503:
         wait_s = retry_after_s(answer)
         return OverloadedError(
-            f"the server of this model is busy: {message}", retry_after_s=wait_s or 1.0
+            f"the server of this model is busy: {clipped(message)}", retry_after_s=wait_s or 1.0
         )
     if status >= 500 or status in (401, 403, 407):
         what = "refused our key" if status in (401, 403) else f"failed ({status})"
-        return EngineDiedError(f"the server {upstream.name} {what}: {message}", retry_after_s=2.0)
+        told = f"the server {upstream.name} {what}: {clipped(message)}"
+        return EngineDiedError(told, retry_after_s=2.0)
     return ApiError(
-        message,
+        message[:_MAX_REFUSAL_CHARS],
         status=status,
         type=_text(fields.get("type")) or "invalid_request_error",
         param=_text(fields.get("param")),
