@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mxn.engine.protocol import AdapterLoaded, LoadAdapter, UnloadAdapter
-from mxn.errors import ForbiddenError, UnsupportedError
+from mxn.errors import ConfigError, ForbiddenError, UnsupportedError
 from mxn.serve.http import parse
 from mxn.serve.openai.errors import ApiError, model_not_found
 from mxn.serve.openapi import Operation
@@ -72,7 +72,12 @@ async def add_adapter(models: ServedModels, base: ServedModel, name: str, path: 
     await takes_adapters(base).load_adapter(
         LoadAdapter(request_id=new_id("lora"), name=name, path=path)
     )
-    models.add_adapter(adapter)
+    try:
+        models.add_adapter(adapter)
+    except ConfigError:  # the name was taken meanwhile
+        message = UnloadAdapter(request_id=new_id("lora"), name=name)
+        await takes_adapters(base).unload_adapter(message)
+        raise
 
 
 def takes_adapters(model: ServedModel) -> TakesAdapters:
@@ -117,10 +122,11 @@ class AdapterRoutes:
         if name in self._loading:
             raise ApiError(f"The lora adapter {name!r} is being loaded.", param="lora_name")
         self._loading.add(name)
-        try:
-            await self._add(base, name, path, replaces=bool(body.load_inplace))
-        finally:
-            self._loading.discard(name)
+        add = self._add(base, name, path, replaces=bool(body.load_inplace))
+        task = asyncio.ensure_future(add)
+        task.add_done_callback(lambda _: self._loading.discard(name))
+        # Shielded: a client that hangs up leaves no adapter behind that has no name.
+        await asyncio.shield(task)
         return _success(name, "added")
 
     async def unload(self, request: Request) -> Response:

@@ -22,6 +22,7 @@ from mxn.errors import (
 from mxn.serve.context import Hop, current
 from mxn.serve.fleet import Clock, Fleet, PoolRules, Seat
 from mxn.serve.gate import Asked, Gate, entry_of
+from mxn.serve.pool_adapters import CHANGING, AdapterAway, PoolAdapters
 from mxn.serve.prober import Prober
 from mxn.serve.routing.admission import Chips
 from mxn.serve.routing.seam import Seam
@@ -43,7 +44,8 @@ class Core:
     def __init__(self, rules: PoolRules, clock: Clock) -> None:
         self.fleet = Fleet(rules, clock)
         self.gate = Gate(self.fleet)
-        self.prober = Prober(self.fleet, self.gate.wake)
+        self.adapters = PoolAdapters(self.fleet)
+        self.prober = Prober(self.fleet, self.adapters, self.gate.wake)
         self._closing: set[asyncio.Task[Any]] = set()
 
     def close_aside(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -141,8 +143,9 @@ class _Call:
         self._lost.append(seat.id)
         if isinstance(exc, Stalled):
             self._stalled.add(seat.id)
-        if isinstance(exc, OverloadedError | CapacityError):
-            seat.breaker.abandoned()  # to be full, or to refuse a bad request, is not to be ill
+        if isinstance(exc, OverloadedError | CapacityError | AdapterAway):
+            # To be full, to refuse a bad request or to load an adapter is not to be ill.
+            seat.breaker.abandoned()
         else:
             self._core.fleet.failed(seat, _why(exc))
         return seat
@@ -181,6 +184,7 @@ class StreamCall(_Call):
         self._request = request
         self._seam = Seam(request)
         self._leg: _Leg | None = None
+        self._version: int | None = None  # of the adapter's weights that the answer began with
 
     async def begin(self) -> None:
         """Wait for a seat and send the request there."""
@@ -223,8 +227,11 @@ class StreamCall(_Call):
         self._drop()
         if self._lose(exc) is None or _is_final(exc):
             raise exc
+        self._check_adapter(exc)
         clock = self._core.fleet.clock
-        may_wait = self._seam.has_begun or self._core.fleet.is_held_back(self._chips, self._lost)
+        # One that lacks an adapter is given it: it may be the only one there is.
+        may_wait = self._seam.has_begun or isinstance(exc, AdapterAway)
+        may_wait = may_wait or self._core.fleet.is_held_back(self._chips, self._lost)
         until_s = clock() + (self._rules.recover_s if may_wait else 0.0)
         while (seat := self._next_seat()) is None:
             if self._num_attempts >= self._rules.max_attempts or clock() >= until_s:
@@ -248,11 +255,26 @@ class StreamCall(_Call):
         clock = self._core.fleet.clock
         prompt_tokens = len(request.prompt_ids) + len(request.resume_ids)
         limit_s = self._whole_limit_s(seat, prompt_tokens)
+        if not self._seam.has_begun:
+            self._version = self._core.adapters.version(request.adapter)
         self._leg = _Leg(
-            deltas=seat.replica.client.generate(request),
+            deltas=self._core.adapters.stream(seat, request),
             watch=Watch(limit_s, self._gives_up, clock),
             meter=Meter(seat, prompt_tokens, clock),
         )
+
+    def _check_adapter(self, exc: Exception) -> None:
+        """Raises: EngineDiedError where an answer would go on with other weights."""
+        name = self._request.adapter
+        if name is None or not self._seam.has_begun:
+            return
+        if self._version == CHANGING or self._core.adapters.version(name) != self._version:
+            raise EngineDiedError(
+                f"adapter {name!r} was replaced or unloaded while this answer was made with it, "
+                f"and its replica was lost: {_why(exc)}",
+                hint="send the request again",
+                retry_after_s=_RETRY_S,
+            ) from exc
 
     def _drop(self) -> None:
         """Let go of a replica's stream; its clean-up must hold nobody up."""

@@ -85,6 +85,7 @@ class Seat:
         self.num_tokens = 0  # made here, for whatever request
         self.num_lost = 0  # requests that had to go on from another one
         self.weight = 1.0
+        self.adapters: dict[str, int] = {}  # name → version that it has loaded; 0: not known
         self._recent, self._recent_at_s = 0.0, 0.0
 
     @property
@@ -144,6 +145,7 @@ class Fleet:
         self.rules = rules
         self.clock = clock
         self.affinity = Affinity()
+        self.adapters: dict[str, int] = {}  # name → version that every replica should have
         self._seats: dict[str, Seat] = {}
         self._weights_at_s = float("-inf")
 
@@ -230,6 +232,7 @@ class Fleet:
             seats = [seat for seat in seats if seat.in_flight < seat.replica.max_in_flight]
         if not seats:
             return None
+        seats = self._with_adapter(seats, adapter)
         hashes = chain(prompt_ids, adapter) if len(self._seats) > 1 else []
         if len(seats) == 1:
             choice = Choice(seats[0].id, "only replica")
@@ -271,6 +274,13 @@ class Fleet:
         seats = [seat for seat in self.of(chips) if seat.id not in excluded]
         usable = [seat for seat in seats if seat.is_usable(now_s)]
         return usable or [seat for seat in seats if seat.is_last_resort(now_s)]
+
+    def _with_adapter(self, seats: list[Seat], name: str | None) -> list[Seat]:
+        """Return the seats that have an adapter, or all: one that lacks it can load it first."""
+        version = None if name is None else self.adapters.get(name)
+        if name is None or version is None:
+            return seats
+        return [seat for seat in seats if seat.adapters.get(name) == version] or seats
 
     def _weigh(self, now_s: float) -> None:
         """Set each seat's weight to its capacity at the mean load; unknown ones get the mean."""

@@ -23,7 +23,7 @@ from mxn.engine.protocol import (
     ModelInfo,
     UnloadAdapter,
 )
-from mxn.errors import MxnError, NotFoundError, UnsupportedError
+from mxn.errors import MxnError, NotFoundError
 from mxn.serve.calls import LOST, Core, EncodeCall, StreamCall
 from mxn.serve.fleet import Clock, PoolRules, Replica, Seat
 from mxn.serve.routing.admission import Chips
@@ -93,7 +93,7 @@ class PooledClient:
 
         Raises: ConfigError for an id in use, or when it runs another model than the others.
         """
-        self._core.fleet.add(replica)
+        self._core.adapters.joined(self._core.fleet.add(replica))
         self._core.gate.wake()
 
     def drain(self, replica_id: str) -> None:
@@ -154,33 +154,29 @@ class PooledClient:
         return EngineStats(**sums)
 
     async def load_adapter(self, request: LoadAdapter) -> AdapterLoaded:
-        """Load an adapter on every replica, so that each can take its requests."""
-        return await self._on_all("load_adapter", request)
+        """Load an adapter on every replica of the pool, also on those of other chips.
+
+        All or nothing: where one refuses it, the others forget it again. A replica that is down
+        gets it when it is back. Raises: what a replica raised; UnsupportedError.
+        """
+        return await self._core.adapters.load(request)
 
     async def unload_adapter(self, request: UnloadAdapter) -> AdapterLoaded:
-        return await self._on_all("unload_adapter", request)
+        """Forget an adapter everywhere. Raises: NotFoundError."""
+        return await self._core.adapters.unload(request)
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names that every replica has loaded."""
-        lists = [tuple(getattr(replica.client, "adapters", ())) for replica in self.replicas]
-        return tuple(name for name in lists[0] if all(name in names for names in lists))
+        """Names that the pool keeps loaded on every replica."""
+        return self._core.adapters.names
 
     async def close(self) -> None:
         """Close the replicas, all at the same time; a view closes nothing."""
         if self._chips is not None:
             return
         await self._core.prober.close()
+        await self._core.adapters.close()
         await asyncio.gather(*(replica.client.close() for replica in self.replicas))
-
-    async def _on_all(self, method: str, request: LoadAdapter | UnloadAdapter) -> AdapterLoaded:
-        changes = [getattr(replica.client, method, None) for replica in self.replicas]
-        if None in changes:
-            raise UnsupportedError("not every replica of this model takes adapters")
-        done = await asyncio.gather(*(change(request) for change in changes if change))
-        if not done:
-            raise self._core.gate.unavailable(self._chips)
-        return done[0]
 
     async def _stats_of(self, seat: Seat) -> EngineStats | None:
         if not seat.replica.client.is_healthy:

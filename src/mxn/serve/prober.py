@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from mxn.errors import MxnError
 from mxn.serve.fleet import Fleet, Seat
+from mxn.serve.pool_adapters import PoolAdapters
 
 _JITTER = 0.2
 
@@ -18,8 +19,9 @@ _JITTER = 0.2
 class Prober:
     """Runs while an event loop uses the pool; `on_round` is called after each look at all."""
 
-    def __init__(self, fleet: Fleet, on_round: Callable[[], None]) -> None:
+    def __init__(self, fleet: Fleet, adapters: PoolAdapters, on_round: Callable[[], None]) -> None:
         self._fleet = fleet
+        self._adapters = adapters
         self._on_round = on_round
         self._task: asyncio.Task[None] | None = None
 
@@ -48,6 +50,7 @@ class Prober:
         client, clock = seat.replica.client, self._fleet.clock
         if not client.is_healthy:
             self._fleet.failed_probe(seat, "it is down")
+            self._adapters.lost(seat)
             return
         was_busy = seat.in_flight > 0
         try:
@@ -59,3 +62,4 @@ class Prober:
             return
         seat.see(stats)
         seat.health.good(clock())
+        self._adapters.wake(seat)
