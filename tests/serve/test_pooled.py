@@ -16,6 +16,7 @@ from mxn.errors import (
     EngineDiedError,
     NotFoundError,
     OverloadedError,
+    UnsupportedError,
     UserError,
 )
 from mxn.ledger.types import Principal
@@ -405,3 +406,94 @@ def test_a_replica_that_stays_held_back_is_not_waited_for_without_end() -> None:
         pool._core.gate.admission.validate()
 
     run(work)
+
+
+class Limited(Scripted):
+    """A foreign server: it lacks some parameters, and goes on with tokens of others or not."""
+
+    count_basis = "counted"
+
+    def __init__(self, *, without: str = "", resumes: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.without, self.resumes = without, resumes
+
+    def lacks(self, request: Generate | Encode, *, resumes: bool = False) -> str | None:
+        if isinstance(request, Encode):
+            return "it scores no pairs" if request.token_types is not None else None
+        if self.without and getattr(request.sampling, self.without):
+            return f"it has no {self.without}"
+        return "it begins anew" if resumes and not self.resumes else None
+
+
+def test_a_request_goes_only_where_its_parameters_are_known() -> None:
+    limited = [Limited(without="top_k") for _ in range(6)]  # more than a request has attempts
+    able = Scripted(chip="sim-b")
+    pool = pool_of(*limited, able)
+
+    for _ in range(3):
+        deltas = run(lambda: collect(pool, ask(sampling=SamplingParams(top_k=3))))
+        assert "".join(delta.text for delta in deltas) == WHOLE
+    assert len(able.seen) == 3
+    assert not any(engine.seen for engine in limited)
+
+
+def test_what_no_replica_can_do_is_refused_at_once() -> None:
+    pool = pool_of(Limited(without="top_k"), Limited(without="top_k"))
+    with pytest.raises(UnsupportedError, match="it has no top_k"):
+        run(lambda: collect(pool, ask(sampling=SamplingParams(top_k=3))))
+    check_whole(run(lambda: collect(pool)))
+    pairs = Encode(request_id="e", sequences=[[1]], token_types=[[0]])
+    with pytest.raises(UnsupportedError, match="scores no pairs"):
+        run(lambda: pool.encode(pairs))
+    able = Scripted()
+    pool.add(Replica(id="able", client=able))
+    assert len(run(lambda: pool.encode(pairs)).rows) == 1
+    assert len(able.seen) == 1
+
+
+def test_one_that_can_do_it_and_is_full_is_waited_for() -> None:
+    """A free replica that cannot take a request is no room for it."""
+    slow, limited = Scripted(token_s=0.01), Limited(without="top_k")
+    replicas = [
+        Replica(id="slow", client=slow, max_in_flight=1),
+        Replica(id="limited", client=limited),
+    ]
+    pool = PooledClient(replicas, QUICK)
+    wish = SamplingParams(top_k=3)
+
+    async def work() -> list[str]:
+        requests = [ask(f"q{at}", sampling=wish) for at in range(3)]
+        answers = await asyncio.gather(*(collect(pool, request) for request in requests))
+        return ["".join(delta.text for delta in answer) for answer in answers]
+
+    assert run(work) == [WHOLE] * 3
+    assert len(slow.seen) == 3
+    assert not limited.seen
+
+
+def test_an_answer_goes_on_only_where_it_can() -> None:
+    pool = pool_of(Scripted(dies_at=4), Limited(resumes=False), Scripted(chip="sim-b"))
+    first = pool._core.fleet.get("r0")
+    assert first is not None
+    for name in ("r1", "r2"):
+        seat = pool._core.fleet.get(name)
+        assert seat is not None
+        seat.others = 5
+    context = RequestContext()
+    check_whole(run(lambda: collect(pool), context))
+    assert [hop.replica for hop in context.hops] == ["r0", "r2"]
+    pool = pool_of(Scripted(dies_at=0), Limited(resumes=False))
+    check_whole(run(lambda: collect(pool)))  # nothing was made: it can begin there
+    pool = pool_of(Limited(resumes=False, dies_at=4), Limited(resumes=False, dies_at=4))
+    with pytest.raises(EngineDiedError):
+        run(lambda: collect(pool))
+
+
+def test_the_count_basis_is_that_of_the_least_exact_replica_that_served() -> None:
+    async def basis(pool: PooledClient) -> str:
+        await collect(pool)
+        return pool.count_basis
+
+    assert run(lambda: basis(pool_of(Scripted(), Scripted()))) == "engine"
+    assert run(lambda: basis(pool_of(Limited()))) == "counted"
+    assert run(lambda: basis(pool_of(Limited(dies_at=3), Scripted(chip="sim-b")))) == "counted"

@@ -15,6 +15,8 @@ from mxn.engine.echo import EchoEngine
 from mxn.engine.protocol import Delta, Encode, Generate, SamplingParams
 from mxn.errors import ConfigError, EngineDiedError, UnsupportedError
 from mxn.serve.app import create_app
+from mxn.serve.fleet import Replica
+from mxn.serve.pooled import PooledClient
 from mxn.serve.replicas.openai_compat import CompatConfig, CompatEngine, _Chunk, _Made
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.server import running
@@ -219,3 +221,45 @@ def test_an_answer_that_was_at_its_limit_is_ended_without_a_request(kind: str) -
 def test_what_cannot_be_read_is_a_died_engine(event: dict[str, Any]) -> None:
     with pytest.raises(EngineDiedError):
         Canned(event, kind="vllm").collect(ask("x", logprobs=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "resumes", "wish", "reason"),
+    [
+        ("openai", False, {"top_k": 5}, "no parameter 'top_k'"),
+        ("vllm", False, {"top_k": 5, "frequency_penalty": 1.0, "stop": ("x",)}, None),
+        ("vllm", True, {"frequency_penalty": 1.0}, "begin 'frequency_penalty' anew"),
+        ("vllm", True, {"stop": ("x",), "repetition_penalty": 1.1, "min_tokens": 3}, None),
+        ("sglang", True, {"repetition_penalty": 1.1}, "begin 'repetition_penalty' anew"),
+        ("sglang", True, {"stop": ("x",)}, "begin 'stop' anew"),
+        ("openai", True, {"seed": 1, "logit_bias": {3: 1.0}}, None),
+    ],
+)
+def test_a_replica_says_beforehand_what_it_cannot_take(
+    kind: Any, resumes: bool, wish: dict[str, Any], reason: str | None
+) -> None:
+    config = CompatConfig(url="http://127.0.0.1:9", model="m", kind=kind, max_context=9)
+
+    async def go() -> str | None:
+        return CompatEngine(config, EchoEngine().tokenizer).lacks(ask("x", **wish), resumes=resumes)
+
+    said = asyncio.run(go())
+    assert (said is None) if reason is None else (said is not None and reason in said)
+
+
+def test_in_a_mixed_pool_a_parameter_decides_who_answers(url: str) -> None:
+    """The foreign server would refuse; the native replica beside it is asked."""
+    native = EchoEngine()
+    wish = ask("hello", min_p=0.5)
+
+    async def work(foreign: CompatEngine) -> str:
+        pool = PooledClient([Replica(id=f"r{at}", client=foreign) for at in range(5)])
+        with pytest.raises(UnsupportedError, match="min_p"):
+            await anext(aiter(pool.generate(wish)))
+        pool.add(Replica(id="native", client=native))
+        text = "".join([delta.text async for delta in pool.generate(wish)])
+        await pool.close()
+        return text
+
+    assert on(url, work, kind="openai") == "hellohel"
+    assert len(native.seen) == 1

@@ -18,6 +18,7 @@ from mxn.errors import (
     EngineDiedError,
     InternalError,
     OverloadedError,
+    UnsupportedError,
 )
 from mxn.serve.context import Hop, current
 from mxn.serve.fleet import Clock, Fleet, PoolRules, Seat
@@ -35,6 +36,7 @@ LOST = (EngineDiedError, ChipError, InternalError, OverloadedError, CapacityErro
 _UNKNOWN_TOKENS = 256  # expected of a request that names no limit
 _MEASURE_S = 0.25  # of a stream between two notes to the replica's measurements
 _RETRY_S = 1.0  # told to a client when it is not known what would help
+_MAX_WHY_CHARS = 200  # of an error, in logs and hops
 _LOOK_AGAIN_S = 0.1  # between two looks for a replica that comes back
 
 
@@ -63,11 +65,15 @@ class Core:
 class _Call:
     """What streams and encodings have in common: a seat, hops, losses."""
 
-    def __init__(self, core: Core, chips: Chips, cost: float, priority: int) -> None:
+    def __init__(
+        self, core: Core, chips: Chips, cost: float, priority: int, request: Generate | Encode
+    ) -> None:
+        """Raises: UnsupportedError when no replica has what the request asks for."""
         self._core = core
+        self._barred = core.fleet.barred(chips, request)  # replicas that cannot take it
         self._chips = chips
         self._context = current()
-        self._entry = entry_of(self._context, cost, priority, chips)
+        self._entry = entry_of(self._context, cost, priority, chips, self._barred)
         self._seat: Seat | None = None
         self._is_in = False
         self._num_attempts = 0
@@ -80,7 +86,7 @@ class _Call:
 
     def _has_other(self) -> bool:
         seat = self._seat
-        away = [*self._lost, seat.id] if seat is not None else self._lost
+        away = [*self._lost, *self._barred, *([] if seat is None else [seat.id])]
         return self._core.fleet.has_any(self._chips, away)
 
     def _gives_up(self, waited_s: float, limit_s: float) -> bool:
@@ -153,7 +159,11 @@ class _Call:
     def _take_other(self, prompt_ids: list[int], adapter: str | None) -> Seat | None:
         """Sit down at another replica, whether it has room or not."""
         granted = self._core.fleet.pick(
-            prompt_ids, chips=self._chips, excluded=self._lost, adapter=adapter, ignores_room=True
+            prompt_ids,
+            chips=self._chips,
+            excluded=[*self._lost, *self._barred],
+            adapter=adapter,
+            ignores_room=True,
         )
         if granted is None:
             return None
@@ -180,7 +190,7 @@ class StreamCall(_Call):
     def __init__(self, core: Core, request: Generate, chips: Chips) -> None:
         limit = request.sampling.max_tokens
         cost = len(request.prompt_ids) + (_UNKNOWN_TOKENS if limit is None else limit)
-        super().__init__(core, chips, cost, request.priority)
+        super().__init__(core, chips, cost, request.priority, request)
         self._request = request
         self._seam = Seam(request)
         self._leg: _Leg | None = None
@@ -194,6 +204,7 @@ class StreamCall(_Call):
             prompt_ids=request.prompt_ids,
             chips=self._chips,
             adapter=request.adapter,
+            barred=self._barred,
         )
         seat = await self._enter(asked)
         self._send(seat, request)
@@ -228,10 +239,13 @@ class StreamCall(_Call):
         if self._lose(exc) is None or _is_final(exc):
             raise exc
         self._check_adapter(exc)
+        self._bar_again(exc)
         clock = self._core.fleet.clock
         # One that lacks an adapter is given it: it may be the only one there is.
         may_wait = self._seam.has_begun or isinstance(exc, AdapterAway)
-        may_wait = may_wait or self._core.fleet.is_held_back(self._chips, self._lost)
+        may_wait = may_wait or self._core.fleet.is_held_back(
+            self._chips, [*self._lost, *self._barred]
+        )
         until_s = clock() + (self._rules.recover_s if may_wait else 0.0)
         while (seat := self._next_seat()) is None:
             if self._num_attempts >= self._rules.max_attempts or clock() >= until_s:
@@ -262,6 +276,14 @@ class StreamCall(_Call):
             watch=Watch(limit_s, self._gives_up, clock),
             meter=Meter(seat, prompt_tokens, clock),
         )
+
+    def _bar_again(self, exc: Exception) -> None:
+        """Leave out those that could begin this request and cannot go on with it. Raises: `exc`."""
+        resumes = self._seam.num_tokens > 0
+        try:
+            self._barred = self._core.fleet.barred(self._chips, self._request, resumes=resumes)
+        except UnsupportedError:
+            raise self._end_of(exc) from exc
 
     def _check_adapter(self, exc: Exception) -> None:
         """Raises: EngineDiedError where an answer would go on with other weights."""
@@ -298,13 +320,14 @@ class EncodeCall(_Call):
 
     def __init__(self, core: Core, request: Encode, chips: Chips) -> None:
         self._num_tokens = sum(len(ids) for ids in request.sequences)
-        super().__init__(core, chips, self._num_tokens, 0)
+        super().__init__(core, chips, self._num_tokens, 0, request)
         self._request = request
 
     async def run(self) -> Encoded:
         """Return the rows. Raises: like `PooledClient.encode`."""
         try:
-            seat = await self._enter(Asked(entry=self._entry, chips=self._chips))
+            asked = Asked(entry=self._entry, chips=self._chips, barred=self._barred)
+            seat = await self._enter(asked)
             while True:
                 try:
                     return await self._try(seat)
@@ -405,7 +428,9 @@ def _is_final(exc: BaseException) -> bool:
 
 
 def _why(exc: BaseException) -> str:
-    return "it stalled" if isinstance(exc, Stalled) else str(exc).splitlines()[0]
+    if isinstance(exc, Stalled):
+        return "it stalled"
+    return (str(exc).splitlines() or [type(exc).__name__])[0][:_MAX_WHY_CHARS]
 
 
 async def _aclose(deltas: AsyncIterator[Delta]) -> None:

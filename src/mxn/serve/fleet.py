@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from mxn.engine.protocol import EngineClient, EngineStats, ModelInfo
-from mxn.errors import ConfigError
+from mxn.engine.protocol import Encode, EngineClient, EngineStats, Generate, ModelInfo
+from mxn.errors import ConfigError, UnsupportedError
 from mxn.serve.routing.admission import AdmissionRules, Chips
 from mxn.serve.routing.affinity import Affinity, chain
 from mxn.serve.routing.breaker import Breaker, BreakerRules
@@ -185,6 +185,22 @@ class Fleet:
         """Return the seats on some chips; None: all."""
         return [seat for seat in self if chips is None or seat.replica.chip in chips]
 
+    def barred(
+        self, chips: Chips, request: Generate | Encode, *, resumes: bool = False
+    ) -> tuple[str, ...]:
+        """Return the ids of the replicas that lack what a request asks for.
+
+        `resumes`: it comes with tokens made elsewhere. Raises: UnsupportedError when all lack it.
+        """
+        seats = self.of(chips)
+        reasons = {seat.id: _lacking(seat.replica.client, request, resumes) for seat in seats}
+        barred = tuple(name for name, reason in reasons.items() if reason is not None)
+        if barred and len(barred) == len(seats):
+            raise UnsupportedError(
+                f"no replica of this model can do it: {reasons[barred[0]]}", hint="leave it out"
+            )
+        return barred
+
     def chips(self) -> list[str]:
         """Return the chips of the replicas, each once."""
         return list(dict.fromkeys(seat.replica.chip for seat in self))
@@ -295,6 +311,12 @@ class Fleet:
         mean = sum(measured) / len(measured) if measured else 1.0
         for seat in self:
             seat.weight = capacities[seat.id] or mean
+
+
+def _lacking(client: EngineClient, request: Generate | Encode, resumes: bool) -> str | None:
+    """Return why a replica cannot take a request; those of our own engine say nothing of it."""
+    lacks = getattr(client, "lacks", None)
+    return None if lacks is None else lacks(request, resumes=resumes)
 
 
 def named(chips: Chips) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mxn.errors import EngineDiedError
 from mxn.serve.context import RequestContext
 from mxn.serve.fleet import Fleet, Seat, named
-from mxn.serve.routing.admission import Admission, Chips, Entry
+from mxn.serve.routing.admission import Admission, Chips, Entry, Target
 from mxn.serve.routing.policy import Choice
 
 _RETRY_S = 1.0  # a replica that died is back in seconds, if at all
@@ -26,6 +26,7 @@ class Asked:
     prompt_ids: Sequence[int] = ()
     chips: Chips = None
     adapter: str | None = None
+    barred: tuple[str, ...] = ()  # replicas that cannot do what it asks for
 
 
 Granted = tuple[Seat, Choice]
@@ -50,8 +51,8 @@ class Gate:
                 self.admission.admit(asked.entry)
                 return granted
         limit_s = float("inf")
-        if not self._fleet.has_any(asked.chips):
-            if not self._fleet.is_held_back(asked.chips):
+        if not self._fleet.has_any(asked.chips, asked.barred):
+            if not self._fleet.is_held_back(asked.chips, asked.barred):
                 raise self.unavailable(asked.chips)
             limit_s = self._fleet.rules.recover_s
         return await self._wait(asked, limit_s)
@@ -69,7 +70,7 @@ class Gate:
     def wake(self) -> None:
         """Let in whom there is room for; also to be called when replicas come or go."""
         while len(self.admission):
-            entry = self.admission.next(self._fleet.has_room)
+            entry = self.admission.next(self._has_room)
             if entry is None:
                 return
             asked, future = self._waiting.pop(entry)
@@ -88,7 +89,13 @@ class Gate:
         )
 
     def _pick(self, asked: Asked) -> Granted | None:
-        return self._fleet.pick(asked.prompt_ids, chips=asked.chips, adapter=asked.adapter)
+        return self._fleet.pick(
+            asked.prompt_ids, chips=asked.chips, excluded=asked.barred, adapter=asked.adapter
+        )
+
+    def _has_room(self, target: Target) -> bool:
+        chips, barred = target if isinstance(target, tuple) else (target, ())
+        return self._fleet.has_room(chips, barred)
 
     async def _wait(self, asked: Asked, limit_s: float) -> Granted:
         """`limit_s`: how long to wait for a replica that is held back."""
@@ -105,7 +112,7 @@ class Gate:
             if await _comes(future, min(limit_s, entry.deadline_s - now_s)):
                 return future.result()
             if limit_s < entry.deadline_s - now_s:
-                if not self._fleet.has_any(asked.chips):
+                if not self._fleet.has_any(asked.chips, asked.barred):
                     self._forget(entry, future)
                     raise self.unavailable(asked.chips)
                 if await _comes(future, entry.deadline_s - now_s - limit_s):
@@ -135,17 +142,24 @@ async def _comes(future: asyncio.Future[Granted], limit_s: float) -> bool:
     return bool(done)
 
 
-def entry_of(context: RequestContext, cost: float, priority: int, chips: Chips) -> Entry:
+def entry_of(
+    context: RequestContext,
+    cost: float,
+    priority: int,
+    chips: Chips,
+    barred: tuple[str, ...] = (),
+) -> Entry:
     """Return the queue's view of a request; without a key all requests are one tenant's."""
     principal = context.principal
+    target = (chips, barred) if barred else chips
     deadline_s = float("inf") if context.deadline_s is None else context.deadline_s
     if principal is None:
-        return Entry(tenant="", cost=cost, priority=priority, deadline_s=deadline_s, target=chips)
+        return Entry(tenant="", cost=cost, priority=priority, deadline_s=deadline_s, target=target)
     return Entry(
         tenant=f"{principal.org_id}/{principal.project_id}",
         cost=cost,
         weight=principal.weight,
         priority=priority,  # the tenant's own is in the request's already
         deadline_s=deadline_s,
-        target=chips,
+        target=target,
     )

@@ -24,10 +24,13 @@ from mxn.engine.protocol import (
     UnloadAdapter,
 )
 from mxn.errors import MxnError, NotFoundError
+from mxn.ledger.types import CountBasis
 from mxn.serve.calls import LOST, Core, EncodeCall, StreamCall
+from mxn.serve.context import current
 from mxn.serve.fleet import Clock, PoolRules, Replica, Seat
 from mxn.serve.routing.admission import Chips
 
+_BASES: tuple[CountBasis, ...] = ("events", "counted", "server", "engine")  # least exact first
 _DRAIN_LOOK_S = 0.05
 
 
@@ -56,6 +59,15 @@ class PooledClient:
         """Whether any replica is there."""
         seats = self._core.fleet.of(self._chips)
         return any(seat.replica.client.is_healthy for seat in seats)
+
+    @property
+    def count_basis(self) -> CountBasis:
+        """Where the current request's counts come from: the least exact of what served it."""
+        seats = [self._core.fleet.get(hop.replica) for hop in current().hops]
+        found: set[CountBasis] = {
+            getattr(seat.replica.client, "count_basis", "engine") for seat in seats if seat
+        }
+        return min(found, key=_BASES.index, default="engine")
 
     @property
     def replicas(self) -> list[Replica]:

@@ -58,7 +58,10 @@ _OWNERS: dict[str, Kind] = {
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError,
                IndexError, KeyError, TypeError, ValueError, struct.error)  # fmt: skip
 _MAX_ID = 1 << 31
-_DEFAULTS = msgspec.to_builtins(SamplingParams())
+_COUNT_PROMPT = frozenset({"vllm", "mxn", "llama.cpp"})  # for `repetition_penalty`
+_NO_PAIRS = "an OpenAI-compatible server does not score token pairs"
+_DEFAULT = SamplingParams()
+_DEFAULTS = msgspec.to_builtins(_DEFAULT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +165,34 @@ class CompatEngine:
         """Whether the last request reached the server, or its pause after a failure is over."""
         return self._is_healthy or self._upstream.is_healthy
 
+    def lacks(self, request: Generate | Encode, *, resumes: bool = False) -> str | None:
+        """Return why the server cannot take a request, in words; None: it can.
+
+        `resumes`: the request comes with tokens made elsewhere, which the server takes for a part
+        of the prompt.
+        """
+        if isinstance(request, Encode):
+            return None if request.token_types is None else _NO_PAIRS
+        for name in SamplingParams.__struct_fields__:
+            value = getattr(request.sampling, name)
+            if name == "max_tokens" or value == getattr(_DEFAULT, name):
+                continue
+            if name not in self.capabilities:
+                return self._without(name)
+            if resumes and name in self._crossing:
+                return f"the server {self._upstream.name} would begin {name!r} anew"
+        return None
+
+    @property
+    def _crossing(self) -> frozenset[str]:
+        """Parameters whose effect spans the tokens made elsewhere and those made here."""
+        names = {"frequency_penalty", "presence_penalty"}
+        if self._kind not in _COUNT_PROMPT:
+            names.add("repetition_penalty")
+        if "token_ids" not in self.capabilities:
+            names.add("stop")  # it is the server that looks for them, in its own text only
+        return frozenset(names)
+
     async def generate(self, request: Generate) -> AsyncIterator[Delta]:
         """Yield deltas until one has a `finish_reason`; closing the iterator cancels.
 
@@ -202,7 +233,7 @@ class CompatEngine:
     async def encode(self, request: Encode) -> Encoded:
         """Return vectors from /v1/embeddings. Raises: UnsupportedError for pairs to score."""
         if request.token_types is not None:
-            raise UnsupportedError("an OpenAI-compatible server does not score token pairs")
+            raise UnsupportedError(_NO_PAIRS)
         body = {
             "model": self.config.model,
             "input": request.sequences,
@@ -297,13 +328,15 @@ class CompatEngine:
                 continue
             if name not in self.capabilities:
                 raise UnsupportedError(
-                    f"the server {self._upstream.name} ({self._kind}) has no parameter {name!r}",
-                    hint="leave it out, or choose another replica",
+                    self._without(name), hint="leave it out, or choose another replica"
                 )
             out[names.get(name) or name] = value
         if "logit_bias" in out:
             out["logit_bias"] = {str(key): item for key, item in sampling.logit_bias.items()}
         return out
+
+    def _without(self, name: str) -> str:
+        return f"the server {self._upstream.name} ({self._kind}) has no parameter {name!r}"
 
     def _answered(self) -> None:
         self._is_healthy = True

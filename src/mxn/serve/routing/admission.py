@@ -16,6 +16,9 @@ from mxn.errors import OverloadedError
 Chips = frozenset[str] | None
 """The chips a request is restricted to; None: all."""
 
+Target = Chips | tuple[Chips, tuple[str, ...]]
+"""Where a request may run: chips, and the replicas that it may not use, where there are such."""
+
 MAX_PRIORITY = 20  # weights differ by at most 2 ** 10 either way
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _RATE_EWMA = 0.1
@@ -36,7 +39,7 @@ class Entry:
     weight: float = 1.0
     priority: int = 0
     deadline_s: float = float("inf")
-    target: Chips = None  # it runs only there
+    target: Target = None  # it runs only there
     start: float = 0.0  # virtual time
 
     @property
@@ -92,7 +95,7 @@ class Admission:
         self._num_waiting += 1
         return victim
 
-    def next(self, has_room: Callable[[Chips], bool]) -> Entry | None:
+    def next(self, has_room: Callable[[Target], bool]) -> Entry | None:
         """Return the request to run now and count it as running; None when none has room.
 
         `has_room(target)` says whether a request restricted to `target` could run.
@@ -100,7 +103,7 @@ class Admission:
         if not self._num_waiting:
             return None
         best: tuple[_Flow, Entry] | None = None
-        rooms: dict[Chips, bool] = {}
+        rooms: dict[Target, bool] = {}
         for flow in self._flows.values():
             if not flow.waiting or (best is not None and flow.finish >= best[0].finish):
                 continue
