@@ -75,7 +75,11 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return not self._scheduler.is_idle
+        return not self._scheduler.is_idle or self._adapters.is_reading
+
+    @property
+    def adapters(self) -> Adapters:
+        return self._adapters
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Take a message; return what can be answered at once."""
@@ -103,7 +107,7 @@ class EngineCore:
         started_s = self._clock()
         plan = self._scheduler.next(started_s)
         if plan is None:
-            return []
+            return self._adapters.answers_soon()
         result = self._runner.run(plan, self._requests)
         self._share(plan, self._clock() - started_s)
         out = self._commit(plan, result) + self._adapters.answers()

@@ -134,6 +134,8 @@ class LocalEngine:
 
     def _change(self, message: LoadAdapter | UnloadAdapter) -> AdapterLoaded:
         replies = self.core.handle(message)
+        while not replies and self.core.adapters.is_reading:
+            replies = self.core.adapters.answers_soon()
         while not replies and self.core.has_work:  # until the requests that use it have ended
             replies = [r for r in self.core.step() if isinstance(r, AdapterLoaded)]
         match replies:

@@ -114,7 +114,7 @@ def _refuse_other(config: dict[str, Any]) -> None:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -125,7 +125,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             hint="save it with save_pretrained(..., safe_serialization=True)",
         )
     try:
-        return load_file(file)
+        # Read whole: a mapped file would be read where it is used, in the loop of the engine.
+        return load(file.read_bytes())
     except SafetensorError as error:
         raise NotFoundError(
             f"{file.name} is not a readable safetensors file: {error}",
