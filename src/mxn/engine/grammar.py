@@ -2,29 +2,53 @@
 
 A `Grammars` belongs to one tokenizer; `begin` compiles a grammar into the state of one sequence,
 whose mask says which tokens may come next. Knows no requests and no scheduling.
+
+A grammar comes from a stranger: whatever it does to the library ends the one request that brought
+it, as a UserError. The library's limits bound what one token may cost, `BUDGET_S` what all may.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import llguidance
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from mxn.engine.protocol import Grammar
+from mxn.engine.protocol import MAX_GRAMMAR_CHARS, Grammar
 from mxn.errors import InternalError, UnsupportedError, UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAX_CACHED = 128  # compiled grammars; agents send the same tools again and again
-CODE = "invalid_grammar"
+_MAX_CACHED_CHARS = 4 * 2**20  # of all their sources together
+CODE = "invalid_grammar"  # known before the first token
+FAILED_CODE = "grammar_failed"  # found out later
+
+# What one token may cost is some ten milliseconds with these; 250 optional properties of an object
+# are within them. Verbose errors would hold the grammar and the answer, which end up in logs.
+_LIMITS = LLParserLimits(
+    max_items_in_row=1000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+# Seconds of a processor that the grammar of one answer may take, which all answers of a replica
+# wait for. Usual grammars take 0.1 to 0.7 ms for a token of a large vocabulary.
+BUDGET_S = 0.5
+BUDGET_TOKEN_S = 0.003  # more with each token
 
 
 def source_of(grammar: Grammar) -> str:
@@ -42,40 +66,101 @@ def source_of(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_lark(f"start: {one_of}")
         return LLMatcher.grammar_from_lark(grammar.source)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"the {grammar.kind} is not valid: {error}", code=CODE) from error
+        raise _invalid(grammar, str(error)) from error
 
 
 def check(grammar: Grammar) -> None:
     """Raises: UserError when a grammar can be enforced for no tokenizer. Needs no model."""
-    problem = LLMatcher.validate_grammar(source_of(grammar))
+    check_size(grammar)
+    problem = LLMatcher.validate_grammar(source_of(grammar), limits=_LIMITS)
     if problem:
-        raise UserError(f"the {grammar.kind} is not valid: {problem}", code=CODE)
+        raise _invalid(grammar, problem)
+
+
+def check_size(grammar: Grammar) -> None:
+    """Raises: UserError for a source that is too long to read."""
+    if len(grammar.source) > MAX_GRAMMAR_CHARS:
+        raise UserError(
+            f"the {grammar.kind} has {len(grammar.source)} characters, "
+            f"the limit is {MAX_GRAMMAR_CHARS}",
+            code=CODE,
+        )
+
+
+def _invalid(grammar: Grammar, problem: str) -> UserError:
+    """Return the error for a grammar; the library's own state stays out of what it says."""
+    text = problem.partition("\n<")[0].strip()
+    return UserError(f"the {grammar.kind} is not valid: {text[:400]}", code=CODE)
 
 
 class GrammarState:
-    """How far one sequence is in its grammar."""
+    """How far one sequence is in its grammar, and what that has cost."""
 
-    __slots__ = ("_matcher", "is_over")
+    __slots__ = ("_matcher", "_num_tokens", "_spent_s", "is_over", "problem")
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self._num_tokens = 0
+        self._spent_s = 0.0
         self.is_over = False  # nothing may follow: the answer is complete
+        self.problem: UserError | None = None  # why it allows nothing any more
 
     def fill(self, bits_RB: NDArray[np.int32], row: int) -> None:
-        """Write which tokens may come next, 32 in each number, into one row."""
-        fill_next_token_bitmask(self._matcher, bits_RB, row)
-        if self._matcher.is_error():
-            raise InternalError(f"a grammar broke: {self._matcher.get_error()}")
+        """Write which tokens may come next, 32 in each number, into one row.
+
+        A grammar that fails allows nothing and says so in `problem`: others share the step.
+        """
+        if self.problem is None:
+            began_s = time.thread_time()
+            fill_next_token_bitmask(self._matcher, bits_RB, row)
+            self._spend(time.thread_time() - began_s)
+            if self._matcher.is_error():
+                self.problem = self._failure()
+        if self.problem is not None:
+            bits_RB[row] = 0
 
     def consume(self, token_id: int) -> None:
-        """Go on with a token that the mask allowed."""
+        """Go on with a token that the mask allowed.
+
+        Raises: UserError when the grammar fails with it, InternalError for a token that does not
+        follow, which only an answer that another replica began can have.
+        """
         if self.is_over:
             return
-        if not self._matcher.consume_token(token_id):
+        began_s = time.thread_time()
+        is_taken = self._matcher.try_consume_tokens([token_id]) == 1
+        self._num_tokens += 1
+        self._spend(time.thread_time() - began_s)
+        if self._matcher.is_error():
+            self.problem = self._failure()
+        if self.problem is not None:
+            raise self.problem
+        if not is_taken:
             raise InternalError(
-                f"token {token_id} does not follow the grammar: {self._matcher.get_error()}"
+                f"token {token_id} does not follow the grammar after {self._num_tokens - 1} tokens",
+                code=FAILED_CODE,
             )
         self.is_over = self._matcher.is_stopped()
+
+    def _spend(self, spent_s: float) -> None:
+        """Count processor time; it ends an answer whose grammar would hold up all others."""
+        self._spent_s += spent_s
+        limit_s = BUDGET_S + BUDGET_TOKEN_S * self._num_tokens
+        if self._spent_s > limit_s and self.problem is None:
+            self.problem = UserError(
+                f"the grammar took {self._spent_s:.2f} s for {self._num_tokens} tokens, "
+                f"the limit is {limit_s:.2f} s",
+                hint="make it less ambiguous, or smaller",
+                code=FAILED_CODE,
+            )
+
+    def _failure(self) -> UserError:
+        reason = (self._matcher.get_error().splitlines() or [""])[0][:200]
+        return UserError(
+            f"the grammar failed after {self._num_tokens} tokens: {reason}",
+            hint="make it less ambiguous, or smaller",
+            code=FAILED_CODE,
+        )
 
 
 class Grammars:
@@ -88,31 +173,63 @@ class Grammars:
         self._eos_ids = list(eos_ids)
         self._made: LLTokenizer | None = None
         self._problem: Exception | None = None
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._compiled = _Compiled()
+        # One thread: a flood of large grammars holds up other grammars, and no step of anybody.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="mxn-grammar")
         self._building = threading.Thread(target=self._build, name="mxn-grammars", daemon=True)
         self._building.start()
 
-    def begin(self, grammar: Grammar) -> GrammarState:
-        """Return the state at the beginning of an answer.
+    def prepare(self, grammar: Grammar) -> Future[GrammarState]:
+        """Return the state at the beginning of an answer, or the promise of it.
 
-        Raises: UserError for a grammar that is wrong or too large, UnsupportedError when the
-        tokenizer does not tell the bytes of its tokens.
+        Raises, here or from the promise: UserError for a grammar that is wrong or too large,
+        UnsupportedError when the tokenizer does not tell the bytes of its tokens.
         """
+        check_size(grammar)
+        matcher = self._compiled.get(grammar)
+        if matcher is None:
+            return self._compiler.submit(self._compile, grammar)
+        ready: Future[GrammarState] = Future()
+        ready.set_result(GrammarState(matcher.deep_copy()))
+        return ready
+
+    def begin(self, grammar: Grammar) -> GrammarState:
+        """Return what `prepare` promises; waits for it."""
+        return self.prepare(grammar).result()
+
+    def _compile(self, grammar: Grammar) -> GrammarState:
         self._building.join()
         if self._made is None:
             raise UnsupportedError(f"this model's tokenizer takes no grammars: {self._problem}")
-        matcher = self._compiled.get(grammar)
+        matcher = self._compiled.get(grammar)  # asked for twice, and made meanwhile
         if matcher is None:
-            matcher = LLMatcher(self._made, source_of(grammar), log_level=0)
+            source = source_of(grammar)
+            try:
+                matcher = LLMatcher(self._made, source, log_level=0, limits=_LIMITS)
+            except (ValueError, RuntimeError) as error:
+                raise _invalid(grammar, str(error)) from error
             if matcher.is_error():
-                raise UserError(
-                    f"the {grammar.kind} is not valid: {matcher.get_error()}", code=CODE
-                )
-            self._compiled[grammar] = matcher
-            if len(self._compiled) > _MAX_CACHED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
+                raise _invalid(grammar, matcher.get_error())
+            self._probe(grammar, matcher.deep_copy())
+            self._compiled.add(grammar, matcher)
         return GrammarState(matcher.deep_copy())
+
+    def _probe(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        """Try the first two tokens, where most grammars fail that ever do. Raises: UserError."""
+        state = GrammarState(matcher)
+        allowed_V = masks([state], self.vocab_size)[0]
+        if state.problem is None and not allowed_V.any():
+            raise _invalid(grammar, "it allows no answer")
+        if state.problem is None:
+            allowed_V[[token for token in self._eos_ids if token < self.vocab_size]] = False
+            if allowed_V.any():
+                try:
+                    state.consume(int(allowed_V.argmax()))
+                    masks([] if state.is_over else [state], self.vocab_size)
+                except UserError:
+                    pass  # it is in `problem`
+        if state.problem is not None:
+            raise _invalid(grammar, state.problem.message)
 
     def _build(self) -> None:
         try:
@@ -122,6 +239,35 @@ class Grammars:
             self._made = LLTokenizer(wrapper, eos_token=self._eos_ids or None)
         except Exception as error:  # said to whoever asks for a grammar
             self._problem = error
+
+
+class _Compiled:
+    """The grammars used last, by a digest of their sources, which may be large."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
+        self._num_chars = 0
+
+    def get(self, grammar: Grammar) -> LLMatcher | None:
+        key = _digest(grammar)
+        with self._lock:
+            found = self._found.get(key)
+            if found is None:
+                return None
+            self._found.move_to_end(key)
+            return found[0]
+
+    def add(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        with self._lock:
+            self._found[_digest(grammar)] = (matcher, len(grammar.source))
+            self._num_chars += len(grammar.source)
+            while len(self._found) > _MAX_CACHED or self._num_chars > _MAX_CACHED_CHARS:
+                self._num_chars -= self._found.popitem(last=False)[1][1]
+
+
+def _digest(grammar: Grammar) -> bytes:
+    return blake2b(f"{grammar.kind}\n{grammar.source}".encode(), digest_size=16).digest()
 
 
 class _Tokens:

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled"]
+MAX_GRAMMAR_CHARS = 256 * 2**10  # of a grammar's source; a longer one is refused
 ENDED_CODE = "engine_unavailable"  # of a `Failed` whose only reason is that the process ends
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
-from mxn.engine.protocol import Grammar
+from mxn.engine.protocol import MAX_GRAMMAR_CHARS, Grammar
 
 TokenOf = Callable[[str], int | None]
 """The id of a token that is spelled like this, or None."""
@@ -20,6 +21,10 @@ TokenOf = Callable[[str], int | None]
 # One space, or a new line with its indentation. With more freedom a weak model fills its answer
 # with white space until the limit.
 _JSON_RULES = {"whitespace_pattern": r"( ?|\n[ \t]{0,16})", "coerce_one_of": True}
+
+_MAX_FAULTS = 512  # grammars whose check is remembered; agents send the same tools again
+_MAX_FAULT_CHARS = 400
+_faults: OrderedDict[bytes, str | None] = OrderedDict()
 
 
 def literal(text: str) -> str:
@@ -77,9 +82,23 @@ def expression(grammar: Grammar) -> str:
     return f"%lark {{\n{grammar.source}\n}}"
 
 
-@lru_cache(maxsize=512)
 def fault(grammar: Grammar) -> str | None:
     """Return what is wrong with a grammar, or None."""
+    if len(grammar.source) > MAX_GRAMMAR_CHARS:
+        return f"it has {len(grammar.source)} characters, the limit is {MAX_GRAMMAR_CHARS}"
+    if grammar.kind == "choice":
+        return None
+    # Kept by digest: sources may be large.
+    key = blake2b(f"{grammar.kind}\n{grammar.source}".encode(), digest_size=16).digest()
+    if key not in _faults:
+        _faults[key] = _fault(grammar)
+        if len(_faults) > _MAX_FAULTS:
+            _faults.popitem(last=False)
+    _faults.move_to_end(key)
+    return _faults[key]
+
+
+def _fault(grammar: Grammar) -> str | None:
     from llguidance import LLMatcher  # a native library; only servers that constrain load it
 
     make = {
@@ -87,10 +106,9 @@ def fault(grammar: Grammar) -> str | None:
         "regex": LLMatcher.grammar_from_regex,
         "lark": LLMatcher.grammar_from_lark,
     }
-    if grammar.kind == "choice":
-        return None
     try:
         found = LLMatcher.validate_grammar(make[grammar.kind](grammar.source), None)
     except ValueError as exc:
-        return str(exc)
-    return found.strip() or None
+        found = str(exc)
+    # What follows such a mark is the library's own state.
+    return found.partition("\n<")[0].strip()[:_MAX_FAULT_CHARS] or None
