@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
 
 from mxn.engine.adapters import NOT_FOUND_CODE, Adapters
@@ -18,6 +19,7 @@ from mxn.engine.detokenize import TokenDecoder
 from mxn.engine.protocol import (
     ENDED_CODE,
     Cancel,
+    Delta,
     Encode,
     EngineStats,
     Failed,
@@ -31,15 +33,23 @@ from mxn.engine.protocol import (
 )
 from mxn.engine.request import Request
 from mxn.engine.validate import problem_of
-from mxn.errors import CapacityError, NotFoundError, UnsupportedError, UserError
+from mxn.errors import (
+    CapacityError,
+    MxnError,
+    NotFoundError,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from mxn.engine.grammar import Grammars, GrammarState
+    from mxn.engine.protocol import Grammar
     from mxn.engine.runner import Runner, StepResult
     from mxn.engine.scheduler import Scheduler, StepPlan
 
 log = logging.getLogger("mxn.engine")
 
+_AT_ONCE_S = 0.002  # most grammars are compiled in this time; others wait aside
+_NAP_S = 0.005  # the longest wait for a grammar where there is nothing else to do
 VALIDATE_EVERY_S = 60.0  # the invariants of pages and queues are checked this often, when idle
 
 
@@ -70,12 +80,13 @@ class EngineCore:
         self._adapters = adapters or Adapters(None, max_adapters=0)
         self._grammars = grammars
         self._requests: dict[str, Request] = {}
+        self._compiling: dict[str, tuple[Generate, Future[GrammarState]]] = {}
         self._counters = Counters()
         self._validated_s = clock()
 
     @property
     def has_work(self) -> bool:
-        return not self._scheduler.is_idle or self._adapters.is_reading
+        return not self._scheduler.is_idle or bool(self._compiling) or self._adapters.is_reading
 
     @property
     def adapters(self) -> Adapters:
@@ -104,13 +115,14 @@ class EngineCore:
         Raises: ChipError or InternalError when device or bookkeeping can no longer be trusted; the
         process must then end.
         """
+        before = self._take_compiled() if self._compiling else []
         started_s = self._clock()
         plan = self._scheduler.next(started_s)
         if plan is None:
-            return self._adapters.answers_soon()
+            return before + self._adapters.answers_soon()
         result = self._runner.run(plan, self._requests)
         self._share(plan, self._clock() - started_s)
-        out = self._commit(plan, result) + self._adapters.answers()
+        out = before + self._commit(plan, result) + self._adapters.answers()
         self._counters.steps_total += 1
         ended_s = self._clock()
         self._counters.busy_s += ended_s - started_s
@@ -134,14 +146,21 @@ class EngineCore:
         return self._counters.stats(
             request_id,
             num_running=now.num_running,
-            num_waiting=now.num_waiting,
+            num_waiting=now.num_waiting + len(self._compiling),
             kv_pages_total=now.pages_total,
             kv_pages_used=now.pages_used,
         )
 
     def abort_all(self, reason: str) -> list[FromEngine]:
         """Fail everything under way, for the end of the process."""
-        return [self._drop(request_id, reason, ENDED_CODE) for request_id in list(self._requests)]
+        compiling = list(self._compiling)
+        for _, state in self._compiling.values():
+            state.cancel()
+        self._compiling.clear()
+        return [
+            *(self._drop(request_id, reason, ENDED_CODE) for request_id in list(self._requests)),
+            *(_failed(request_id, reason, ENDED_CODE) for request_id in compiling),
+        ]
 
     def validate(self) -> None:
         """Check every invariant. Raises: InternalError that names the broken one."""
@@ -149,24 +168,61 @@ class EngineCore:
 
     def _add(self, message: Generate) -> list[FromEngine]:
         request_id = message.request_id
-        if request_id in self._requests:
+        if request_id in self._requests or request_id in self._compiling:
             reason = f"request id {request_id!r} is already in use"
             return [_refusal(request_id, reason, None)]
         problem = problem_of(message, self.info)
         if problem:
             return [_refusal(request_id, *problem)]
-        if self._scheduler.num_waiting >= self._max_waiting:
-            reason = f"{self._scheduler.num_waiting} requests are waiting, which is the limit"
-            return [
-                Failed(
-                    request_id=request_id, message=reason, is_user_error=False, code="overloaded"
-                )
-            ]
+        num_waiting = self._scheduler.num_waiting + len(self._compiling)
+        if num_waiting >= self._max_waiting:
+            reason = f"{num_waiting} requests are waiting, which is the limit"
+            return [_failed(request_id, reason, "overloaded")]
+        if message.sampling.grammar is not None:
+            return self._compile(message, message.sampling.grammar)
+        return self._admit(message, None)
+
+    def _compile(self, message: Generate, wanted: Grammar) -> list[FromEngine]:
+        """Have the grammar compiled beside the steps; the request waits for it."""
+        request_id = message.request_id
+        if self._grammars is None:
+            return [_refusal(request_id, "this replica enforces no grammars", None)]
         try:
-            grammar = self._grammar(message)
+            state = self._grammars.prepare(wanted)
         except UserError as error:
-            return [_refusal(request_id, str(error), error.code)]
-        request = Request(message, self.info, self._decoder, self._byte_ids, self._clock(), grammar)
+            return [_error(request_id, error)]
+        if not self._compiling:  # else it waits behind another
+            wait((state,), _AT_ONCE_S)
+        if state.done():
+            return self._begin(message, state)
+        self._compiling[request_id] = (message, state)
+        return []
+
+    def _take_compiled(self) -> list[FromEngine]:
+        """Admit the requests whose grammars are ready; without other work, wait a little."""
+        if self._scheduler.is_idle:
+            wait([state for _, state in self._compiling.values()], _NAP_S, FIRST_COMPLETED)
+        out: list[FromEngine] = []
+        for message, state in list(self._compiling.values()):
+            if state.done():
+                del self._compiling[message.request_id]
+                out += self._begin(message, state)
+        return out
+
+    def _begin(self, message: Generate, state: Future[GrammarState]) -> list[FromEngine]:
+        try:
+            return self._admit(message, state.result())
+        except MxnError as error:
+            return [_error(message.request_id, error)]
+
+    def _admit(self, message: Generate, grammar: GrammarState | None) -> list[FromEngine]:
+        request_id = message.request_id
+        try:
+            request = Request(
+                message, self.info, self._decoder, self._byte_ids, self._clock(), grammar
+            )
+        except MxnError as error:  # the tokens to resume from do not follow the grammar
+            return [_error(request_id, error)]
         if request.end is not None:
             return [request.end]
         if message.resume_ids and request.sequence.num_tokens >= self._scheduler.max_context:
@@ -186,15 +242,6 @@ class EngineCore:
         self._counters.requests_total += 1
         return []
 
-    def _grammar(self, message: Generate) -> GrammarState | None:
-        """Return the grammar's state at the beginning of the answer. Raises: UserError."""
-        wanted = message.sampling.grammar
-        if wanted is None:
-            return None
-        if self._grammars is None:
-            raise UnsupportedError("this replica enforces no grammars")
-        return self._grammars.begin(wanted)
-
     def _use(self, request: Request, name: str | None) -> None:
         """Give a new request its adapter, and pages of its own. Raises: NotFoundError."""
         if name is not None:
@@ -202,6 +249,9 @@ class EngineCore:
             request.sequence.salt = request.adapter.salt
 
     def _cancel(self, request_id: str) -> list[FromEngine]:
+        if compiling := self._compiling.pop(request_id, None):
+            compiling[1].cancel()
+            return [Delta(request_id=request_id, finish_reason="cancelled")]
         request = self._requests.pop(request_id, None)
         if request is None:  # it has ended meanwhile
             return []
@@ -217,11 +267,19 @@ class EngineCore:
         self._scheduler.cancel(request_id)
         self._runner.forget(request_id)
         self._adapters.release(request.adapter)
-        return Failed(request_id=request_id, message=reason, is_user_error=False, code=code)
+        return _failed(request_id, reason, code)
+
+    def _fail(self, request_id: str, reason: str) -> Failed:
+        """End a request that got no token; a grammar that allowed none says why."""
+        grammar = self._requests[request_id].sampling_state.grammar
+        failed = self._drop(request_id, reason)
+        if grammar is None or grammar.problem is None:
+            return failed
+        return _error(request_id, grammar.problem)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[FromEngine]:
         """Enter the results; the failed go first, so that the commit passes them over."""
-        out: list[FromEngine] = [self._drop(*failed) for failed in result.failed.items()]
+        out: list[FromEngine] = [self._fail(*failed) for failed in result.failed.items()]
         requests = self._requests
         for request_id, scored in result.prompt_logprobs.items():
             request = requests.get(request_id)
@@ -230,7 +288,12 @@ class EngineCore:
         sampled: dict[str, tuple[int, ...]] = {}
         finished: list[str] = []
         for request_id, token in result.tokens.items():
-            delta = requests[request_id].advance(token)
+            try:
+                delta = requests[request_id].advance(token)
+            except MxnError as error:  # its grammar failed; the others of the step go on
+                self._drop(request_id, error.message)
+                out.append(_error(request_id, error))
+                continue
             sampled[request_id] = (token.token_id,)
             self._counters.generation_tokens_total += len(delta.token_ids)
             if delta.finish_reason:
@@ -246,3 +309,15 @@ class EngineCore:
 
 def _refusal(request_id: str, message: str, code: str | None) -> Failed:
     return Failed(request_id=request_id, message=message, is_user_error=True, code=code)
+
+
+def _failed(request_id: str, message: str, code: str | None = None) -> Failed:
+    return Failed(request_id=request_id, message=message, is_user_error=False, code=code)
+
+
+def _error(request_id: str, error: MxnError) -> Failed:
+    """Return the failure of one request, which says nothing of the engine."""
+    is_user_error = isinstance(error, UserError)
+    return Failed(
+        request_id=request_id, message=str(error), is_user_error=is_user_error, code=error.code
+    )
