@@ -64,10 +64,8 @@ class PooledClient:
     def count_basis(self) -> CountBasis:
         """Where the current request's counts come from: the least exact of what served it."""
         seats = [self._core.fleet.get(hop.replica) for hop in current().hops]
-        found: set[CountBasis] = {
-            getattr(seat.replica.client, "count_basis", "engine") for seat in seats if seat
-        }
-        return min(found, key=_BASES.index, default="engine")
+        found: set[CountBasis] = {_basis_of(seat) for seat in seats if seat is not None}
+        return min(found, key=_BASES.index) if found else "engine"
 
     @property
     def replicas(self) -> list[Replica]:
@@ -207,3 +205,7 @@ class PooledClient:
             known = [replica.id for replica in self.replicas]
             raise NotFoundError(f"there is no replica {replica_id!r}; there are {known}")
         return seat
+
+
+def _basis_of(seat: Seat) -> CountBasis:
+    return getattr(seat.replica.client, "count_basis", "engine")
