@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from mxn.engine.adapters import NOT_FOUND_CODE
+from mxn.engine.echo import EchoEngine
 from mxn.engine.protocol import (
     AdapterLoaded,
     Delta,
@@ -17,8 +18,12 @@ from mxn.engine.protocol import (
     UnloadAdapter,
 )
 from mxn.errors import EngineDiedError, NotFoundError, UserError
+from mxn.serve.app import create_app
 from mxn.serve.fleet import PoolRules, Replica
 from mxn.serve.pooled import PooledClient
+from mxn.serve.replicas.remote import RemoteEngine
+from mxn.serve.served import ServedModel, ServedModels
+from mxn.serve.server import running
 from mxn.serve.testing import Scripted
 
 RULES = PoolRules(probe_s=0.02, recover_s=0.5)
@@ -255,3 +260,34 @@ def test_an_answer_that_began_during_a_replacement_is_not_resumed():
                 pass
 
     run(pool, check)
+
+
+def test_replicas_behind_http_get_their_adapters_again():
+    boxes = Box(), Box()
+
+    def app(box: Box):
+        tokenizer = EchoEngine().tokenizer
+        return create_app(ServedModels([ServedModel(name="m", client=box, tokenizer=tokenizer)]))
+
+    async def check(urls: list[str]) -> None:
+        engines = [await RemoteEngine.connect(url, "m") for url in urls]
+        pool = PooledClient(
+            [Replica(id=url, client=e) for url, e in zip(urls, engines, strict=True)], RULES
+        )
+        try:
+            boxes[1].fails = NotFoundError("no such folder here")
+            with pytest.raises(UserError, match="no such folder here"):
+                await pool.load_adapter(load("lora"))
+            assert [box.held for box in boxes] == [{}, {}]
+            boxes[1].fails = None
+            await pool.load_adapter(load("lora"))
+            boxes[1].restart()
+            assert [await text(pool, i) for i in range(10)] == ["abcdef"] * 10
+            await until(lambda: boxes[1].held == {"lora": "/x"}, "it is loaded again")
+            await pool.unload_adapter(unload("lora"))
+            assert [box.held for box in boxes] == [{}, {}]
+        finally:
+            await pool.close()
+
+    with running(app(boxes[0])) as first, running(app(boxes[1])) as second:
+        asyncio.run(check([first, second]))
