@@ -146,3 +146,14 @@ def test_a_waiter_whose_time_is_over_keeps_no_connection(
         assert client._free == ([connection] if is_given else [])
 
     on(lambda: [OK + b"content-length: 9\r\n\r\n"], work, max_connections=1)
+
+
+def test_a_refusal_has_an_end() -> None:
+    async def work(client: HttpClient) -> None:
+        answer = await client.open("GET", "/")
+        with pytest.raises(ConnectionLost, match="more than 1048576 bytes"):
+            await answer.read()
+
+    head = b"HTTP/1.1 500 X\r\ncontent-length: 99999999\r\n\r\n"
+    _, num_sent = on(endless(head, b"y" * 10000), work)
+    assert num_sent < 32 << 20

@@ -24,6 +24,7 @@ _TICK_S = 0.5  # how exactly time limits are kept
 # Bytes without any of a body: heads (also those of "continue" and the like, together), trailers,
 # and the lines between the chunks.
 _MAX_HEAD_BYTES = 64 << 10
+_MAX_REFUSAL_BYTES = 1 << 20
 _PART_BYTES = 64  # what a piece costs beside its bytes, as chunks may be tiny
 _ONE_READ_BYTES = 64 << 10  # a body up to this size leaves together with its head
 
@@ -59,7 +60,8 @@ class Answer:
     """An answer that is arriving. `status` and `headers` (lower-case names) are complete."""
 
     __slots__ = ("_connection", "_done", "_error", "_parts", "_size", "_waiter", "_whole",
-                 "deadline_s", "has_head", "headers", "silence_s", "status")  # fmt: skip
+                 "deadline_s", "has_head", "headers", "max_bytes", "silence_s",
+                 "status")  # fmt: skip
 
     def __init__(self, connection: _Connection, silence_s: float, deadline_s: float, whole: bool):
         self._connection: _Connection | None = connection
@@ -74,6 +76,7 @@ class Answer:
         self.headers: list[Header] = []
         self.silence_s = silence_s
         self.deadline_s = deadline_s
+        self.max_bytes = connection.max_answer_bytes
 
     def header(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.headers if key == name), None)
@@ -92,8 +95,12 @@ class Answer:
         return self._take()
 
     async def read(self) -> bytes:
-        """Return the rest of the body. Raises: ConnectionLost, also for a body that is too long."""
+        """Return the rest of the body of a refusal, up to 1 MB.
+
+        Raises: ConnectionLost, also for a body that is too long.
+        """
         self._whole = True
+        self.max_bytes = min(self.max_bytes, _MAX_REFUSAL_BYTES)
         if self._connection is not None:
             self._connection.resume()
         while not self._done and self._error is None:
@@ -175,6 +182,10 @@ class _Connection(asyncio.Protocol):
             transport.writelines((data, body))
         return answer
 
+    @property
+    def max_answer_bytes(self) -> int:
+        return self._client.limits.max_answer_bytes
+
     def resume(self) -> None:
         if self._is_paused and self._transport is not None:
             self._is_paused = False
@@ -230,8 +241,8 @@ class _Connection(asyncio.Protocol):
             if answer._size > _HIGH_BYTES and not answer._done and self._transport is not None:
                 self._is_paused = True
                 self._transport.pause_reading()
-        elif answer._size > self._client.limits.max_answer_bytes:
-            self._fail(f"sent more than {self._client.limits.max_answer_bytes} bytes")
+        elif answer._size > answer.max_bytes:
+            self._fail(f"sent more than {answer.max_bytes} bytes")
 
     def eof_received(self) -> None:
         answer = self._answer
