@@ -37,6 +37,7 @@ _UNKNOWN_TOKENS = 256  # expected of a request that names no limit
 _MEASURE_S = 0.25  # of a stream between two notes to the replica's measurements
 _RETRY_S = 1.0  # told to a client when it is not known what would help
 _MAX_WHY_CHARS = 200  # of an error, in logs and hops
+_MAX_DOUBTED = 2  # replicas that may answer one request with an error before it is given up
 _LOOK_AGAIN_S = 0.1  # between two looks for a replica that comes back
 
 
@@ -78,7 +79,10 @@ class _Call:
         self._is_in = False
         self._num_attempts = 0
         self._lost: list[str] = []  # replicas this request will not go to again
-        self._stalled: set[str] = set()
+        self._ruled_out: set[str] = set()  # of those, the ones it does not even wait for
+        # Replicas that answered with an error and live: theirs is the fault only if another can do
+        # what they could not; where two fail, it is the request's.
+        self._doubted: list[tuple[Seat, str]] = []
 
     @property
     def _rules(self) -> PoolRules:
@@ -147,14 +151,28 @@ class _Call:
         self._core.fleet.release(seat)
         seat.num_lost += 1
         self._lost.append(seat.id)
-        if isinstance(exc, Stalled):
-            self._stalled.add(seat.id)
+        if isinstance(exc, Stalled | InternalError):
+            self._ruled_out.add(seat.id)
         if isinstance(exc, OverloadedError | CapacityError | AdapterAway):
             # To be full, to refuse a bad request or to load an adapter is not to be ill.
             seat.breaker.abandoned()
+        elif isinstance(exc, InternalError):
+            self._doubted.append((seat, _why(exc)))
+            self._core.fleet.doubted(seat, _why(exc))
         else:
             self._core.fleet.failed(seat, _why(exc))
         return seat
+
+    def _worked(self, seat: Seat) -> None:
+        """The seat's replica gave a first token, or a whole result."""
+        self._core.fleet.worked(seat)
+        for other, why in self._doubted:
+            self._core.fleet.failed(other, why)
+        self._doubted.clear()
+
+    def _is_over(self, exc: BaseException) -> bool:
+        """Whether no other replica is to be tried: it is the request that fails."""
+        return _is_final(exc) or len(self._doubted) >= _MAX_DOUBTED
 
     def _take_other(self, prompt_ids: list[int], adapter: str | None) -> Seat | None:
         """Sit down at another replica, whether it has room or not."""
@@ -227,7 +245,7 @@ class StreamCall(_Call):
             raise EngineDiedError("a replica cancelled the request")
         joined = self._seam.take(delta)
         if meter.is_first:
-            self._core.fleet.worked(meter.seat)
+            self._worked(meter.seat)
             self._core.gate.wake()  # some wait for a sign of life from a replica that had failed
             watch.set_limit(self._gap_limit_s(meter.seat))
         meter.note(delta, watch.waited_s)
@@ -236,7 +254,7 @@ class StreamCall(_Call):
     async def move(self, exc: Exception) -> None:
         """Go on from another replica. Raises: `exc`, or what is to be said when none is left."""
         self._drop()
-        if self._lose(exc) is None or _is_final(exc):
+        if self._lose(exc) is None or self._is_over(exc):
             raise exc
         self._check_adapter(exc)
         self._bar_again(exc)
@@ -246,12 +264,13 @@ class StreamCall(_Call):
         may_wait = may_wait or self._core.fleet.is_held_back(
             self._chips, [*self._lost, *self._barred]
         )
+        may_wait = may_wait and self._core.fleet.has_other(self._chips, self._ruled_out)
         until_s = clock() + (self._rules.recover_s if may_wait else 0.0)
         while (seat := self._next_seat()) is None:
             if self._num_attempts >= self._rules.max_attempts or clock() >= until_s:
                 raise self._end_of(exc) from exc
             await asyncio.sleep(_LOOK_AGAIN_S)
-            self._lost = [name for name in self._lost if name in self._stalled]
+            self._lost = [name for name in self._lost if name in self._ruled_out]
         resumed = self._seam.num_tokens
         reason = f"resumed {resumed} tokens: {_why(exc)}"
         self._hop(seat, reason, resumed, is_takeover=True)
@@ -338,7 +357,7 @@ class EncodeCall(_Call):
 
     def _other(self, exc: Exception) -> Seat:
         """Return the seat to try next. Raises: `exc`, or what is to be said at the end."""
-        if self._lose(exc) is None or _is_final(exc):
+        if self._lose(exc) is None or self._is_over(exc):
             raise exc
         if self._num_attempts >= self._rules.max_attempts:
             raise self._end_of(exc) from exc
@@ -363,7 +382,7 @@ class EncodeCall(_Call):
                 task.cancel()
                 self._core.close_aside(_ended(task))
         encoded = task.result()
-        self._core.fleet.worked(seat)
+        self._worked(seat)
         seat.speed.first_token(clock() - begun_s, self._num_tokens)
         return encoded
 

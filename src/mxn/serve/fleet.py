@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -28,6 +28,7 @@ log = logging.getLogger("mxn.serve")
 Clock = Callable[[], float]
 
 _RECENT_S = 10.0  # traffic fades like this when shares are compared
+_DOUBTS_A_FAILURE = 4  # requests in a row with an error, without a word on whose fault it is
 _WEIGHTS_S = 0.25  # weights are at most this old
 
 
@@ -84,6 +85,7 @@ class Seat:
         self.is_draining = False
         self.num_tokens = 0  # made here, for whatever request
         self.num_lost = 0  # requests that had to go on from another one
+        self.num_doubts = 0  # requests in a row that it answered with an error, while it lives
         self.weight = 1.0
         self.adapters: dict[str, int] = {}  # name → version that it has loaded; 0: not known
         self._recent, self._recent_at_s = 0.0, 0.0
@@ -217,6 +219,10 @@ class Fleet:
             for seat in self._candidates(chips, excluded, self.clock())
         )
 
+    def has_other(self, chips: Chips, excluded: Collection[str]) -> bool:
+        """Whether there is a replica, in whatever state, that is not excluded."""
+        return any(seat.id not in excluded for seat in self.of(chips))
+
     def has_any(self, chips: Chips, excluded: Sequence[str] = ()) -> bool:
         """Whether there is a replica for it, full or not."""
         return bool(self._candidates(chips, excluded, self.clock()))
@@ -268,6 +274,7 @@ class Fleet:
 
     def worked(self, seat: Seat) -> None:
         """A first token or a whole result came."""
+        seat.num_doubts = 0
         seat.breaker.succeeded()
         if seat.health.is_up:
             seat.health.good(self.clock())
@@ -276,6 +283,18 @@ class Fleet:
         """The replica died, stalled or gave a request up."""
         seat.breaker.failed(self.clock())
         self.failed_probe(seat, why)
+
+    def doubted(self, seat: Seat, why: str) -> None:
+        """The replica answered a request with an error: one or the other is broken.
+
+        A request that breaks everywhere must shut out nobody; a replica to which every request
+        does is to be noticed.
+        """
+        seat.num_doubts += 1
+        if seat.num_doubts % _DOUBTS_A_FAILURE == 0:
+            self.failed(seat, why)
+        else:
+            seat.breaker.abandoned()
 
     def failed_probe(self, seat: Seat, why: str) -> None:
         """The replica did not answer, or says that it is down."""
