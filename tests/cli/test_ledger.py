@@ -119,3 +119,27 @@ def test_many_commands_that_start_at_once_make_one_local_key(home, monkeypatch):
     (home / "key").write_text("")
     with pytest.raises(ConfigError, match="holds no key"):
         ensure_local_key()
+
+
+def test_the_books_are_checked_with_their_roll_ups(mxn, used, home):
+    database = Database.open(f"sqlite:///{home / 'ledger.db'}")
+    assert mxn("usage", "rollup", "--time-zone", "UTC", "--rebuild").returncode == 0
+    done = mxn("usage", "check")
+    assert (done.returncode, done.stderr.strip()) == (0, "the books balance"), done.stdout
+    with database.begin() as connection:
+        day = schema.usage_days
+        connection.execute(insert(day).values(
+            day="2026-10-02", org_id="o", project_id="p", user_id="", key_id="k", model="m",
+            chip="c", currency="USD", requests=2,
+        ))  # fmt: skip
+    database.close()
+    done = mxn("usage", "check", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["problems"] == [
+        "day 2026-10-02: the roll-up says 2 requests, its rows 0"
+    ]
+
+
+def test_a_budget_comes_before_the_first_key(mxn):
+    assert mxn("budget", "set", "--project", "default", "--limit", "5").returncode == 0
+    assert "ever" in mxn("budget", "list").stdout

@@ -173,3 +173,22 @@ def test_times_as_people_write_them():
             moments.parse_moment(text, zone=zone, now_us=now)
     with pytest.raises(ConfigError, match="as a duration"):
         moments.parse_duration("1 month")
+
+
+def test_a_model_without_a_price_of_its_own_is_priced_like_its_base():
+    def priced(model: str, chip: str, rate: int) -> Price:
+        return Price(
+            id=f"{model}@{chip}", model=model, chip=chip, kind="input", micro_per_million=rate,
+            currency="USD",
+        )  # fmt: skip
+
+    ladder = [
+        priced("*", "*", 1), priced("*", "c", 2), priced("base", "*", 3), priced("base", "c", 4),
+        priced("tuned", "*", 5), priced("tuned", "c", 6),
+    ]  # fmt: skip
+    for count in range(1, len(ladder) + 1):
+        for order in (ladder[:count], ladder[:count][::-1]):
+            chosen = pricing.choose(order, "tuned", "c", "input", 0, base="base")
+            assert chosen is ladder[count - 1]
+    assert pricing.choose(ladder[:4], "tuned", "c", "input", 0) is ladder[1]
+    assert pricing.choose(ladder, "other", "c", "input", 0, base="base") is ladder[3]

@@ -250,6 +250,7 @@ def test_a_request_whose_caller_went_away_is_closed_again(run, database, tenant)
     async def scenario(ledger):
         await ledger.start()
         num_cancelled = 0
+        other = await ledger.open(tenant.usage())  # a lone request is written at once
         for num_steps in range(5):  # cancelled before, while and after it is written
             task = asyncio.create_task(ledger.open(tenant.usage()))
             for _ in range(num_steps):
@@ -260,6 +261,7 @@ def test_a_request_whose_caller_went_away_is_closed_again(run, database, tenant)
             except asyncio.CancelledError:
                 num_cancelled += 1
         assert num_cancelled >= 3
+        await ledger.settle(other, Settlement(reason="error"))
         settled = asyncio.create_task(ledger.settle(await ledger.open(tenant.usage()), complete()))
         await asyncio.sleep(0)
         settled.cancel()

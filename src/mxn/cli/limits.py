@@ -35,9 +35,11 @@ def set_limit(
     database: DatabaseUrl = "", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Set or change a limit of one organization, project, user or key."""
-    from mxn.ledger import limits
+    from mxn.ledger import limits, tenants
+    from mxn.ledger.moments import now_us
 
     with transaction(database) as connection:
+        tenants.ensure_default(connection, now_us=now_us())
         whom = find_subject(connection, org, project, user, key)
         made = limits.set_limit(connection, whom, kind, per_minute, model=model)
     _made(made, as_json)
@@ -86,13 +88,14 @@ def set_budget(
 ) -> None:  # fmt: skip
     """Set or change a budget of one organization, project, user or key."""
     from mxn.errors import ConfigError
-    from mxn.ledger import budget_admin
+    from mxn.ledger import budget_admin, tenants
     from mxn.ledger.moments import now_us
     from mxn.ledger.money import parse_money
 
     if bool(money) == (tokens is not None):
         raise ConfigError("give either --limit with money, or --tokens")
     with transaction(database) as connection:
+        tenants.ensure_default(connection, now_us=now_us())
         whom = find_subject(connection, org, project, user, key)
         made = budget_admin.set_budget(
             connection, whom, period=period, now_us=now_us(),
@@ -117,7 +120,8 @@ def list_budgets(database: DatabaseUrl = "", as_json: Json = False) -> None:
     print_table(
         ("budget", "of", "id of owner", "period", "since", "limit", "spent", "reserved", "left"),
         [(row["id"], row["subject_kind"], row["subject_id"], row["period"],
-          format_us(row["period_start"]), *(_amount(row, name) for name in amounts))
+          format_us(row["period_start"] or None) or "ever",
+          *(_amount(row, name) for name in amounts))
          for row in rows],
         numbers=("limit", "spent", "reserved", "left"), empty="no budget is set",
     )  # fmt: skip

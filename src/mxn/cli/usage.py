@@ -153,6 +153,27 @@ def rollup_(
         typer.echo(f"{len(done)} days rolled up")
 
 
+@app.command("check")
+def check_(database: DatabaseUrl = "", as_json: Json = False) -> None:
+    """See whether the books balance: rows, costs, budgets and roll-ups. Ends with 1 if not."""
+    from mxn.ledger import balance
+    from mxn.ledger.database import Database
+
+    opened = Database.open(database or None)
+    try:
+        problems = balance.check(opened)
+    finally:
+        opened.close()
+    if as_json:
+        print_json({"problems": problems})
+    else:
+        for line in problems:
+            typer.echo(line)
+        typer.echo(f"{len(problems)} problems" if problems else "the books balance", err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
 def _interval(since: str, until: str, zone: str) -> tuple[str, int, int]:
     from mxn.errors import ConfigError
     from mxn.ledger.moments import MAX_US, now_us, parse_moment, parse_zone

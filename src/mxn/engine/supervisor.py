@@ -80,7 +80,8 @@ class EngineChild:
     async def spawn(cls, config: EngineConfig, endpoint: str) -> EngineChild:
         """Start `mxn.engine.process`. Its stdin stays open as long as we live: see `process.py`."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "mxn.engine.process", endpoint, config.to_json(),
+            # -P: no file in the folder where mxn was started may shadow a module.
+            sys.executable, "-P", "-m", "mxn.engine.process", endpoint, config.to_json(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

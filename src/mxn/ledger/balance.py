@@ -1,7 +1,7 @@
 """Whether the books balance: what budgets say against what the rows say. Reads only.
 
 For each budget and period, `reserved` must be the sum of what open rows hold, and `spent` that of
-what settled rows cost.
+what settled rows cost. Days that are rolled up must be the sums of their rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mxn.ledger.compose import decode_reserved, is_billed, spent_of
 from mxn.ledger.database import Database
 from mxn.ledger.operations import PeriodKey
 from mxn.ledger.pricing import cost, decode_applied, quantities
+from mxn.ledger.rollup import rollup_problems
 
 _COLUMNS = (
     "id", "state", "settled_us", "reason", "input_tokens", "cached_tokens", "output_tokens",
@@ -31,7 +32,7 @@ def check(database: Database) -> list[str]:
     Sees one state of the database, also while gateways write.
     """
     with database.read() as connection:
-        return list(_problems(connection))
+        return [*_problems(connection), *rollup_problems(connection)]
 
 
 def _problems(connection: Connection) -> Iterator[str]:

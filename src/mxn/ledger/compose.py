@@ -46,6 +46,7 @@ def compose_opening(
         usage.usage_id, usage.request_id, gateway_id, who.org_id, who.project_id, who.user_id,
         who.key_id, usage.endpoint, usage.model, chips[0] if len(chips) == 1 else "", now_us,
         _encode(reserved).decode() if reserved else None, usage.batch_id, usage.is_stream, "open",
+        usage.base,
     )  # fmt: skip
     ticket = Ticket(usage=usage, opened_us=now_us, reserved=reserved)
     window = now_us - now_us % WINDOW_US
@@ -71,7 +72,7 @@ def _reserve(
 
 
 def _dearest(rules: Rules, usage: OpenUsage, now_us: int) -> tuple[int, str]:
-    tariffs = [rules.tariff(usage.model, chip, now_us) for chip in usage.chips or ("",)]
+    tariffs = [rules.tariff(usage.model, chip, now_us, usage.base) for chip in usage.chips or ("",)]
     currency = next((tariff.currency for tariff in tariffs if tariff.currency), "")
     worst = max(tariff.worst(usage.input_tokens, usage.max_output_tokens) for tariff in tariffs)
     return worst, currency
@@ -94,7 +95,7 @@ def compose_settling(
     usage = ticket.usage
     tariff, micro, tokens = FREE, 0, 0
     if is_billed(used.reason, used.output_tokens):
-        tariff = rules.tariff(usage.model, used.chip, ticket.opened_us)
+        tariff = rules.tariff(usage.model, used.chip, ticket.opened_us, usage.base)
         micro, tokens = tariff.cost(used), used.input_tokens + used.output_tokens
     row = (
         now_us, used.reason, used.status, used.chip, used.replica, used.input_tokens,
@@ -138,7 +139,7 @@ def compose_orphan(rules: Rules, row: Any, *, now_us: int) -> Settling:
     )
     usage = OpenUsage(
         usage_id=row.id, request_id=row.request_id, principal=who, endpoint=row.endpoint,
-        model=row.model, batch_id=row.batch_id, is_stream=row.is_stream,
+        model=row.model, base=row.base, batch_id=row.batch_id, is_stream=row.is_stream,
     )  # fmt: skip
     reserved = tuple((name, start, amount) for name, start, amount in decode_reserved(row.reserved))
     used = Settlement(

@@ -78,7 +78,7 @@ def explain(
     prices: Iterable[Price], model: str, chip: str, at_us: int
 ) -> list[tuple[pricing.PriceKind, Price | None, list[tuple[Price, str]]]]:
     """Return for each kind the price that applies and why each other candidate does not."""
-    known = [price for price in prices if price.matches(model, chip)]
+    known = [price for price in prices if price.rank(model, chip) is not None]
     found = []
     for kind in KINDS:
         chosen = pricing.choose(known, model, chip, kind, at_us)
@@ -94,8 +94,8 @@ def explain(
 
 def describe_rank(price: Price) -> str:
     """Return how specific a price is, in words."""
-    return ("any model on any chip", "any model on this chip", "this model on any chip",
-            "this model on this chip")[price.rank]  # fmt: skip
+    model = "any model" if price.model == ANY else "this model"
+    return f"{model} on {'any chip' if price.chip == ANY else 'this chip'}"
 
 
 def lock(connection: Connection) -> None:

@@ -1,7 +1,8 @@
 """Which price applies, and what a request costs. Pure: knows no SQL and no clock.
 
 Start at `choose` and `cost`. A price is for a model or ``*``, a chip or ``*``, and one kind; the
-most specific wins: model and chip, then model, then chip, then neither. A price holds from
+most specific wins: model and chip, then model, then chip, then neither. A model that has none of
+its own, such as an adapter, is priced like its base before ``*`` counts. A price holds from
 `valid_from_us` up to, not including, `valid_to_us`.
 """
 
@@ -52,13 +53,16 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
             self.valid_to_us is None or at_us < self.valid_to_us
         )
 
-    def matches(self, model: str, chip: str) -> bool:
-        return self.model in (ANY, model) and self.chip in (ANY, chip)
+    def rank(self, model: str, chip: str, base: str = "") -> int | None:
+        """Return how specifically it is for a model on a chip; None: it is not.
 
-    @property
-    def rank(self) -> int:
-        """How specific it is: 3 model and chip, 2 model, 1 chip, 0 neither."""
-        return 2 * (self.model != ANY) + (self.chip != ANY)
+        5 model and chip, 4 model, 3 base and chip, 2 base, 1 chip, 0 neither.
+        """
+        if self.chip not in (ANY, chip):
+            return None
+        names = (ANY, base or model, model)  # the last one that fits counts
+        places = [place for place, name in enumerate(names) if name == self.model]
+        return 2 * places[-1] + (self.chip != ANY) if places else None
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,33 +75,35 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def choose(
-    prices: Iterable[Price], model: str, chip: str, kind: PriceKind, at_us: int
+    prices: Iterable[Price], model: str, chip: str, kind: PriceKind, at_us: int, *, base: str = ""
 ) -> Price | None:
     """Return the price that applies, or None where there is none for this kind or its fallback.
 
-    The kind goes before the place: a cached price for any model is taken before an input price for
-    this model.
+    `base` is the model whose prices count where `model` has none. The kind goes before the place: a
+    cached price for any model is taken before an input price for this model.
     """
     known = list(prices)
     for wanted in (kind, FALLBACK.get(kind)):
         found = [
-            price
+            ((rank, price.valid_from_us, price.id), price)
             for price in known
-            if price.kind == wanted and price.holds_at(at_us) and price.matches(model, chip)
+            if price.kind == wanted
+            and price.holds_at(at_us)
+            and (rank := price.rank(model, chip, base)) is not None
         ]
         if found:
-            return max(found, key=lambda price: (price.rank, price.valid_from_us, price.id))
+            return max(found, key=lambda item: item[0])[1]
     return None
 
 
 def choose_all(
-    prices: Iterable[Price], model: str, chip: str, at_us: int
+    prices: Iterable[Price], model: str, chip: str, at_us: int, *, base: str = ""
 ) -> dict[PriceKind, Applied]:
     """Return the price of each kind that has one, as it is kept in a usage row."""
     known = list(prices)
     applied: dict[PriceKind, Applied] = {}
     for kind in KINDS:
-        price = choose(known, model, chip, kind, at_us)
+        price = choose(known, model, chip, kind, at_us, base=base)
         if price is not None:
             applied[kind] = Applied(
                 kind=kind,

@@ -92,6 +92,33 @@ def summarize(
     ]
 
 
+def rollup_problems(connection: Connection) -> Iterator[str]:
+    """Yield a line for each rolled-up day whose sums are not those of its rows."""
+    known = connection.execute(select(schema.rollup_state)).first()
+    if known is None:
+        return
+    zone, days = parse_zone(known.time_zone), schema.usage_days
+    sums = [func.sum(days.c[name]) for name in MEASURES]
+    rolled = {
+        row[0]: [int(value) for value in row[1:]]
+        for row in connection.execute(select(days.c.day, *sums).group_by(days.c.day))
+    }
+    made: Totals = {}
+    end_us = day_start_us(known.through_day, zone)
+    _add_rows(connection, made, ("day",), 0, end_us, zone, {})
+    found: dict[str, list[int]] = {}
+    for (day, _), values in made.items():
+        before = found.get(day, [0] * len(values))
+        found[day] = [a + b for a, b in zip(before, values, strict=True)]
+    for day in sorted(rolled.keys() | found.keys()):
+        empty = [0] * len(MEASURES)
+        for name, said, real in zip(
+            MEASURES, rolled.get(day, empty), found.get(day, empty), strict=True
+        ):
+            if said != real:
+                yield f"day {day}: the roll-up says {said} {name}, its rows {real}"
+
+
 def _rolled_days(
     connection: Connection, since_us: int, until_us: int, zone_name: str, zone: tzinfo
 ) -> tuple[str, str] | None:

@@ -107,7 +107,7 @@ class Rules:
         )
         self._states: dict[str, KeyState] = {}
         self._subjects: dict[tuple[str | None, ...], Subjects] = {}
-        self._tariffs: dict[tuple[str, str, int], Tariff] = {}
+        self._tariffs: dict[tuple[str, str, str, int], Tariff] = {}
 
     def key(self, digest: str) -> KeyState | None:
         """Return what is known of the key with this digest."""
@@ -140,17 +140,20 @@ class Rules:
         budgets = [budget for place in named for budget in self._budgets.get(place, ())]
         return Subjects(tuple(limits), tuple(budgets))
 
-    def tariff(self, model: str, chip: str, at_us: int) -> Tariff:
+    def tariff(self, model: str, chip: str, at_us: int, base: str = "") -> Tariff:
         """Return the prices that held at a time; without any, everything is free.
+
+        `base` is the model whose prices count where `model` has none.
 
         Raises: ConfigError when they are in several currencies.
         """
-        memo = (model, chip, bisect.bisect_right(self._bounds, at_us))
+        memo = (model, chip, base, bisect.bisect_right(self._bounds, at_us))
         found = self._tariffs.get(memo)
         if found is None:
             if len(self._tariffs) >= _MAX_MEMO:
                 self._tariffs.clear()
-            found = self._tariffs[memo] = _tariff(choose_all(self._prices, model, chip, at_us))
+            applied = choose_all(self._prices, model, chip, at_us, base=base)
+            found = self._tariffs[memo] = _tariff(applied)
         return found
 
 

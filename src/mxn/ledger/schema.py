@@ -195,6 +195,7 @@ usage = Table(
     Column("reserved", Text),  # JSON: [[budget, period start, amount]…] it is charged to
     Column("batch_id", Text),
     Column("is_stream", Boolean, nullable=False),
+    Column("base", Text, nullable=False, server_default=""),  # priced like this model
     Index(None, "org_id", "opened_us"),
 )
 # Partial, since each index that a row is in costs time when it is opened and when it is settled.

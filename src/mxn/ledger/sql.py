@@ -17,6 +17,7 @@ from mxn.ledger.operations import PeriodKey, Settling
 OPEN_COLUMNS = (
     "id", "request_id", "gateway_id", "org_id", "project_id", "user_id", "key_id", "endpoint",
     "model", "chip", "opened_us", "reserved", "batch_id", "is_stream", "state",
+    "base",
 )  # fmt: skip
 # The last one says which row.
 SETTLE_COLUMNS = (

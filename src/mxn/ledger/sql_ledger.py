@@ -73,6 +73,7 @@ class SqlLedger:
         self._progress_due_s = 0.0
         self._opening: dict[Opening, None] = {}  # in order of their deadlines
         self._settling: dict[Settling, None] = {}
+        self._open_ids: set[str] = set()  # rows of requests that are under way here
         self._looking: asyncio.Task[None] | None = None
         self._writer: Writer | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -177,7 +178,8 @@ class SqlLedger:
         )  # fmt: skip
         future = opening.future = self._loop.create_future()
         self._opening[opening] = None
-        self._writer.submit(opening)
+        self._open_ids.add(usage.usage_id)
+        self._writer.submit(opening, is_alone=len(self._open_ids) == 1)
         try:
             return await future
         except asyncio.CancelledError:
@@ -216,7 +218,7 @@ class SqlLedger:
         if self._writer is None:
             raise InternalError("the ledger is closed; this request is settled by another gateway")
         self._settling[settling] = None
-        self._writer.submit(settling)
+        self._writer.submit(settling, is_alone=len(self._open_ids) <= 1)
 
     def _release(self, ticket: Ticket) -> None:
         """Close a row that was opened for somebody who is gone."""
@@ -238,6 +240,8 @@ class SqlLedger:
         for opening in batch.openings:
             self._opening.pop(opening, None)
             outcome, future = opening.outcome, opening.future
+            if not isinstance(outcome, Ticket):
+                self._open_ids.discard(opening.id)
             if future.done():  # cancelled, or it had waited too long
                 if isinstance(outcome, Ticket):
                     self._release(outcome)
@@ -247,6 +251,7 @@ class SqlLedger:
                 future.set_result(outcome)
         for settling in batch.settlings:
             self._settling.pop(settling, None)
+            self._open_ids.discard(settling.id)
             future, outcome = settling.future, settling.outcome
             if future is None or future.done():
                 continue

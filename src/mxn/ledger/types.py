@@ -55,6 +55,7 @@ class OpenUsage(msgspec.Struct, frozen=True, kw_only=True):
     principal: Principal
     endpoint: str
     model: str
+    base: str = ""  # the model that this one adapts: its prices count where `model` has none
     chips: tuple[str, ...] = ()
     input_tokens: int = 0
     max_output_tokens: int = 0  # of all choices together

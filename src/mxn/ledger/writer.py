@@ -34,8 +34,11 @@ _AWAY_S = (0.02, 1.0)  # waits for a database that is away
 
 
 class Writer(Protocol):
-    def submit(self, operation: Operation) -> None:
-        """Queue an operation. On the event loop only."""
+    def submit(self, operation: Operation, *, is_alone: bool = False) -> None:
+        """Queue an operation. On the event loop only.
+
+        `is_alone`: nothing else is under way that it could be written together with.
+        """
         ...
 
     def stop(self) -> None:
@@ -151,11 +154,14 @@ class InlineWriter:
         self._is_scheduled = False
         self._is_stopped = False
 
-    def submit(self, operation: Operation) -> None:
+    def submit(self, operation: Operation, *, is_alone: bool = False) -> None:
         _add(self._next, operation)
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._loop.call_soon(self._run)
+            if is_alone:
+                self._run()
+            else:
+                self._loop.call_soon(self._run)
 
     def _run(self) -> None:
         if self._is_stopped:
@@ -192,7 +198,7 @@ class ThreadWriter:
         self._thread = threading.Thread(target=self._work, name="mxn-ledger", daemon=True)
         self._thread.start()
 
-    def submit(self, operation: Operation) -> None:
+    def submit(self, operation: Operation, *, is_alone: bool = False) -> None:
         self._queue.put(operation)
 
     def _work(self) -> None:

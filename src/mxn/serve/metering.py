@@ -73,10 +73,14 @@ async def settle_row(
     if ticket is None or ledger is None:
         _count(context, used, None)
         return
-    task = asyncio.ensure_future(_settle(context, ledger, ticket, used))
-    _settling.add(task)
-    task.add_done_callback(_done)
-    await asyncio.shield(task)
+    try:
+        await _settle(context, ledger, ticket, used)
+    except asyncio.CancelledError:
+        # The ledger goes on with it. A second call changes nothing, and waits for what was noted.
+        task = asyncio.ensure_future(_settle(context, ledger, ticket, used))
+        _settling.add(task)
+        task.add_done_callback(_done)
+        raise
 
 
 async def _settle(
@@ -116,6 +120,7 @@ class Meter:
         usage_id: str,
         *,
         model: str,
+        base: str = "",
         chips: Sequence[str] = (),
         input_tokens: int = 0,
         max_output_tokens: int = 0,
@@ -133,6 +138,7 @@ class Meter:
             principal=principal,
             endpoint=context.endpoint,
             model=model,
+            base=base,
             chips=tuple(chips),
             input_tokens=input_tokens,
             max_output_tokens=max_output_tokens,

@@ -83,7 +83,9 @@ class Names:
         known = self._made.get(key)
         if known is not None and known[0] is base:
             return known[1]
-        made = replace(base, name=name, aliases=(), client=Patient(base.client))
+        # Billed by its own name, or like the model itself where that has no price.
+        parent = base.parent or base.name
+        made = replace(base, name=name, aliases=(), parent=parent, client=Patient(base.client))
         return self._keep(key, base, made)
 
     def _keep(

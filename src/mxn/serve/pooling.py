@@ -68,6 +68,7 @@ async def encode(
     meter = await Meter.open(
         message.request_id,
         model=model.name,
+        base=model.parent or "",
         chips=chips_of(model.client),
         input_tokens=sum(len(ids) for ids in sequences),
     )

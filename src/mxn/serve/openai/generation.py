@@ -252,6 +252,7 @@ class Job:
         return await Meter.open(
             self.id,
             model=model.name,
+            base=model.parent or "",
             chips=chips_of(model.client),
             input_tokens=sum(len(request.prompt_ids) for request in prompts),
             max_output_tokens=most,
