@@ -113,14 +113,22 @@ class FileStore:
             yield data
             number += 1
 
-    def lines(self, file_id: str) -> Iterator[bytes]:
-        """Yield a file's lines without their ends."""
-        rest = b""
+    def lines(self, file_id: str, max_bytes: int) -> Iterator[bytes]:
+        """Yield a file's lines without their ends.
+
+        Of a line longer than `max_bytes` comes one byte more than that, so that its length tells.
+        """
+        line = bytearray()
         for chunk in self.read(file_id):
-            *whole, rest = (rest + chunk).split(b"\n")
-            yield from whole
-        if rest:
-            yield rest
+            start = 0
+            while (end := chunk.find(b"\n", start)) >= 0:
+                line += chunk[start : min(end, start + max_bytes + 1 - len(line))]
+                yield bytes(line)
+                line.clear()
+                start = end + 1
+            line += chunk[start : start + max_bytes + 1 - len(line)]
+        if line:
+            yield bytes(line)
 
     def delete_expired(self) -> int:
         """Remove files whose time is over; return how many."""

@@ -60,7 +60,7 @@ class FileRoutes:
     async def create(self, request: Request) -> Response:
         files = self._files
         announced = request.headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > MAX_UPLOAD_BYTES + _FORM_BYTES:
+        if (_number(announced) or 0) > MAX_UPLOAD_BYTES + _FORM_BYTES:
             raise too_large(MAX_UPLOAD_BYTES)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise ApiError("A file is sent as multipart/form-data with 'file' and 'purpose'.")
@@ -83,7 +83,8 @@ class FileRoutes:
             raise ApiError("file is required.", param="file")
         if purpose not in _PURPOSES:
             raise ApiError(
-                f"purpose is one of {', '.join(_PURPOSES)}; got {purpose!r}.", param="purpose"
+                f"purpose is one of {', '.join(_PURPOSES)}; got {str(purpose)[:40]!r}.",
+                param="purpose",
             )
         if purpose == "batch" and (upload.size or 0) > MAX_FILE_BYTES:
             raise too_large(MAX_FILE_BYTES)
@@ -91,7 +92,7 @@ class FileRoutes:
             files.write,
             _parts(upload.file),
             owner=requester(),
-            filename=upload.filename or "file",
+            filename=without_nul(upload.filename, "filename") or "file",
             purpose=purpose,
             expires_after_s=_expires_s(form),
         )
@@ -103,8 +104,8 @@ class FileRoutes:
         found, has_more = await asyncio.to_thread(
             self._files.page,
             requester().project_id,
-            purpose=query.get("purpose"),
-            after=query.get("after"),
+            purpose=without_nul(query.get("purpose"), "purpose"),
+            after=without_nul(query.get("after"), "after"),
             limit=limit,
             order=query.get("order", "desc"),
         )
@@ -122,7 +123,7 @@ class FileRoutes:
         return json_response(await self._find(request))
 
     async def delete(self, request: Request) -> Response:
-        file_id = request.path_params["file_id"]
+        file_id = path_id(request, "file_id", "file")
         project = requester().project_id
         if not await asyncio.to_thread(self._files.delete, file_id, project):
             raise not_found("file", file_id)
@@ -137,7 +138,7 @@ class FileRoutes:
         )
 
     async def _find(self, request: Request) -> FileObject:
-        file_id = request.path_params["file_id"]
+        file_id = path_id(request, "file_id", "file")
         found = await asyncio.to_thread(self._files.get, file_id, requester().project_id)
         if found is None:
             raise not_found("file", file_id)
@@ -168,15 +169,16 @@ class BatchRoutes:
         body = await parse(request, BatchRequest, self._state.settings.max_body_bytes)
         if body.endpoint not in ENDPOINTS:
             raise ApiError(
-                f"endpoint is one of {', '.join(ENDPOINTS)}; got {body.endpoint!r}.",
+                f"endpoint is one of {', '.join(ENDPOINTS)}; got {body.endpoint[:40]!r}.",
                 param="endpoint",
             )
         if body.completion_window != "24h":
             raise ApiError(
-                f"completion_window is '24h', got {body.completion_window!r}.",
+                f"completion_window is '24h', got {body.completion_window[:40]!r}.",
                 param="completion_window",
             )
         owner = requester()
+        without_nul(body.input_file_id, "input_file_id")
         file = files and await asyncio.to_thread(files.get, body.input_file_id, owner.project_id)
         if not file:
             raise not_found("file", body.input_file_id)
@@ -195,7 +197,7 @@ class BatchRoutes:
         found, has_more = await asyncio.to_thread(
             self._batches.page,
             requester().project_id,
-            after=request.query_params.get("after"),
+            after=without_nul(request.query_params.get("after"), "after"),
             limit=limit,
         )
         ids = [batch.id for batch in found]
@@ -209,14 +211,14 @@ class BatchRoutes:
         )
 
     async def retrieve(self, request: Request) -> Response:
-        batch_id = request.path_params["batch_id"]
+        batch_id = path_id(request, "batch_id", "batch")
         found = await asyncio.to_thread(self._batches.get, batch_id, requester().project_id)
         if found is None:
             raise not_found("batch", batch_id)
         return json_response(found)
 
     async def cancel(self, request: Request) -> Response:
-        batch_id = request.path_params["batch_id"]
+        batch_id = path_id(request, "batch_id", "batch")
         project = requester().project_id
         found = await asyncio.to_thread(self._batches.get, batch_id, project)
         if found is None:
@@ -242,6 +244,8 @@ def batch_operations(
     """The routes of files and batches; without a database they say that they need one."""
     file = FileRoutes(state, files)
     batch = BatchRoutes(state, files, batches, worker)
+    if worker is not None:  # a line is a body of a request
+        worker.max_line_bytes = state.settings.max_body_bytes
     rows = (
         ("POST", "/v1/files", file.create, "Upload a file", None, FileObject),
         ("GET", "/v1/files", file.page, "Files of this project", None, FileList),
@@ -273,9 +277,31 @@ def no_database(what: str) -> ApiError:
 
 def page_limit(request: Request, default: int, *, largest: int) -> int:
     text = request.query_params.get("limit", str(default))
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= largest:
-        raise ApiError(f"limit is from 1 to {largest}, got {text!r}.", param="limit")
-    return int(text)
+    number = _number(text)
+    if number is None or not 1 <= number <= largest:
+        raise ApiError(f"limit is from 1 to {largest}, got {text[:40]!r}.", param="limit")
+    return number
+
+
+def path_id(request: Request, name: str, kind: str) -> str:
+    """Return an id of the path; one with NUL, which PostgreSQL refuses, names nothing."""
+    given: str = request.path_params[name]
+    if "\0" in given:
+        raise not_found(kind, given)
+    return given
+
+
+def without_nul(text: str | None, param: str) -> str | None:
+    """Return a text of the client that a database shall see. Raises: ApiError."""
+    if text is not None and "\0" in text:
+        raise ApiError(f"{param} must not hold the character NUL.", param=param)
+    return text
+
+
+def _number(text: object) -> int | None:
+    """Return a short decimal number, None for anything else."""
+    is_number = isinstance(text, str) and len(text) <= 16 and text.isascii() and text.isdigit()
+    return int(text) if is_number else None  # type: ignore[call-overload]
 
 
 def _expires_s(form: Any) -> int | None:
@@ -283,12 +309,13 @@ def _expires_s(form: Any) -> int | None:
     text = form.get("expires_after[seconds]")
     if text is None:
         return None
-    if not isinstance(text, str) or not text.isdigit() or not 3600 <= int(text) <= 2_592_000:
+    number = _number(text)
+    if number is None or not 3600 <= number <= 2_592_000:
         raise ApiError(
-            f"expires_after[seconds] is from 3600 to 2592000, got {text!r}.",
+            f"expires_after[seconds] is from 3600 to 2592000, got {str(text)[:40]!r}.",
             param="expires_after",
         )
-    return int(text)
+    return number
 
 
 def _parts(file: Any) -> Iterator[bytes]:

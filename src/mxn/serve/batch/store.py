@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -124,17 +125,35 @@ class BatchStore:
             )
             return connection.execute(change).rowcount == 1
 
-    def claim(self, gateway_id: str, lease_s: float) -> Held | None:
-        """Take the oldest batch that nobody works on."""
+    def claim(
+        self,
+        gateway_id: str,
+        lease_s: float,
+        busy: Mapping[str, int] | None = None,
+        most: int = 1,
+    ) -> Held | None:
+        """Take the oldest batch that nobody works on, of the project that has the fewest.
+
+        `busy` says how many of each project this gateway works on; one with `most` gets no more.
+        """
         now = now_us()
-        query = (
-            select(batches)
-            .where(batches.c.status.in_(ACTIVE), batches.c.lease_us < now)
-            .order_by(batches.c.created_us)
-            .limit(1)
+        is_free = (batches.c.status.in_(ACTIVE), batches.c.lease_us < now)
+        waiting = (
+            select(batches.c.project_id, func.min(batches.c.created_us))
+            .where(*is_free)
+            .group_by(batches.c.project_id)
         )
+        counts = busy or {}
         with self._database.begin() as connection:
-            row = connection.execute(query).first()
+            places = [
+                (counts.get(project, 0), oldest, project)
+                for project, oldest in connection.execute(waiting)
+                if counts.get(project, 0) < most
+            ]
+            if not places:
+                return None
+            query = select(batches).where(*is_free, batches.c.project_id == min(places)[2])
+            row = connection.execute(query.order_by(batches.c.created_us).limit(1)).first()
             if row is None:
                 return None
             take = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -152,4 +152,4 @@ class InputLine(Struct, kw_only=True):
     custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
     method: str
     url: str
-    body: dict[str, Any]
+    body: msgspec.Raw  # as it was written

@@ -12,9 +12,22 @@ from mxn.serve.batch.types import BatchError, InputLine
 MAX_LINES = 50_000
 MAX_INPUTS = 50_000  # of embeddings, over all lines
 MAX_FILE_BYTES = 200 << 20
+MAX_LINE_BYTES = 32 << 20  # unless the server's limit of a body is another one
 _MAX_ERRORS = 100  # more of them help nobody
+_MAX_ECHO = 100  # characters of what a client wrote that a message repeats
 
 _decoder = msgspec.json.Decoder(InputLine)
+
+
+class _Head(msgspec.Struct):
+    """What is looked at of a body; the rest is passed on as it was written."""
+
+    model: msgspec.Raw = msgspec.Raw(b"null")
+    stream: msgspec.Raw = msgspec.Raw(b"null")
+    input: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_head_decoder = msgspec.json.Decoder(_Head)
 
 
 @dataclass(slots=True)
@@ -26,13 +39,19 @@ class Checked:
     errors: list[BatchError] = field(default_factory=list)
 
 
-def check_lines(lines: Iterable[bytes], endpoint: str) -> Checked:
+def check_lines(
+    lines: Iterable[bytes], endpoint: str, *, max_line_bytes: int = MAX_LINE_BYTES
+) -> Checked:
     """Check every line of a file for `endpoint`; blank lines are passed over."""
     checked = Checked()
     seen: set[str] = set()
     num_inputs = 0
     number = 0
     for number, line in enumerate(lines, start=1):
+        if len(line) > max_line_bytes:
+            message = f"the line has more than {max_line_bytes} bytes."
+            checked.errors.append(BatchError(code="line_too_long", message=message, line=number))
+            break
         if not line.strip():
             continue
         if len(checked.lines) >= MAX_LINES:
@@ -40,20 +59,21 @@ def check_lines(lines: Iterable[bytes], endpoint: str) -> Checked:
             break
         try:
             request = _decoder.decode(line)
+            head = _head_decoder.decode(request.body)
+            body = bytes(request.body).decode()
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             checked.errors.append(
-                BatchError(code="invalid_json_line", message=str(exc), line=number)
+                BatchError(code="invalid_json_line", message=str(exc)[:300], line=number)
             )
         else:
-            error = _problem(request, endpoint, checked, seen)
-            num_inputs += _num_inputs(request) if endpoint == "/v1/embeddings" else 0
+            error = _problem(request, head, endpoint, checked, seen)
+            num_inputs += _num_inputs(head) if endpoint == "/v1/embeddings" else 0
             if num_inputs > MAX_INPUTS:
                 error = _too_many(f"more than {MAX_INPUTS} inputs in all lines", number)
             if error is not None:
                 error.line = number
                 checked.errors.append(error)
             else:
-                body = msgspec.json.encode(request.body).decode()
                 checked.lines.append((request.custom_id, body))
             seen.add(request.custom_id)
         if len(checked.errors) >= _MAX_ERRORS:
@@ -64,36 +84,53 @@ def check_lines(lines: Iterable[bytes], endpoint: str) -> Checked:
 
 
 def _problem(
-    request: InputLine, endpoint: str, checked: Checked, seen: set[str]
+    request: InputLine, head: _Head, endpoint: str, checked: Checked, seen: set[str]
 ) -> BatchError | None:
+    if "\0" in request.custom_id:
+        message = "custom_id must not hold the character NUL."
+        return BatchError(code="invalid_custom_id", message=message, param="custom_id")
     if request.custom_id in seen:
-        message = f"custom_id {request.custom_id!r} stands in an earlier line too."
+        message = f"custom_id {_cut(request.custom_id)} stands in an earlier line too."
         return BatchError(code="duplicate_custom_id", message=message, param="custom_id")
     if request.method != "POST":
-        message = f"method is 'POST', got {request.method!r}."
+        message = f"method is 'POST', got {_cut(request.method)}."
         return BatchError(code="invalid_method", message=message, param="method")
     if request.url != endpoint:
-        message = f"url is the batch's endpoint {endpoint!r}, got {request.url!r}."
+        message = f"url is the batch's endpoint {endpoint!r}, got {_cut(request.url)}."
         return BatchError(code="invalid_url", message=message, param="url")
-    if request.body.get("stream"):
+    if bytes(head.stream) not in (b"null", b"false"):
         message = "a request of a batch cannot be streamed."
         return BatchError(code="invalid_request", message=message, param="body.stream")
-    model = request.body.get("model")
-    if not isinstance(model, str) or not model:
-        message = "model is required."
+    model = _text(head.model)
+    if not model or "\0" in model:
+        message = "model is required: a name without the character NUL."
         return BatchError(code="model_required", message=message, param="body.model")
     if checked.model is None:
         checked.model = model
     if model != checked.model:
-        message = f"a file is for one model: earlier lines name {checked.model!r}, got {model!r}."
+        message = (
+            f"a file is for one model: earlier lines name {_cut(checked.model)}, got {_cut(model)}."
+        )
         return BatchError(code="mismatched_model", message=message, param="body.model")
     return None
 
 
-def _num_inputs(request: InputLine) -> int:
-    value = request.body.get("input")
-    is_several = isinstance(value, list) and value and not isinstance(value[0], int)
-    return len(value) if is_several else 1  # type: ignore[arg-type]
+def _num_inputs(head: _Head) -> int:
+    """Count texts and lists of tokens; a list of numbers is one input."""
+    raw = bytes(head.input)
+    if raw[:1] != b"[" or raw[1:64].lstrip()[:1] not in (b'"', b"["):
+        return 1
+    return len(msgspec.json.decode(raw, type=list[msgspec.Raw]))
+
+
+def _text(raw: msgspec.Raw) -> str:
+    """Return a string of JSON, "" for anything else."""
+    return msgspec.json.decode(raw, type=str) if bytes(raw)[:1] == b'"' else ""
+
+
+def _cut(text: str) -> str:
+    """Return what a client wrote, fit for a message."""
+    return repr(text) if len(text) <= _MAX_ECHO else f"{text[:_MAX_ECHO]!r}…"
 
 
 def _too_many(what: str, line: int) -> BatchError:

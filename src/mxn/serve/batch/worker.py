@@ -13,15 +13,17 @@ import logging
 import random
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 
 import msgspec
 
 from mxn.serve.batch.files import FileStore
 from mxn.serve.batch.store import BatchStore, Held, Line, now_us
 from mxn.serve.batch.types import LineError, LineResponse, ResultLine
-from mxn.serve.batch.validate import check_lines
+from mxn.serve.batch.validate import MAX_LINE_BYTES, check_lines
 from mxn.serve.context import RequestContext
 
 log = logging.getLogger("mxn.serve.batch")
@@ -48,6 +50,7 @@ class BatchWorker:
         gateway_id: str,
         concurrency: int = 16,
         lease_s: float = LEASE_S,
+        max_batches: int = 16,
     ) -> None:
         self._files = files
         self._batches = batches
@@ -55,8 +58,11 @@ class BatchWorker:
         self._gateway_id = gateway_id
         self._concurrency = concurrency
         self._lease_s = lease_s
+        self._max_batches = max_batches
+        self.max_line_bytes = MAX_LINE_BYTES
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._working: dict[asyncio.Task[None], str] = {}  # batches under way and their projects
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="mxn-batches")
@@ -70,22 +76,47 @@ class BatchWorker:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+        for task in self._working:
+            task.cancel()
+        if self._working:
+            await asyncio.wait(set(self._working))
 
     async def _run(self) -> None:
         while True:
+            self._wake.clear()
             try:
                 await asyncio.to_thread(self._files.delete_expired)
-                held = await asyncio.to_thread(self._batches.claim, self._gateway_id, self._lease_s)
-                if held is not None:
-                    await self._work(held)
-                    continue
+                while await self._take_one():
+                    pass
             except asyncio.CancelledError:
                 raise
             except Exception:  # such as a database that is away: the lease ends, and we try again
                 log.exception("working on batches failed; trying again")
-            self._wake.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _POLL_S)
+
+    async def _take_one(self) -> bool:
+        """Begin to work on one more batch; False when there is none or no room.
+
+        The project with the fewest batches under way is first, and none has all the places.
+        """
+        if len(self._working) >= self._max_batches:
+            return False
+        counts = Counter(self._working.values())
+        most = max(1, self._max_batches // 4)
+        held = await asyncio.to_thread(
+            self._batches.claim, self._gateway_id, self._lease_s, counts, most
+        )
+        if held is None:
+            return False
+        task = asyncio.create_task(self._work(held), name=f"mxn-batch-{held.id}")
+        self._working[task] = held.principal.project_id
+        task.add_done_callback(self._ended)
+        return True
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._working[task]
+        self._wake.set()
 
     async def _work(self, held: Held) -> None:
         try:
@@ -94,6 +125,8 @@ class BatchWorker:
         except asyncio.CancelledError:
             self._batches.release(held)
             raise
+        except Exception:  # such as a database that is away: the lease ends, and it is tried again
+            log.exception("working on batch %s failed; trying again", held.id)
 
     async def _advance(self, held: Held, lease: _Lease) -> None:
         if held.status == "validating" and not await self._validate(held):
@@ -109,8 +142,10 @@ class BatchWorker:
 
     async def _validate(self, held: Held) -> bool:
         """Check the file; return whether there is something to run or to finish."""
-        lines = self._files.lines(held.input_file_id)
-        checked = await asyncio.to_thread(check_lines, lines, held.endpoint)
+        lines = self._files.lines(held.input_file_id, self.max_line_bytes)
+        checked = await asyncio.to_thread(
+            check_lines, lines, held.endpoint, max_line_bytes=self.max_line_bytes
+        )
         if checked.errors:
             await asyncio.to_thread(self._batches.fail, held, checked.errors)
             return False
@@ -124,7 +159,7 @@ class BatchWorker:
 
         async def run(line: Line) -> None:
             try:
-                await self._run_line(held, line)
+                await self._run_line(held, line, lease)
             finally:
                 room.release()
 
@@ -155,13 +190,13 @@ class BatchWorker:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run_line(self, held: Held, line: Line) -> None:
+    async def _run_line(self, held: Held, line: Line, lease: _Lease) -> None:
         billed_id = None
         if line.usage_id is not None and await asyncio.to_thread(
             self._batches.was_billed, line.usage_id
         ):
             billed_id = line.usage_id
-        ended = await self._answer(held, line, billed_id)
+        ended = await self._answer(held, line, billed_id, lease)
         if ended is None:
             return
         usage_id, (status, headers, body) = ended
@@ -180,12 +215,12 @@ class BatchWorker:
         await asyncio.to_thread(self._batches.end_line, held, line.line, state, text)
 
     async def _answer(
-        self, held: Held, line: Line, billed_id: str | None
+        self, held: Held, line: Line, billed_id: str | None, lease: _Lease
     ) -> tuple[str, Answer] | None:
         """Run a line until it has a final answer; what passes by itself is waited for.
 
         Each attempt has a row of its own in the ledger and is noted before it begins. Returns None
-        when the batch is another gateway's meanwhile.
+        when the batch is another gateway's meanwhile, or ends while the line waits for its turn.
         """
         pause_s = _FIRST_PAUSE_S
         while True:
@@ -202,9 +237,12 @@ class BatchWorker:
                 is_billed=billed_id is None,
             )
             answer = await self._call(held.endpoint, line.body.encode(), context)
-            if not _passes_by_itself(answer) or now_us() > held.expires_us:
+            if not _passes_by_itself(answer):
                 return usage_id, answer
-            await asyncio.sleep(_pause(answer, pause_s))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(lease.stopping.wait(), _pause(answer, pause_s))
+            if lease.must_stop:
+                return None
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _finish(self, held: Held, *, is_cancelled: bool) -> None:
@@ -273,10 +311,12 @@ class BatchWorker:
                 except Exception:  # the database is away; the lease may end before it is back
                     log.warning("cannot renew the lease of batch %s", held.id, exc_info=True)
                     lease.is_lost = time.monotonic() > valid_until_s
+                    lease.note()
                     continue
                 valid_until_s = time.monotonic() + self._lease_s
                 lease.is_lost = status is None
                 lease.is_cancelling = status == "cancelling"
+                lease.note()
 
         task = asyncio.create_task(renew())
         try:
@@ -286,10 +326,17 @@ class BatchWorker:
             await asyncio.gather(task, return_exceptions=True)
 
 
-class _Lease(msgspec.Struct):
+@dataclass(slots=True)
+class _Lease:
     is_cancelling: bool
     expires_us: int
     is_lost: bool = False
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)  # wakes lines that wait
+
+    def note(self) -> None:
+        """Wake the lines that wait when the batch must stop."""
+        if self.must_stop:
+            self.stopping.set()
 
     @property
     def must_stop(self) -> bool:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
 from mxn.engine.protocol import TokenLogprob
-from mxn.serve.batch.routes import page_limit, requester
+from mxn.serve.batch.routes import page_limit, path_id, requester, without_nul
 from mxn.serve.chat.anywhere import start_anywhere
 from mxn.serve.chat.events import ChatRun
 from mxn.serve.chat.run import count_prompt_tokens
@@ -73,7 +73,7 @@ class ResponseRoutes:
         return json_response((await self._find(request)).response)
 
     async def delete(self, request: Request) -> HttpResponse:
-        response_id = request.path_params["response_id"]
+        response_id = path_id(request, "response_id", "response")
         project = requester().project_id
         if task := self._running.get((project, response_id)):
             task.cancel()
@@ -123,6 +123,7 @@ class ResponseRoutes:
         """Return the items of the conversation so far. Raises: ApiError 404."""
         if body.previous_response_id is None:
             return []
+        without_nul(body.previous_response_id, "previous_response_id")
         found = await asyncio.to_thread(
             chain, self._store, body.previous_response_id, requester().project_id
         )
@@ -196,7 +197,7 @@ class ResponseRoutes:
         await asyncio.to_thread(self._store.put, project, stored)
 
     async def _find(self, request: Request) -> Stored:
-        response_id = request.path_params["response_id"]
+        response_id = path_id(request, "response_id", "response")
         project = requester().project_id
         stored = await asyncio.to_thread(self._store.get, response_id, project)
         if stored is None:
