@@ -28,6 +28,7 @@ VARIABLES = (
     Variable("MXN_DATABASE", "", "URL of the ledger; empty: the SQLite file MXN_HOME/ledger.db"),
     Variable("MXN_TIME_ZONE", "UTC", "time zone of the days and months of usage and statements"),
     Variable("MXN_DATABASE_SYNC", "normal", "SQLite: normal survives a crash, full a power loss"),
+    Variable("MXN_PROJECT_FILE_BYTES", "10737418240", "bytes of uploaded files a project may keep"),
     Variable("MXN_LOG", "info", "log level of engine and server: debug, info, warning, error"),
     Variable("MXN_BUILD_DIR", "", "where compiled extensions are cached; empty: MXN_HOME/build"),
     Variable("MXN_SIM", "0", "simulated chip: 1 lists its devices in detection"),

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
+from mxn import env
+from mxn.errors import CapacityError, ConfigError, OverloadedError
 from mxn.ledger.database import Database
 from mxn.ledger.tables_batch import CHUNK_BYTES, file_chunks, files
 from mxn.ledger.types import Principal
 from mxn.serve.batch.types import FileObject
 
 _US = 1_000_000
+_UPLOADING, _DELETED = "uploading", "deleted"  # what nobody sees yet, or any more
+_UPLOAD_S = 3600  # an upload that is older was of a process that died
+_STEP = 4  # chunks in one transaction when they are removed
 
 
 class FileStore:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, max_project_bytes: int | None = None) -> None:
         self._database = database
+        self._max_project_bytes = max_project_bytes or _quota()
 
     def write(
         self,
@@ -32,8 +38,13 @@ class FileStore:
         filename: str,
         purpose: str,
         expires_after_s: int | None = None,
+        has_quota: bool = True,
     ) -> FileObject:
-        """Store a file; it becomes visible as a whole or not at all."""
+        """Store a file; it becomes visible as a whole or not at all.
+
+        `has_quota` False: what the server itself writes, counted but never refused.
+        Raises: CapacityError when the project's files have more bytes than they may.
+        """
         now_us = time.time_ns() // 1000
         row: dict[str, Any] = {
             "id": f"file-{uuid.uuid4().hex}",
@@ -43,22 +54,68 @@ class FileStore:
             "filename": filename,
             "purpose": purpose,
             "bytes": 0,
-            "status": "processed",
+            "status": _UPLOADING,
             "created_us": now_us,
             "expires_us": now_us + expires_after_s * _US if expires_after_s else None,
         }
         with self._database.begin() as connection:
             connection.execute(insert(files).values(**row))
+        try:
             for number, chunk in enumerate(_chunks(parts)):
-                values = {"file_id": row["id"], "number": number, "data": chunk}
-                connection.execute(insert(file_chunks).values(**values))
                 row["bytes"] += len(chunk)
-            size = update(files).where(files.c.id == row["id"]).values(bytes=row["bytes"])
-            connection.execute(size)
+                self._add(row, number, chunk, has_quota=has_quota)
+            row["status"] = "processed"
+            with self._database.begin() as connection:
+                self._change(connection, row)
+        except BaseException:
+            self._remove([row["id"]])
+            raise
         return self._object(row)
 
+    def _add(self, row: dict[str, Any], number: int, chunk: bytes, *, has_quota: bool) -> None:
+        """Write one chunk in a transaction of its own: every request waits for the write lock."""
+        with self._database.begin() as connection:
+            self._change(connection, row)
+            if has_quota:
+                query = select(func.coalesce(func.sum(files.c.bytes), 0))
+                mine = files.c.project_id == row["project_id"]
+                held = int(connection.execute(query.where(mine)).scalar_one())
+                if held > self._max_project_bytes:
+                    raise _over_quota(held, self._max_project_bytes)
+            values = {"file_id": row["id"], "number": number, "data": chunk}
+            connection.execute(insert(file_chunks).values(**values))
+
+    @staticmethod
+    def _change(connection: Connection, row: dict[str, Any]) -> None:
+        change = update(files).where(files.c.id == row["id"], files.c.status == _UPLOADING)
+        values = {"bytes": row["bytes"], "status": row["status"]}
+        if connection.execute(change.values(**values)).rowcount != 1:
+            raise OverloadedError(f"the upload of {row['id']} took longer than {_UPLOAD_S} s")
+
+    def _remove(self, ids: Sequence[str]) -> None:
+        """Remove files chunk by chunk; what a crash leaves of them is removed later."""
+        for file_id in ids:
+            mine, number = file_chunks.c.file_id == file_id, 0
+            last = select(func.max(file_chunks.c.number)).where(mine)
+            with self._database.begin() as connection:
+                gone = update(files).where(files.c.id == file_id).values(status=_DELETED)
+                connection.execute(gone)
+                count = connection.execute(last).scalar()
+            while count is not None and number <= count:
+                number += _STEP
+                with self._database.begin() as connection:
+                    connection.execute(
+                        delete(file_chunks).where(mine, file_chunks.c.number < number)
+                    )
+            with self._database.begin() as connection:
+                connection.execute(delete(files).where(files.c.id == file_id))
+
     def get(self, file_id: str, project_id: str) -> FileObject | None:
-        query = select(files).where(files.c.id == file_id, files.c.project_id == project_id)
+        query = select(files).where(
+            files.c.id == file_id,
+            files.c.project_id == project_id,
+            files.c.status.not_in((_UPLOADING, _DELETED)),
+        )
         with self._database.read() as connection:
             row = connection.execute(query).first()
         if row is None or _is_expired(row):
@@ -75,7 +132,9 @@ class FileStore:
         order: str = "desc",
     ) -> tuple[list[FileObject], bool]:
         """Return a page and whether there is more."""
-        query = select(files).where(files.c.project_id == project_id)
+        query = select(files).where(
+            files.c.project_id == project_id, files.c.status.not_in((_UPLOADING, _DELETED))
+        )
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
         is_down = order != "asc"
@@ -92,12 +151,10 @@ class FileStore:
         return found[:limit], len(rows) > limit
 
     def delete(self, file_id: str, project_id: str) -> bool:
-        with self._database.begin() as connection:
-            mine = delete(files).where(files.c.id == file_id, files.c.project_id == project_id)
-            is_there = connection.execute(mine).rowcount == 1
-            if is_there:
-                connection.execute(delete(file_chunks).where(file_chunks.c.file_id == file_id))
-        return is_there
+        if self.get(file_id, project_id) is None:
+            return False
+        self._remove([file_id])
+        return True
 
     def read(self, file_id: str) -> Iterator[bytes]:
         """Yield a file's chunks in order."""
@@ -131,14 +188,13 @@ class FileStore:
             yield bytes(line)
 
     def delete_expired(self) -> int:
-        """Remove files whose time is over; return how many."""
+        """Remove files whose time is over and what crashes left; return how many."""
         now_us = time.time_ns() // 1000
-        with self._database.begin() as connection:
-            ids = select(files.c.id).where(files.c.expires_us < now_us)
-            found = list(connection.execute(ids).scalars())
-            if found:
-                connection.execute(delete(file_chunks).where(file_chunks.c.file_id.in_(found)))
-                connection.execute(delete(files).where(files.c.id.in_(found)))
+        left = (files.c.status == _UPLOADING) & (files.c.created_us < now_us - _UPLOAD_S * _US)
+        is_over = (files.c.expires_us < now_us) | left | (files.c.status == _DELETED)
+        with self._database.read() as connection:
+            found = list(connection.execute(select(files.c.id).where(is_over)).scalars())
+        self._remove(found)
         return len(found)
 
     @staticmethod
@@ -153,6 +209,21 @@ class FileStore:
             purpose=row["purpose"],
             status=row["status"],
         )
+
+
+def _quota() -> int:
+    text = env.get("MXN_PROJECT_FILE_BYTES")
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and int(text) > 0):
+        raise ConfigError(f"MXN_PROJECT_FILE_BYTES must be a number of bytes, got {text[:40]!r}")
+    return int(text)
+
+
+def _over_quota(held: int, limit: int) -> CapacityError:
+    return CapacityError(
+        f"the files of this project would have {held} bytes; the limit is {limit}",
+        hint="delete files that are not needed any more",
+        code="file_quota_exceeded",
+    )
 
 
 def _is_expired(row: Row) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from mxn.ledger.database import Database
 from mxn.ledger.schema import usage
@@ -198,21 +198,33 @@ class BatchStore:
              "state": "pending"}
             for at, (custom_id, body) in enumerate(lines, start=1)
         ]  # fmt: skip
-        with self._database.begin() as connection:
-            change = (
-                update(batches)
-                .where(
-                    batches.c.id == held.id,
-                    batches.c.fence == held.fence,
-                    batches.c.status == "validating",
+        step = 500  # rows in one transaction: every request waits for the write lock
+        for start in range(0, len(rows), step):
+            end = start + step
+            with self._database.begin() as connection:
+                if not self._keep_validating(connection, held, status="validating"):
+                    return False
+                connection.execute(  # of a gateway that died while it entered them
+                    delete(batch_lines).where(
+                        batch_lines.c.batch_id == held.id,
+                        batch_lines.c.line > start,
+                        batch_lines.c.line <= end,
+                    )
                 )
-                .values(status="in_progress", in_progress_us=now_us(), model=model, total=len(rows))
-            )
-            if connection.execute(change).rowcount != 1:
-                return False
-            for start in range(0, len(rows), 1000):
-                connection.execute(insert(batch_lines), rows[start : start + 1000])
-        return True
+                connection.execute(insert(batch_lines), rows[start:end])
+        values = {"in_progress_us": now_us(), "model": model, "total": len(rows)}
+        with self._database.begin() as connection:
+            return self._keep_validating(connection, held, status="in_progress", **values)
+
+    @staticmethod
+    def _keep_validating(connection: Connection, held: Held, **values: Any) -> bool:
+        """Change a batch that is still this gateway's and still being checked."""
+        change = update(batches).where(
+            batches.c.id == held.id,
+            batches.c.fence == held.fence,
+            batches.c.status == "validating",
+        )
+        return connection.execute(change.values(**values)).rowcount == 1
 
     def next_lines(self, held: Held, after: int, limit: int) -> list[Line]:
         """Return lines that are not done, in order, beginning behind line `after`."""
@@ -312,7 +324,7 @@ class BatchStore:
             .where(batch_lines.c.batch_id == batch_id)
             .group_by(batch_lines.c.state)
         )
-        counts = dict(connection.execute(query).all())
+        counts: dict[str, int] = {row[0]: row[1] for row in connection.execute(query)}
         return RequestCounts(
             total=sum(counts.values()),
             completed=counts.get("completed", 0),

@@ -288,6 +288,7 @@ class BatchWorker:
             filename=f"{held.id}_{kind}.jsonl",
             purpose="batch_output",
             expires_after_s=held.output_expires_s,
+            has_quota=False,
         )
         return file.id
 
