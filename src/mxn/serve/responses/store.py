@@ -5,8 +5,9 @@ Blocking; call it from a thread. An answer of another project does not exist for
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Protocol
 
 import msgspec
@@ -14,9 +15,10 @@ from sqlalchemy import delete, insert, select, update
 
 from mxn.ledger.database import Database
 from mxn.ledger.tables_responses import responses
+from mxn.serve.openai.errors import ApiError
 from mxn.serve.responses.types import InputItem, Response
 
-_MAX_IN_MEMORY = 1000
+_KEPT_US = 30 * 24 * 3600 * 1_000_000  # an answer is forgotten after 30 days
 _MAX_CHAIN = 256  # earlier answers that one conversation may refer back to
 
 
@@ -36,26 +38,54 @@ class ResponseStore(Protocol):
 
 
 class MemoryStore:
-    """The last thousand answers, gone with the process."""
+    """The last answers of each project, gone with the process.
 
-    def __init__(self) -> None:
-        self._rows: OrderedDict[tuple[str, str], Stored] = OrderedDict()
+    A project has a number and bytes of its own, so that none pushes out the answers of another.
+    """
+
+    def __init__(self, *, max_rows: int = 1000, max_bytes: int = 16 << 20) -> None:
+        self._max_rows, self._max_bytes = max_rows, max_bytes
+        self._lock = threading.Lock()  # calls come from threads
+        self._projects: dict[str, OrderedDict[str, tuple[Stored, int]]] = {}
+        self._bytes: Counter[str] = Counter()
 
     def put(self, project_id: str, stored: Stored) -> None:
-        self._rows[project_id, stored.response.id] = stored
-        while len(self._rows) > _MAX_IN_MEMORY:
-            self._rows.popitem(last=False)
+        with self._lock:
+            self._enter(project_id, stored)
 
     def replace(self, project_id: str, response: Response) -> None:
-        key = (project_id, response.id)
-        if key in self._rows:
-            self._rows[key] = Stored(response=response, input=self._rows[key].input)
+        with self._lock:
+            found = self._projects.get(project_id, {}).get(response.id)
+            if found is not None:
+                self._enter(project_id, Stored(response=response, input=found[0].input))
 
     def get(self, response_id: str, project_id: str) -> Stored | None:
-        return self._rows.get((project_id, response_id))
+        with self._lock:
+            found = self._projects.get(project_id, {}).get(response_id)
+        return found[0] if found is not None else None
 
     def delete(self, response_id: str, project_id: str) -> bool:
-        return self._rows.pop((project_id, response_id), None) is not None
+        with self._lock:
+            return self._drop(project_id, response_id)
+
+    def _enter(self, project_id: str, stored: Stored) -> None:
+        self._drop(project_id, stored.response.id)
+        size = len(msgspec.json.encode(stored))
+        rows = self._projects.setdefault(project_id, OrderedDict())
+        rows[stored.response.id] = (stored, size)
+        self._bytes[project_id] += size
+        while len(rows) > self._max_rows or self._bytes[project_id] > self._max_bytes:
+            self._drop(project_id, next(iter(rows)))
+
+    def _drop(self, project_id: str, response_id: str) -> bool:
+        rows = self._projects.get(project_id)
+        found = rows.pop(response_id, None) if rows else None
+        if found is None:
+            return False
+        self._bytes[project_id] -= found[1]
+        if not rows:
+            del self._projects[project_id], self._bytes[project_id]
+        return True
 
 
 class SqlStore:
@@ -72,6 +102,11 @@ class SqlStore:
             "body": msgspec.json.encode(stored.response).decode(),
         }
         with self._database.begin() as connection:
+            old = (
+                responses.c.project_id == project_id,
+                responses.c.created_us < row["created_us"] - _KEPT_US,
+            )
+            connection.execute(delete(responses).where(*old))
             connection.execute(insert(responses).values(**row))
 
     def replace(self, project_id: str, response: Response) -> None:
@@ -85,7 +120,9 @@ class SqlStore:
 
     def get(self, response_id: str, project_id: str) -> Stored | None:
         query = select(responses.c.input, responses.c.body).where(
-            responses.c.id == response_id, responses.c.project_id == project_id
+            responses.c.id == response_id,
+            responses.c.project_id == project_id,
+            responses.c.created_us >= time.time_ns() // 1000 - _KEPT_US,
         )
         with self._database.read() as connection:
             row = connection.execute(query).first()
@@ -105,10 +142,19 @@ class SqlStore:
 
 
 def chain(store: ResponseStore, response_id: str, project_id: str) -> list[Stored] | None:
-    """Return an answer and those it followed, the oldest first; None when one does not exist."""
+    """Return an answer and those it followed, the oldest first; None when one does not exist.
+
+    Raises: ApiError when there are more than one conversation may have.
+    """
     found: list[Stored] = []
     next_id: str | None = response_id
-    while next_id is not None and len(found) < _MAX_CHAIN:
+    while next_id is not None:
+        if len(found) >= _MAX_CHAIN:
+            raise ApiError(
+                f"The conversation has more than {_MAX_CHAIN} earlier answers; "
+                "send what matters of them as input.",
+                param="previous_response_id",
+            )
         stored = store.get(next_id, project_id)
         if stored is None:
             return None

@@ -15,6 +15,10 @@ from mxn.serve.openai.types import Fraction, NumLogprobs, Temperature
 # 16 is OpenAI's smallest; smaller ones do no harm here.
 MaxOutputTokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
+_Key = Annotated[str, Meta(max_length=64)]
+_Value = Annotated[str, Meta(max_length=512)]
+Metadata = Annotated[dict[_Key, _Value], Meta(max_length=16)]
+
 
 class InputPart(Struct, kw_only=True):
     type: str
@@ -78,9 +82,9 @@ class ResponseRequest(InputTokensRequest, kw_only=True):
     store: bool | None = None
     background: bool | None = None
     include: list[str] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     service_tier: str | None = None
-    user: str | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
 
 
 class InputTokens(Struct, kw_only=True):
