@@ -9,6 +9,8 @@ from sqlalchemy import func, select, text, update
 
 from mxn.errors import CapacityError
 from mxn.ledger.database import Database
+from mxn.ledger.keys import import_key
+from mxn.ledger.schema import api_keys
 from mxn.ledger.tables_batch import batch_lines, file_chunks, files
 from mxn.ledger.types import Principal
 from mxn.serve.batch.files import FileStore
@@ -112,3 +114,22 @@ def test_lines_whose_gateway_died_while_it_entered_them_are_entered_once(databas
     assert batches.begin(held, "m", lines)
     assert count(database, batch_lines) == 1200
     assert batches.get(made.id, "p").request_counts.total == 1200
+
+
+@pytest.mark.parametrize("field", ["revoked_us", "expires_us"])
+def test_a_batch_is_cancelled_when_its_key_is_over(database, field):
+    import_key(database, "sk-test-0123456789")
+    with database.read() as connection:
+        key = connection.execute(select(api_keys)).one()
+    owner = Principal(key_id=key.id, org_id="o", project_id=key.project_id)
+    file = upload(FileStore(database), [b"x"])
+    request = BatchRequest(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+    )
+    batches = BatchStore(database)
+    batches.create(request, owner)
+    held = batches.claim("g", 30.0)
+    assert batches.renew(held, 30.0) == "validating"
+    with database.begin() as connection:
+        connection.execute(update(api_keys).values({field: 1}))
+    assert batches.renew(held, 30.0) == "cancelling"

@@ -15,7 +15,7 @@ import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from mxn.ledger.database import Database
-from mxn.ledger.schema import usage
+from mxn.ledger.schema import api_keys, usage
 from mxn.ledger.tables_batch import batch_lines, batches
 from mxn.ledger.types import Principal
 from mxn.serve.batch.types import (
@@ -175,13 +175,28 @@ class BatchStore:
         )
 
     def renew(self, held: Held, lease_s: float) -> str | None:
-        """Keep a batch; return its status, or None when it is another gateway's now."""
+        """Keep a batch; return its status, or None when it is another gateway's now.
+
+        A batch whose key is over is cancelled.
+        """
         values = {"lease_us": now_us() + int(lease_s * _US)}
         if not self._update(held, **values):
             return None
+        if self._is_key_over(held):
+            self.ask_to_cancel(held.id, held.principal.project_id)
         with self._database.read() as connection:
             query = select(batches.c.status).where(batches.c.id == held.id)
             return connection.execute(query).scalar()
+
+    def _is_key_over(self, held: Held) -> bool:
+        """Return whether the key that made a batch was revoked or has expired meanwhile."""
+        keys, now = api_keys, now_us()
+        query = select(keys.c.id).where(
+            keys.c.id == held.principal.key_id,
+            keys.c.revoked_us.is_not(None) | (keys.c.expires_us <= now),
+        )
+        with self._database.read() as connection:
+            return connection.execute(query).first() is not None
 
     def release(self, held: Held) -> None:
         self._update(held, lease_us=0, owner=None)

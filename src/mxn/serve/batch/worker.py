@@ -120,7 +120,10 @@ class BatchWorker:
 
     async def _work(self, held: Held) -> None:
         try:
+            status = await asyncio.to_thread(self._batches.renew, held, self._lease_s)
             async with self._keeping(held) as lease:
+                lease.is_cancelling = status == "cancelling"
+                lease.is_lost = status is None
                 await self._advance(held, lease)
         except asyncio.CancelledError:
             self._batches.release(held)
