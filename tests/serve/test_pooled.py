@@ -497,3 +497,24 @@ def test_the_count_basis_is_that_of_the_least_exact_replica_that_served() -> Non
     assert run(lambda: basis(pool_of(Scripted(), Scripted()))) == "engine"
     assert run(lambda: basis(pool_of(Limited()))) == "counted"
     assert run(lambda: basis(pool_of(Limited(dies_at=3), Scripted(chip="sim-b")))) == "counted"
+
+
+def test_choices_of_one_request_and_what_takes_over_stay_on_one_chip() -> None:
+    async def work() -> list[str]:
+        engines = [Scripted(chip=chip, token_s=0.01) for chip in "abab"]
+        pool = pool_of(*engines)
+        context = RequestContext()
+        enter(context)
+        async with aclosing(cast("Any", pool.generate(ask()))) as deltas:
+            found = [await anext(deltas)]
+            for _ in range(5):  # the others would be the emptier ones
+                await collect(pool)
+            engines[int(context.hops[0].replica[1:])].die()
+            found += [delta async for delta in deltas]
+        assert "".join(delta.text for delta in found) == WHOLE
+        assert context.hops[-1].is_takeover
+        return [hop.chip for hop in context.hops]
+
+    chips = run(work)
+    assert len(chips) == 7
+    assert len(set(chips)) == 1

@@ -45,6 +45,7 @@ class _Job:
     rows: list[bytes]
     num_missing: int
     prompt_tokens: int
+    device_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -125,7 +126,11 @@ class EncoderCore:
         except Exception as error:  # whatever a chip throws
             return self._retry(batch, error)
         self._counters.steps_total += 1
-        self._counters.busy_s += time.perf_counter() - started_s
+        took_s = time.perf_counter() - started_s
+        self._counters.busy_s += took_s
+        num_tokens = sum(map(len, batch))
+        for piece in batch:
+            piece.job.device_s += took_s * len(piece) / num_tokens
         return self._deliver(batch, rows)
 
     def stats(self, request_id: str = "") -> EngineStats:
@@ -207,7 +212,12 @@ class EncoderCore:
                 request_id = job.request.request_id
                 del self._jobs[request_id]
                 out.append(
-                    Encoded(request_id=request_id, rows=job.rows, prompt_tokens=job.prompt_tokens)
+                    Encoded(
+                        request_id=request_id,
+                        rows=job.rows,
+                        prompt_tokens=job.prompt_tokens,
+                        device_s=job.device_s,
+                    )
                 )
         return out
 

@@ -131,6 +131,7 @@ class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     rows: list[bytes]  # float32 little-endian, one for each sequence
     prompt_tokens: int
+    device_s: float = 0.0  # this request's share of the batches it was in
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -111,6 +111,10 @@ class _Call:
         )
         self._context.hops.append(hop)
 
+    def _beside(self) -> str:
+        hops = self._context.hops
+        return hops[0].chip if hops else ""
+
     async def _enter(self, asked: Asked) -> Seat:
         self._core.prober.ensure_running()
         clock = self._core.fleet.clock
@@ -181,6 +185,7 @@ class _Call:
             chips=self._chips,
             excluded=[*self._lost, *self._barred],
             adapter=adapter,
+            beside=self._beside(),
             ignores_room=True,
         )
         if granted is None:
@@ -223,6 +228,7 @@ class StreamCall(_Call):
             chips=self._chips,
             adapter=request.adapter,
             barred=self._barred,
+            beside=self._beside(),
         )
         seat = await self._enter(asked)
         self._send(seat, request)

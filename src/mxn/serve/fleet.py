@@ -242,10 +242,13 @@ class Fleet:
         chips: Chips = None,
         excluded: Sequence[str] = (),
         adapter: str | None = None,
+        beside: str = "",
         ignores_room: bool = False,
     ) -> tuple[Seat, Choice] | None:
         """Return the seat for a request, which is now in flight there; None: there is none.
 
+        `beside` is the chip it should be on if there is room: a request that is on one chip with
+        all its choices, and stays there when a replica is lost, has one price.
         `ignores_room`: a stream that has begun must not wait behind those that have not.
         """
         now_s = self.clock()
@@ -254,6 +257,8 @@ class Fleet:
             seats = [seat for seat in seats if seat.in_flight < seat.replica.max_in_flight]
         if not seats:
             return None
+        if beside:
+            seats = [seat for seat in seats if seat.replica.chip == beside] or seats
         seats = self._with_adapter(seats, adapter)
         hashes = chain(prompt_ids, adapter) if len(self._seats) > 1 else []
         if len(seats) == 1:

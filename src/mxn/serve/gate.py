@@ -27,6 +27,7 @@ class Asked:
     chips: Chips = None
     adapter: str | None = None
     barred: tuple[str, ...] = ()  # replicas that cannot do what it asks for
+    beside: str = ""  # the chip that another part of the same request runs on
 
 
 Granted = tuple[Seat, Choice]
@@ -90,7 +91,11 @@ class Gate:
 
     def _pick(self, asked: Asked) -> Granted | None:
         return self._fleet.pick(
-            asked.prompt_ids, chips=asked.chips, excluded=asked.barred, adapter=asked.adapter
+            asked.prompt_ids,
+            chips=asked.chips,
+            excluded=asked.barred,
+            adapter=asked.adapter,
+            beside=asked.beside,
         )
 
     def _has_room(self, target: Target) -> bool:

@@ -234,6 +234,8 @@ class Job:
                             self._left = [trace.completion_tokens for trace in self.traces]
                             await self._settle(meter, "complete", 200)
                     yield index, delta
+                    if not self.is_stream:  # it leaves in one piece, or not at all
+                        continue
                     self._left[index] = self.traces[index].completion_tokens
                     if meter.is_due():
                         meter.progress(*self._counts())
@@ -263,7 +265,7 @@ class Job:
         if not meter.is_open:
             return
         prompt, output = self._counts()
-        cached = sum(trace.cached_tokens for trace in self.traces[:: self.num_choices])
+        _, cached = self._prompts()
         await meter.settle(
             reason,
             input_tokens=prompt,
@@ -277,13 +279,26 @@ class Job:
 
     def _counts(self) -> tuple[int, int]:
         """Return the prompt tokens that were computed and the output tokens that have left."""
-        prompt = sum(trace.prompt_tokens for trace in self.traces[:: self.num_choices])
+        prompt, _ = self._prompts()
         return prompt, sum(self._left)
+
+    def _prompts(self) -> tuple[int, int]:
+        """Return prompt tokens and how many of them were cached.
+
+        A prompt counts once, however many choices it has: as the first of them had it that began.
+        """
+        total = cached = 0
+        for start in range(0, len(self.traces), self.num_choices):
+            for trace in self.traces[start : start + self.num_choices]:
+                if trace.prompt_tokens:
+                    total += trace.prompt_tokens
+                    cached += trace.cached_tokens
+                    break
+        return total, cached
 
     def usage(self) -> Usage:
         """Return the counts so far; a prompt counts once, however many choices it has."""
-        prompt = sum(trace.prompt_tokens for trace in self.traces[:: self.num_choices])
-        cached = sum(trace.cached_tokens for trace in self.traces[:: self.num_choices])
+        prompt, cached = self._prompts()
         completion = sum(trace.completion_tokens for trace in self.traces)
         return Usage(
             prompt_tokens=prompt,
