@@ -56,15 +56,19 @@ def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny.write("qwen3", folder)
     write_tokenizer(folder, tiny.VOCAB)
-    return LocalEngine.load(
+    engine = LocalEngine.load(
         EngineConfig(model=str(folder), device="cpu:0", dtype="float32", threads=1)
     )
+    yield engine
+    engine.core._grammars.close()
 
 
 @pytest.fixture(scope="module")
 def shipped():
     folder = shipped_dir() / "mxn-shakespeare-llama"
-    return LocalEngine.load(EngineConfig(model=str(folder), device="cpu:0", threads=1))
+    engine = LocalEngine.load(EngineConfig(model=str(folder), device="cpu:0", threads=1))
+    yield engine
+    engine.core._grammars.close()
 
 
 def ask(engine, *grammars, prompt=PROMPT, **options):
@@ -153,6 +157,7 @@ def test_masks_of_the_shipped_vocabulary_are_quick():
         allowed = masks([state], size)
     assert (time.perf_counter() - began_s) / 20 < 0.01
     assert 0 < allowed.sum() < size
+    grammars.close()
 
 
 def test_no_token_begins_twice(engine):

@@ -57,12 +57,21 @@ WAYS = [
 @pytest.fixture(scope="module")
 def core():
     folder = shipped_dir() / "mxn-shakespeare-llama"
-    return LocalEngine.load(EngineConfig(model=str(folder), device="cpu:0", threads=1)).core
+    core = LocalEngine.load(EngineConfig(model=str(folder), device="cpu:0", threads=1)).core
+    yield core
+    core._grammars.close()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.load(shipped_dir() / "mxn-shakespeare-llama")
+
+
+@pytest.fixture
+def made(tokenizer):
+    made = Grammars(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id])
+    yield made
+    made.close()
 
 
 def asked(name, grammar=None, sampling=WAYS[0], **options):
@@ -128,10 +137,9 @@ def test_tokens_that_do_not_follow_the_grammar_end_one_request_only(core):
     assert tokens(found["good"])
 
 
-def test_a_grammar_that_costs_too_much_ends(tokenizer, monkeypatch):
+def test_a_grammar_that_costs_too_much_ends(made, tokenizer, monkeypatch):
     monkeypatch.setattr(grammars, "BUDGET_S", 0.05)
     monkeypatch.setattr(grammars, "BUDGET_TOKEN_S", 0.001)
-    made = Grammars(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id])
     x = tokenizer.encode("x", add_special_tokens=False)[-1]
     state = made.begin(AMBIGUOUS)
     began_s = time.thread_time()
@@ -148,8 +156,7 @@ def test_a_grammar_that_costs_too_much_ends(tokenizer, monkeypatch):
     assert not masks([state], tokenizer.vocab_size).any()
 
 
-def test_usual_grammars_are_far_within_the_budget(tokenizer):
-    made = Grammars(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id])
+def test_usual_grammars_are_far_within_the_budget(made, tokenizer):
     state = made.begin(Grammar(kind="json_schema", source=wide(100)))
     for token in tokenizer.encode('{"p3": "' + 200 * "word ", add_special_tokens=False):
         allowed = masks([state], tokenizer.vocab_size)[0]
@@ -211,10 +218,22 @@ def test_sources_have_a_limit(core):
     assert failed.code == CODE
 
 
-def test_caches_hold_no_more_than_their_limits(tokenizer, monkeypatch):
+def test_caches_hold_no_more_than_their_limits(made, monkeypatch):
     monkeypatch.setattr(grammars, "_MAX_CACHED_CHARS", 200)
-    made = Grammars(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id])
     for number in range(20):
         made.begin(Grammar(kind="choice", source=f"{number:030}"))
     assert made._compiled._num_chars == 180
     assert len(made._compiled._found) == 6
+
+
+def test_a_grammar_that_the_library_never_finishes_is_given_up(made, tokenizer):
+    endless = " & ".join(f"/.*w{number}.*/" for number in range(60))
+    began_s = time.monotonic()
+    with pytest.raises(UserError, match="takes too long to read") as caught:
+        made.begin(Grammar(kind="lark", source=f"start: A\nA: {endless}"))
+    assert caught.value.code == CODE
+    assert time.monotonic() - began_s < 25
+    assert made.begin(Grammar(kind="regex", source="[a-f]{3}")).problem is None
+    # Tokens by their ids and names are known to the process that reads first.
+    eos = tokenizer.eos_id
+    assert made.begin(Grammar(kind="lark", source=f'start: <[1-3]> "a" <[{eos}]>')).problem is None

@@ -23,6 +23,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
+from mxn.engine.grammar_check import Checker, Vocabulary
 from mxn.engine.protocol import MAX_GRAMMAR_CHARS, Grammar
 from mxn.errors import InternalError, UnsupportedError, UserError
 
@@ -36,7 +37,7 @@ FAILED_CODE = "grammar_failed"  # found out later
 
 # What one token may cost is some ten milliseconds with these; 250 optional properties of an object
 # are within them. Verbose errors would hold the grammar and the answer, which end up in logs.
-_LIMITS = LLParserLimits(
+LIMITS = LLParserLimits(
     max_items_in_row=1000,
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=100_000,
@@ -72,7 +73,7 @@ def source_of(grammar: Grammar) -> str:
 def check(grammar: Grammar) -> None:
     """Raises: UserError when a grammar can be enforced for no tokenizer. Needs no model."""
     check_size(grammar)
-    problem = LLMatcher.validate_grammar(source_of(grammar), limits=_LIMITS)
+    problem = LLMatcher.validate_grammar(source_of(grammar), limits=LIMITS)
     if problem:
         raise _invalid(grammar, problem)
 
@@ -174,6 +175,7 @@ class Grammars:
         self._made: LLTokenizer | None = None
         self._problem: Exception | None = None
         self._compiled = _Compiled()
+        self._checker: Checker | None = None  # used in the compiler's thread only
         # One thread: a flood of large grammars holds up other grammars, and no step of anybody.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="mxn-grammar")
         self._building = threading.Thread(target=self._build, name="mxn-grammars", daemon=True)
@@ -197,6 +199,12 @@ class Grammars:
         """Return what `prepare` promises; waits for it."""
         return self.prepare(grammar).result()
 
+    def close(self) -> None:
+        """End the process that reads grammars first; the end of this one ends it too."""
+        self._compiler.shutdown()
+        if self._checker is not None:
+            self._checker.close()
+
     def _compile(self, grammar: Grammar) -> GrammarState:
         self._building.join()
         if self._made is None:
@@ -204,39 +212,31 @@ class Grammars:
         matcher = self._compiled.get(grammar)  # asked for twice, and made meanwhile
         if matcher is None:
             source = source_of(grammar)
+            assert self._checker is not None, "it is made with the trie"
+            if problem := self._checker.problem_of(source):
+                raise _invalid(grammar, problem)
             try:
-                matcher = LLMatcher(self._made, source, log_level=0, limits=_LIMITS)
+                matcher = LLMatcher(self._made, source, log_level=0, limits=LIMITS)
             except (ValueError, RuntimeError) as error:
                 raise _invalid(grammar, str(error)) from error
             if matcher.is_error():
                 raise _invalid(grammar, matcher.get_error())
-            self._probe(grammar, matcher.deep_copy())
             self._compiled.add(grammar, matcher)
         return GrammarState(matcher.deep_copy())
 
-    def _probe(self, grammar: Grammar, matcher: LLMatcher) -> None:
-        """Try the first two tokens, where most grammars fail that ever do. Raises: UserError."""
-        state = GrammarState(matcher)
-        allowed_V = masks([state], self.vocab_size)[0]
-        if state.problem is None and not allowed_V.any():
-            raise _invalid(grammar, "it allows no answer")
-        if state.problem is None:
-            allowed_V[[token for token in self._eos_ids if token < self.vocab_size]] = False
-            if allowed_V.any():
-                try:
-                    state.consume(int(allowed_V.argmax()))
-                    masks([] if state.is_over else [state], self.vocab_size)
-                except UserError:
-                    pass  # it is in `problem`
-        if state.problem is not None:
-            raise _invalid(grammar, state.problem.message)
-
     def _build(self) -> None:
         try:
-            wrapper = llguidance.TokenizerWrapper(
-                _Tokens(self._tokenizer, self.vocab_size, self._eos_ids)
+            tokens = _Tokens(self._tokenizer, self.vocab_size, self._eos_ids)
+            wrapper = llguidance.TokenizerWrapper(tokens)
+            made = LLTokenizer(wrapper, eos_token=self._eos_ids or None)
+            vocabulary = Vocabulary(
+                tokens=tokens.tokens,
+                special_token_ids=tokens.special_token_ids,
+                eos_token_id=tokens.eos_token_id,
+                bos_token_id=tokens.bos_token_id,
+                eos_ids=self._eos_ids,
             )
-            self._made = LLTokenizer(wrapper, eos_token=self._eos_ids or None)
+            self._checker, self._made = Checker(vocabulary), made
         except Exception as error:  # said to whoever asks for a grammar
             self._problem = error
 
@@ -294,3 +294,19 @@ def masks(states: list[GrammarState], vocab_size: int) -> NDArray[np.bool_]:
         state.fill(bits_RB, row)
     packed_RB = bits_RB.view(np.uint8)
     return np.unpackbits(packed_RB, axis=1, bitorder="little", count=vocab_size).view(np.bool_)
+
+
+def problem_at_start(matcher: LLMatcher, vocab_size: int, eos_ids: Collection[int]) -> str:
+    """Try the first two tokens, where most grammars fail that ever do; return how, or nothing."""
+    state = GrammarState(matcher)
+    allowed_V = masks([state], vocab_size)[0]
+    if state.problem is None and not allowed_V.any():
+        return "it allows no answer"
+    allowed_V[[token for token in eos_ids if token < vocab_size]] = False
+    if state.problem is None and allowed_V.any():
+        try:
+            state.consume(int(allowed_V.argmax()))
+            masks([] if state.is_over else [state], vocab_size)
+        except UserError as error:
+            return error.message
+    return "" if state.problem is None else state.problem.message
