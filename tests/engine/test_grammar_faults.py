@@ -237,3 +237,14 @@ def test_a_grammar_that_the_library_never_finishes_is_given_up(made, tokenizer):
     # Tokens by their ids and names are known to the process that reads first.
     eos = tokenizer.eos_id
     assert made.begin(Grammar(kind="lark", source=f'start: <[1-3]> "a" <[{eos}]>')).problem is None
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "lark"])
+def test_patterns_that_meet_hold_up_neither_server_nor_engine(made, kind):
+    schema = json.dumps({"allOf": [{"type": "string", "pattern": f"w{n}"} for n in range(40)]})
+    source = schema if kind == "json_schema" else f"start: a\na: %json {schema}"
+    began_s = time.monotonic()
+    assert lark.fault(Grammar(kind=kind, source=source)) is None
+    assert time.monotonic() - began_s < 1
+    with pytest.raises(UserError, match="takes too long to read"):
+        made.begin(Grammar(kind=kind, source=source))

@@ -22,6 +22,7 @@ TokenOf = Callable[[str], int | None]
 # with white space until the limit.
 _JSON_RULES = {"whitespace_pattern": r"( ?|\n[ \t]{0,16})", "coerce_one_of": True}
 
+_MAX_PATTERNS = 8  # of a schema that is read here
 _MAX_FAULTS = 512  # grammars whose check is remembered; agents send the same tools again
 _MAX_FAULT_CHARS = 400
 _faults: OrderedDict[bytes, str | None] = OrderedDict()
@@ -82,11 +83,28 @@ def expression(grammar: Grammar) -> str:
     return f"%lark {{\n{grammar.source}\n}}"
 
 
+def _may_not_end(grammar: Grammar) -> bool:
+    """Whether the library may need forever to read the schemas of a grammar.
+
+    It does where patterns meet on one text: some twenty under `allOf` are minutes.
+    """
+    source = grammar.source
+    if grammar.kind != "json_schema" and "%json" not in source:
+        return False
+    if "\\u" in source or '"allOf"' in source or '"patternProperties"' in source:
+        return True
+    return source.count('"pattern"') > _MAX_PATTERNS
+
+
 def fault(grammar: Grammar) -> str | None:
-    """Return what is wrong with a grammar, or None."""
+    """Return what is wrong with a grammar, or None.
+
+    None also where to find out could take too long here: the engine has a process for that, and
+    refuses the request.
+    """
     if len(grammar.source) > MAX_GRAMMAR_CHARS:
         return f"it has {len(grammar.source)} characters, the limit is {MAX_GRAMMAR_CHARS}"
-    if grammar.kind == "choice":
+    if grammar.kind == "choice" or _may_not_end(grammar):
         return None
     # Kept by digest: sources may be large.
     key = blake2b(f"{grammar.kind}\n{grammar.source}".encode(), digest_size=16).digest()
