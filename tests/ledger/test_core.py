@@ -276,7 +276,7 @@ def test_an_operation_the_database_refuses_does_not_stop_others(run, database, t
 
     async def scenario(ledger):
         ticket = await ledger.open(tenant.usage())
-        bad = complete(10, 2**70)
+        bad = complete(replica="\ud800")  # no text of UTF-8
         found = await asyncio.gather(
             ledger.open(tenant.usage()), ledger.settle(ticket, bad), ledger.open(tenant.usage()),
             return_exceptions=True,

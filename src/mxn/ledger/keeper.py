@@ -17,7 +17,6 @@ from sqlalchemy import Connection, delete, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from mxn.ledger import schema
-from mxn.ledger.apply import WINDOW_US
 from mxn.ledger.database import BUSY_MS, Database
 from mxn.ledger.moments import now_us
 from mxn.ledger.rules import RulesCache
@@ -25,7 +24,8 @@ from mxn.ledger.tenants import insert_once
 
 log = logging.getLogger(__name__)
 
-_KEEP_WINDOWS = 60  # minutes
+_KEEP_WINDOWS_US = 24 * 3600 * 1_000_000  # far more than clocks of gateways may differ
+_SERVER_NOW_US = text("SELECT (extract(epoch FROM now()) * 1000000)::bigint")
 _MAX_ORPHANS = 500  # settled in one go
 _WAL_BYTES = 64 * 2**20  # beyond it writers wait until the log is emptied
 _TRUNCATE_MS = 250
@@ -210,9 +210,12 @@ class Keeper:
                 connection.execute(change)
 
     def _drop_windows(self) -> None:
-        oldest = now_us() - _KEEP_WINDOWS * WINDOW_US
         table = schema.rate_windows
         with self._database.autocommit() as connection:
+            now: Any = now_us()  # of SQLite, the database is on this machine
+            if not self._database.is_sqlite:  # one clock for all gateways
+                now = connection.execute(_SERVER_NOW_US).scalar_one()
+            oldest = now - _KEEP_WINDOWS_US
             connection.execute(delete(table).where(table.c.window_start < oldest))
 
     def _checkpoint(self) -> None:

@@ -40,8 +40,11 @@ class View:
 
 
 class Store(Protocol):
-    # Errors after which the same batch is tried again; all others are the batch's own fault.
-    retryable: tuple[type[BaseException], ...]
+    @staticmethod
+    def is_away(error: BaseException) -> bool:
+        """Say whether the same batch is tried again on a new connection after this error; any
+        other is the batch's own fault, and would come back for ever."""
+        ...
 
     def begin(
         self,

@@ -70,17 +70,28 @@ _EXISTING = "SELECT id, gateway_id, opened_us FROM usage WHERE id = ANY(%s)"
 _CLOSED = f"SELECT {', '.join(CLOSED_COLUMNS)} FROM usage WHERE id = ANY(%s)"
 
 _MAX_KNOWN = 100_000
+_MAX_MAKES = 5  # times that rows of budgets and limits are made again when somebody drops them
+
+# Classes of SQLSTATE that are the fault of what was asked: data, constraints, statements, sizes.
+# All others say something about the server: a standby, no more disk, no more connections.
+_REFUSED = ("22", "23", "42", "54")
 
 
 class PostgresStore:
-    retryable: tuple[type[BaseException], ...] = (psycopg.OperationalError, psycopg.InterfaceError)
-
     def __init__(self, database: Database) -> None:
         fairy = database.engine.raw_connection()
         self._raw = cast("psycopg.Connection[Any]", fairy.driver_connection)
         fairy.detach()
         self._raw.autocommit = True  # BEGIN and COMMIT are ours, within a pipeline
         self._known: set[tuple[str, PeriodKey]] = set()
+
+    @staticmethod
+    def is_away(error: BaseException) -> bool:
+        if not isinstance(error, psycopg.Error):
+            return False
+        if error.sqlstate is None:  # of the driver: a lost connection, or values it cannot send
+            return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+        return error.sqlstate[:2] not in _REFUSED
 
     def begin(
         self,
@@ -90,8 +101,27 @@ class PostgresStore:
         progress: Sequence[tuple[Any, ...]],
         ids: Sequence[str],
     ) -> View:
-        self._make(_MAKE_PERIODS, periods)
-        self._make(_MAKE_WINDOWS, windows)
+        missing: list[tuple[str, PeriodKey]] = []
+        for _ in range(_MAX_MAKES):
+            self._make(_MAKE_PERIODS, periods)
+            self._make(_MAKE_WINDOWS, windows)
+            view = self._begin(periods, windows, settlings, progress, ids)
+            missing = [(_MAKE_PERIODS, key) for key in periods if key not in view.periods]
+            missing += [(_MAKE_WINDOWS, key) for key in windows if key not in view.windows]
+            if not missing:
+                return view
+            self.rollback()  # rows that this connection made, and somebody removed since
+            self._known.difference_update(missing)
+        raise psycopg.OperationalError(f"rows of budgets or limits do not stay: {missing[:3]}")
+
+    def _begin(
+        self,
+        periods: Sequence[PeriodKey],
+        windows: Sequence[PeriodKey],
+        settlings: Sequence[Settling],
+        progress: Sequence[tuple[Any, ...]],
+        ids: Sequence[str],
+    ) -> View:
         with self._raw.pipeline():
             self._raw.execute("BEGIN")
             locked = self._run(_PERIODS, _columns(periods)) if periods else ()

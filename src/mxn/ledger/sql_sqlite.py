@@ -40,13 +40,13 @@ _ADD = (
     "ON CONFLICT (limit_id, window_start) DO UPDATE SET used = used + excluded.used"
 )
 _EXISTING = "SELECT id, gateway_id, opened_us FROM usage WHERE id = ?"
+# A row that breaks a rule, a value that cannot be kept, a statement that does not fit its values.
+_REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError)
 _CLOSED = f"SELECT {', '.join(CLOSED_COLUMNS)} FROM usage WHERE id = ?"
 
 
 class SqliteStore:
     """`busy_ms` is how long `begin` waits for another process, in a sleep that stops its thread."""
-
-    retryable: tuple[type[BaseException], ...] = (sqlite3.OperationalError,)
 
     def __init__(self, database: Database, *, busy_ms: int) -> None:
         fairy = database.engine.raw_connection()
@@ -58,6 +58,10 @@ class SqliteStore:
         # A checkpoint writes to the disk and waits for it; the keeper's thread does that.
         self._raw.execute("PRAGMA wal_autocheckpoint=0")
         self._cursor = self._raw.cursor()
+
+    @staticmethod
+    def is_away(error: BaseException) -> bool:
+        return isinstance(error, sqlite3.DatabaseError) and not isinstance(error, _REFUSED)
 
     def begin(
         self,

@@ -31,6 +31,7 @@ Connect = Callable[[], Store]
 
 _BUSY_S = (0.0002, 0.001)  # waits for another process that writes to the same file
 _AWAY_S = (0.02, 1.0)  # waits for a database that is away
+_MAX_TAKEN = 5  # looks for the row that has an id already, before a batch is taken apart
 
 
 class Writer(Protocol):
@@ -55,6 +56,7 @@ class Attempts:
         self._parts: deque[Batch] = deque()
         self._num_busy = 0
         self._num_failures = 0
+        self._num_taken = 0
         self._is_retry = False
 
     def run(self, batch: Batch) -> float | None:
@@ -74,7 +76,7 @@ class Attempts:
                 continue
             if self._num_failures:
                 log.warning("the ledger's database is back")
-            self._num_busy = self._num_failures = 0
+            self._num_busy = self._num_failures = self._num_taken = 0
             self._is_retry = False
             self._parts.popleft()
         return None
@@ -94,19 +96,23 @@ class Attempts:
             for one in self._parts[0].openings:
                 one.is_tried = True
             return _pause(_AWAY_S, self._num_failures)
-        if _is_taken(error) and not self._is_retry:
-            self._is_retry = True  # finds out which row there is already
+        if _is_taken(error) and self._num_taken < _MAX_TAKEN:
+            # Finds out which row there is already. After a lost commit that was still under way
+            # the look before this attempt could not see it; this time it is there.
+            self._num_taken += 1
+            self._is_retry = True
             return None
         self._isolate(error)
         return None
 
     def _is_away(self, error: Exception) -> bool:
         # What fails while connecting is not the fault of the batch.
-        return self._store is None or isinstance(error, self._store.retryable)
+        return self._store is None or self._store.is_away(error)
 
     def _isolate(self, error: Exception) -> None:
         """Find the one operation that the database refuses, so that others go on without it."""
         batch = self._parts.popleft()
+        self._num_taken = 0
         singles = [
             *(Batch(settlings=[one]) for one in batch.settlings),
             *(Batch(progress=[one]) for one in batch.progress),
