@@ -31,6 +31,7 @@ from mxn.engine.protocol import (
 from mxn.errors import ConfigError, EngineDiedError, UnsupportedError
 from mxn.ledger.types import CountBasis
 from mxn.models.tokenizer import Tokenizer
+from mxn.serve.replicas.counting import told_of
 from mxn.serve.replicas.http_client import ConnectionLost, HttpClient, HttpLimits
 from mxn.serve.replicas.sse import MalformedStream, SseReader, UpstreamUsage, clipped
 from mxn.serve.replicas.upstream import KINDS, Kind, Upstream, UpstreamConfig, error_of, lost
@@ -397,8 +398,8 @@ class _Made:
         Raises: MalformedStream.
         """
         if chunk.usage is not None:
-            self._server_tokens = chunk.usage.completion_tokens
-            self._cached_tokens = chunk.usage.cached_tokens
+            told = told_of(chunk.usage)
+            self._server_tokens, self._cached_tokens = told.output, told.cached
         if not chunk.choices or self._last is not None:
             return None
         choice = chunk.choices[0]

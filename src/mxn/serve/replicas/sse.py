@@ -13,31 +13,25 @@ MAX_QUOTED_CHARS = 200  # of what a foreign server says
 _RAW_NULL = msgspec.Raw(b"null")
 
 
-class PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class CompletionDetails(msgspec.Struct):
-    reasoning_tokens: int | None = None
-
-
 class UpstreamUsage(msgspec.Struct):
-    """Counts of a foreign server; any of them may be missing or null."""
+    """Counts as a foreign server wrote them, unchecked: see `counting.told_of`."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: PromptDetails | None = None
-    completion_tokens_details: CompletionDetails | None = None
-
-    @property
-    def cached_tokens(self) -> int:
-        details = self.prompt_tokens_details
-        return (details.cached_tokens or 0) if details else 0
+    prompt_tokens: Any = None
+    completion_tokens: Any = None
+    prompt_tokens_details: Any = None
+    completion_tokens_details: Any = None
 
     @property
-    def reasoning_tokens(self) -> int:
-        details = self.completion_tokens_details
-        return (details.reasoning_tokens or 0) if details else 0
+    def cached_tokens(self) -> Any:
+        return _detail(self.prompt_tokens_details, "cached_tokens")
+
+    @property
+    def reasoning_tokens(self) -> Any:
+        return _detail(self.completion_tokens_details, "reasoning_tokens")
+
+
+def _detail(details: Any, name: str) -> Any:
+    return details.get(name) if isinstance(details, dict) else None
 
 
 class Choice(msgspec.Struct):

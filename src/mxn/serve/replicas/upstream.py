@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ _CONTINUES: dict[Kind, Continue] = {
 }  # fmt: skip
 _PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0)  # for which a server that failed n times is left alone
 _MAX_REFUSAL_CHARS = 4000  # of a server's words on the caller's own mistake, told to the caller
+DEFAULT_MAX_OUTPUT = 4096  # tokens of an answer that a budget pays for, where the caller says none
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -45,6 +46,7 @@ class UpstreamConfig:
     chip: str = ""
     continues: Continue | None = None  # None: by kind
     limits: HttpLimits | None = None
+    max_output: int | None = None  # tokens; None: `DEFAULT_MAX_OUTPUT`
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -87,6 +89,12 @@ class UpstreamSet:
         if not upstreams:
             raise ConfigError("a model needs at least one server")
         self.all = tuple(upstreams)
+
+    @property
+    def max_output(self) -> int:
+        """Tokens of an answer whose caller sets no limit: what suits every server."""
+        given = [item.config.max_output for item in self.all if item.config.max_output is not None]
+        return min(given, default=DEFAULT_MAX_OUTPUT)
 
     @property
     def is_healthy(self) -> bool:
@@ -141,6 +149,19 @@ def error_of(upstream: Upstream, answer: Answer, body: bytes) -> Exception:
         param=_text(fields.get("param")),
         code=_text(fields.get("code")),
     )
+
+
+def reported_in(upstream: Upstream, fields: Mapping[str, msgspec.Raw]) -> ApiError | None:
+    """Return the failure that an answer with status 200 reports instead of an answer."""
+    error = fields.get("error")
+    if error is None or bytes(error) in (b"null", b'""', b"false", b"{}"):
+        return None
+    message, _ = _words(bytes(error))
+    return bad_answer(f"The server {upstream.name} reported: {clipped(message)}")
+
+
+def bad_answer(message: str) -> ApiError:
+    return ApiError(message, status=502, type="server_error", code="bad_upstream")
 
 
 def _words(body: bytes) -> tuple[str, dict[str, Any]]:

@@ -84,6 +84,7 @@ def to_chat(body: InputTokensRequest, items: Sequence[InputItem]) -> ChatRequest
         chat.parallel_tool_calls = body.parallel_tool_calls
     if isinstance(body, ResponseRequest):
         chat.max_completion_tokens = body.max_output_tokens
+        chat.stream = body.stream  # whether the answer is paid for in pieces
         chat.temperature = body.temperature
         chat.top_p = body.top_p
         wants_logprobs = "message.output_text.logprobs" in (body.include or ())
