@@ -22,6 +22,7 @@ from mxn.serve.replicas.upstream import UpstreamConfig
 from mxn.serve.replicas.upstream_chat import UpstreamModel
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.server import running
+from mxn.serve.tracing import Tracing
 from support.ledgers import Tenant, make_tenant
 
 DEAD = "http://127.0.0.1:1"  # nobody listens there
@@ -66,7 +67,10 @@ class Gateway:
 
 @contextmanager
 def gateway(
-    folder: Path, engines: Sequence[EchoEngine] = (), on_end: Sequence[OnEnd] = ()
+    folder: Path,
+    engines: Sequence[EchoEngine] = (),
+    on_end: Sequence[OnEnd] = (),
+    tracing: Tracing | None = None,
 ) -> Iterator[Gateway]:
     """Serve `echo` on chips chip-a and chip-b, and `far` on a server of another kind."""
     engines = list(engines) or [EchoEngine(), EchoEngine()]
@@ -83,7 +87,8 @@ def gateway(
     far = EchoEngine()
     far_models = ServedModels([ServedModel(name="theirs", client=far, tokenizer=far.tokenizer)])
     with running(create_app(far_models)) as foreign_url:
-        app = create_app(models, accounting=Accounting(Database(str(database.url))), on_end=on_end)
+        accounting = Accounting(Database(str(database.url)))
+        app = create_app(models, accounting=accounting, on_end=on_end, tracing=tracing)
         servers = [
             UpstreamConfig(url=DEAD, model="theirs", name="gone"),
             UpstreamConfig(url=foreign_url, model="theirs", name="works", chip="chip-c"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxn.cli.options import Host, Port
+from mxn.cli.options import Host, Otlp, Port
 
 
 def gateway(
@@ -53,6 +53,7 @@ def gateway(
     log_format: Annotated[
         str, typer.Option(help="text or json: a line for each request.")
     ] = "text",
+    otlp: Otlp = None,
 ) -> None:
     """Serve models of other servers behind one API with keys, budgets and failover."""
     from mxn.serve.config import GatewayConfig
@@ -65,7 +66,7 @@ def gateway(
             api_keys=api_key, request_timeout_s=request_timeout, max_requests=max_requests,
             stall_limit_s=stall_limit, drain_s=drain, leave_s=leave,
             tls_cert=str(tls_cert) if tls_cert else None, tls_key=str(tls_key) if tls_key else None,
-            log_format=log_format,
+            log_format=log_format, otlp=otlp,
         ),
         announce=lambda url: typer.echo(f"listening on {url}", err=True),
     )  # fmt: skip

@@ -24,4 +24,10 @@ MaxContext = Annotated[
     int | None, typer.Option(help="Longest context in tokens; by default the model's own.")
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Otlp = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp", metavar="URL", help="Send traces to this OpenTelemetry collector (OTLP, HTTP)."
+    ),
+]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mxn.cli.options import Dtype, Host, MaxContext, Port, Threads
+from mxn.cli.options import Dtype, Host, MaxContext, Otlp, Port, Threads
 from mxn.errors import ConfigError, MxnError
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def serve(
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    otlp: Otlp = None,
 ) -> None:
     """Serve MODEL... behind an OpenAI-compatible API."""
     from mxn import env
@@ -127,6 +128,7 @@ def serve(
         requests, host, port, tuple(api_key or ()), database=database,
         request_timeout_s=request_timeout, tls_files=(tls_cert, tls_key),
         adapter_folder=lora_folder, tool_parser=tool_parser, reasoning_parser=reasoning_parser,
+        otlp=otlp,
     )  # fmt: skip
 
 
@@ -159,6 +161,7 @@ def run_server(
     tls_files: tuple[Path | None, Path | None] = (None, None),
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
+    otlp: str | None = None,
 ) -> None:
     """Serve until interrupted; progress bars while the models load.
 
@@ -176,6 +179,7 @@ def run_server(
     from mxn.serve.served import ServedModels
     from mxn.serve.server import Tls, run
     from mxn.serve.settings import ServeSettings
+    from mxn.serve.tracing import Tracing
 
     logging.basicConfig(level=env.get("MXN_LOG").upper(), format="%(levelname)s %(message)s")
     for name in ("alembic", "uvicorn"):  # what they announce says nothing to an operator
@@ -220,6 +224,7 @@ def run_server(
         ),
         startup=startup,
         accounting=accounting,
+        tracing=Tracing.open(otlp, "mxn"),
     )
     files: list[Path] = []
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxn.cli.options import Device, Host, Port, Threads
+from mxn.cli.options import Device, Host, Otlp, Port, Threads
 from mxn.errors import NotFoundError
 
 
@@ -27,6 +27,7 @@ def up(
             envvar="MXN_DATABASE", help="URL of the ledger; 'none': no accounts, only the key."
         ),
     ] = None,
+    otlp: Otlp = None,
 ) -> None:
     """Start mxn on this machine, and print the address, a key and a first request."""
     from pathlib import Path
@@ -61,7 +62,7 @@ def up(
         ledger.close()
     run_server(
         requests, host, port, (api_key,) if api_key and url is None else (), database=url,
-        greeting=lambda url: _first_request(url, shipped[0], api_key),
+        greeting=lambda url: _first_request(url, shipped[0], api_key), otlp=otlp,
     )  # fmt: skip
 
 

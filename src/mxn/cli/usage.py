@@ -219,7 +219,7 @@ def _print_sums(
     foot: list[str] = []
     if rows and groups and len(currencies) < 2:  # money of two currencies has no sum
         counted = ("requests", *_TOKENS, "device_us", "cost_micro")
-        total = {name: sum(row[name] for row in rows) for name in counted}
+        total: dict[str, Any] = {name: sum(row[name] for row in rows) for name in counted}
         total["currency"] = next(iter(currencies), "")
         foot = ["total", *[""] * (len(groups) - 1), *cells(total)]
     print_table([*groups, *numbers], shown, numbers=numbers, foot=foot, empty="no usage")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -29,6 +30,9 @@ from mxn.serve.routes import operations
 from mxn.serve.served import ServedModels
 from mxn.serve.settings import ServeSettings
 from mxn.serve.state import State
+
+if TYPE_CHECKING:
+    from mxn.serve.tracing import Tracing
 
 Startup = Callable[[ServedModels], Awaitable[None]]
 
@@ -77,12 +81,13 @@ def create_app(
     *,
     startup: Startup | None = None,
     accounting: Accounting | None = None,
+    tracing: Tracing | None = None,
     on_end: Sequence[OnEnd] = (),
 ) -> FastAPI:
     """Return the application.
 
-    With `accounting`, keys, budgets, usage, files, batches and answers are in its database; each
-    of `on_end` is called when a request is over.
+    With `accounting`, keys, budgets, usage, files, batches and answers are in its database.
+    `tracing` makes spans of requests; each of `on_end` is called when a request is over.
 
     `startup` runs beside the server from its start, to load models that were promised with
     `models.expect(name)`; meanwhile /health answers 503. At the end the replicas are closed.
@@ -97,7 +102,7 @@ def create_app(
         openapi_url=None,  # ours is made from the types that are really checked
         routes=_routes(state),
         redirect_slashes=False,
-        lifespan=_lifespan(state, startup, accounting),
+        lifespan=_lifespan(state, startup, accounting, tracing),
         exception_handlers={HTTPException: _http_error},
     )
     app.state.mxn = state
@@ -111,7 +116,8 @@ def create_app(
         request_timeout_s=settings.request_timeout_s,
         max_requests=settings.max_requests,
         traffic=state.traffic,
-        on_end=(state.traffic.ended, *on_end),
+        on_begin=None if tracing is None else tracing.on_begin,
+        on_end=(state.traffic.ended, *([] if tracing is None else [tracing.on_end]), *on_end),
     )
     if settings.cors_origins:
         front = CORSMiddleware(
@@ -137,7 +143,10 @@ async def _http_error(request: Request, exc: Exception) -> Response:
 
 
 def _lifespan(
-    state: State, startup: Startup | None, accounting: Accounting | None
+    state: State,
+    startup: Startup | None,
+    accounting: Accounting | None,
+    tracing: Tracing | None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     models = state.models
 
@@ -160,6 +169,8 @@ def _lifespan(
             await settled()
             if accounting is not None:
                 await accounting.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     return lifespan
 

@@ -37,6 +37,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tls_cert: str | None = None
     tls_key: str | None = None
     log_format: Literal["text", "json"] = "text"
+    otlp: str | None = None  # base URL of a collector of traces
 
     @classmethod
     def load(cls, path: Path) -> GatewayConfig:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from mxn.ledger.types import CloseReason, Ledger, LimitState, Principal
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from mxn.serve.traffic import Traffic
 
 
@@ -42,7 +44,9 @@ class RequestContext:
     arrived_s: float = field(default_factory=time.perf_counter)
     upstream_s: float = 0.0  # time spent waiting for replicas, which is not the gateway's own
     queue_s: float = 0.0  # the part of it before a replica had room
+    ledger_open_begun_s: float = 0.0  # 0: never; on the clock of `time.perf_counter`
     ledger_open_s: float = 0.0
+    ledger_settle_begun_s: float = 0.0
     ledger_settle_s: float = 0.0
     deadline_s: float | None = None  # on the clock of `time.monotonic`
     hops: list[Hop] = field(default_factory=list)
@@ -62,6 +66,8 @@ class RequestContext:
     device_us: int = 0
     cost_micro: int = 0
     currency: str = ""
+    traceparent: bytes = b""  # sent on to replicas; empty: nobody traces
+    trace: Span | None = None
     traffic: Traffic | None = None  # where tokens, money and refusals are counted
     is_billed: bool = True  # False: this work was paid for by an earlier attempt
 

@@ -34,6 +34,9 @@ CONTEXT = "mxn.context"  # in the scope: a context that was made before, by a ba
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _LIMIT_NAMES = {"requests": "requests", "input_tokens": "tokens", "output_tokens": "output-tokens"}
 
+OnBegin = Callable[[RequestContext, Scope], None]
+"""Called when a request has come: (context, scope)."""
+
 OnEnd = Callable[[RequestContext, Scope, int], None]
 """Called when a request is over: (context, scope, HTTP status)."""
 
@@ -50,6 +53,7 @@ class Gateway:
         request_timeout_s: float | None = None,
         max_requests: int | None = None,
         traffic: Traffic | None = None,
+        on_begin: OnBegin | None = None,
         on_end: Sequence[OnEnd] = (),
     ) -> None:
         """`ledger` is asked for each request, since it is opened when the server starts."""
@@ -60,6 +64,7 @@ class Gateway:
         self._max_requests = max_requests
         self._num_running = 0
         self._traffic = traffic
+        self._on_begin = on_begin
         self._on_end = tuple(on_end)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,6 +80,8 @@ class Gateway:
         context.traffic = self._traffic
         enter(context)
         request_id.set(context.request_id)
+        if self._on_begin is not None:
+            self._on_begin(context, scope)
         status = 0
 
         async def send_with_headers(message: Message) -> None:

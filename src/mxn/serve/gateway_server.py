@@ -89,6 +89,7 @@ def _serve(
     from mxn.serve.server import Tls, run
     from mxn.serve.settings import ServeSettings
     from mxn.serve.status import tell
+    from mxn.serve.tracing import Tracing
 
     groups = by_model(specs)
     served = ServedModels()
@@ -117,6 +118,7 @@ def _serve(
         settings,
         startup=startup,
         accounting=accounting,
+        tracing=Tracing.open(config.otlp, "mxn-gateway"),
         on_end=[RequestLog()] if config.log_format == "json" else [],
     )
     state = app.state.mxn

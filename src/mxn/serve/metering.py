@@ -45,7 +45,7 @@ async def open_row(context: RequestContext, ledger: Ledger, usage: OpenUsage) ->
 
     Raises: RateLimitError, QuotaError, OverloadedError when the database is away.
     """
-    begun_s = time.perf_counter()
+    begun_s = context.ledger_open_begun_s = time.perf_counter()
     try:
         ticket = await ledger.open(usage)
     except QuotaError:
@@ -86,7 +86,7 @@ async def settle_row(
 async def _settle(
     context: RequestContext, ledger: Ledger, ticket: Ticket, used: Settlement
 ) -> None:
-    begun_s = time.perf_counter()
+    begun_s = context.ledger_settle_begun_s = time.perf_counter()
     receipt = await ledger.settle(ticket, used)
     context.ledger_settle_s = time.perf_counter() - begun_s
     context.cost_micro, context.currency = receipt.cost_micro, receipt.currency

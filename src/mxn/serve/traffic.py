@@ -151,11 +151,18 @@ class Traffic(Collector):
             )
         ]  # fmt: skip
 
+    def endpoint_of(self, scope: Scope) -> str:
+        """Return the path of the route that a request was for, without ids."""
+        path = scope["path"]
+        if path in self.paths and "{" not in path:
+            return path
+        return endpoint_of(scope, self.paths)
+
     def ended(self, context: RequestContext, scope: Scope, status: int) -> None:
         """A request is over; see `gateway.OnEnd`."""
         endpoint = scope["path"]
         if endpoint not in self.paths or "{" in endpoint:
-            endpoint = endpoint_of(scope, self.paths)
+            endpoint = self.endpoint_of(scope)
         model = context.model
         self.requests.add((endpoint, str(status), model))
         if status == 200 and context.reason in _BROKEN:

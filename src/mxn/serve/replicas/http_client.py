@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from mxn.errors import ConfigError, EngineDiedError, OverloadedError
+from mxn.serve.context import current
 
 _HIGH_BYTES = 1 << 20  # unread bytes of one answer at which its socket is no longer read
 _TICK_S = 0.5  # how exactly time limits are kept
@@ -374,6 +375,9 @@ class HttpClient:
         on a new one: servers close idle connections at any moment.
         Raises: ConnectionLost, OverloadedError when no connection was free in time.
         """
+        traceparent = current().traceparent
+        if traceparent:
+            headers += b"traceparent: %b\r\n" % traceparent
         data = self._head(method, path) + b"content-length: %d\r\n%b\r\n" % (len(body), headers)
         silence_s = self.limits.silence_s if silence_s is None else silence_s
         while True:
