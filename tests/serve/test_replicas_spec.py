@@ -14,6 +14,8 @@ def test_a_plain_address_is_passed_through() -> None:
     spec = ReplicaSpec.parse("qwen=http://10.0.0.7:8000/v1")
     assert (spec.model, spec.url, spec.via) == ("qwen", "http://10.0.0.7:8000", "pass")
     assert (spec.upstream().model, spec.upstream().kind) == ("qwen", "openai")
+    assert spec.upstream().max_output is None
+    assert ReplicaSpec.parse("q=http://a,max_output=300").upstream().max_output == 300
 
 
 def test_options_are_read_and_the_way_follows_from_them(
@@ -42,6 +44,8 @@ def test_options_are_read_and_the_way_follows_from_them(
         ("q=http://a,chip=", "empty option"),
         ("q=http://a,kind=tgi", "'tgi' is not one of openai, vllm"),
         ("q=http://a,context=0", "number of tokens"),
+        ("q=http://a,max_output=-1", "max_output is a number of tokens"),
+        ("q=http://a,max_output=9999999999", "max_output is a number of tokens"),
         ("q=http://a,via=tokens", "needs the model's tokenizer"),
         ("q=http://a,kind=vllm,via=replica", "only an mxn server"),
         ("q=http://a,key=sk-secret", "named, not shown"),

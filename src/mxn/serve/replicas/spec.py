@@ -19,7 +19,9 @@ from mxn.serve.replicas.openai_compat import CompatConfig
 from mxn.serve.replicas.upstream import KINDS, Continue, Kind, UpstreamConfig
 
 Way = Literal["replica", "tokens", "pass"]
-_OPTIONS = ("kind", "as", "key", "chip", "device", "tokenizer", "context", "continue", "via")
+_OPTIONS = (
+    "kind", "as", "key", "chip", "device", "tokenizer", "context", "continue", "via", "max_output",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class ReplicaSpec:
     context: int | None = None
     continues: Continue | None = None
     via: Way = "pass"
+    max_output: int | None = None  # tokens of an answer whose caller sets no limit but has a budget
 
     @classmethod
     def parse(cls, text: str) -> ReplicaSpec:
@@ -62,11 +65,12 @@ class ReplicaSpec:
             chip=options.get("chip", ""),
             device=options.get("device", ""),
             tokenizer=Path(options["tokenizer"]) if "tokenizer" in options else None,
-            context=_count(options["context"], text) if "context" in options else None,
+            context=_count("context", options, text),
             continues=_one_of(options["continue"], get_args(Continue), text)
             if "continue" in options
             else None,
             via=_way(options, kind, text),
+            max_output=_count("max_output", options, text),
         )
 
     def upstream(self) -> UpstreamConfig:
@@ -78,6 +82,7 @@ class ReplicaSpec:
             key=self.key,
             chip=self.chip,
             continues=self.continues,
+            max_output=self.max_output,
         )
 
     def compat(self) -> CompatConfig:
@@ -133,9 +138,12 @@ def _way(options: dict[str, str], kind: Kind | None, text: str) -> Way:
     return way
 
 
-def _count(value: str, text: str) -> int:
-    if not value.isascii() or not value.isdigit() or not int(value):
-        raise ConfigError(f"--replica {text!r}: context is a number of tokens, got {value!r}")
+def _count(name: str, options: dict[str, str], text: str) -> int | None:
+    value = options.get(name)
+    if value is None:
+        return None
+    if not value.isascii() or not value.isdigit() or not 0 < int(value) < 2**31:
+        raise ConfigError(f"--replica {text!r}: {name} is a number of tokens, got {value!r}")
     return int(value)
 
 
