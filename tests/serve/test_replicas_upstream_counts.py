@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from mxn.ledger.types import CloseReason
 from mxn.serve.context import RequestContext
 from mxn.serve.replicas.counting import MAX_COUNT, Counter, Told, measure, told_of
 from mxn.serve.replicas.sse import UpstreamUsage
-from mxn.serve.replicas.upstream_plan import Plan
+from mxn.serve.replicas.upstream import Upstream, UpstreamConfig, UpstreamSet
+from mxn.serve.replicas.upstream_plan import Account, Plan
+from mxn.serve.replicas.upstream_run import UpstreamRun
 from support.foreign import WORDS, ask, billed, chunk, fakes, gateway, lost_after, sse, whole
 
 CHAT = "/v1/chat/completions"
@@ -228,7 +232,7 @@ def plan_of(path: str, body: dict[str, Any]) -> Plan:
     [
         (CHAT, {"messages": []}, 4096),
         (CHAT, {"messages": [], "max_tokens": 7}, 7),
-        (CHAT, {"messages": [], "max_tokens": 0}, 0),
+        (CHAT, {"messages": [], "max_tokens": 0}, 4096),
         (CHAT, {"messages": [], "max_tokens": 100_000, "max_completion_tokens": 1}, 100_000),
         (CHAT, {"messages": [], "max_tokens": 1, "max_completion_tokens": 100_000}, 100_000),
         (CHAT, {"messages": [], "n_predict": 100_000, "max_tokens": 1}, 100_000),
@@ -279,6 +283,18 @@ def test_a_budget_limits_answers_that_nobody_limits(tmp_path: Path) -> None:
     assert len(fake.bodies) == 2
 
 
+def test_the_limit_of_a_budget_holds_over_all_servers(tmp_path: Path) -> None:
+    words = [chunk({"content": word}) for word in WORDS]
+    rest = sse(chunk({"content": "y"}) + chunk({}, "stop") + END)
+    with (
+        fakes(lost_after(*words), lambda _: [rest]) as found,
+        billed(tmp_path, *found, budget=1000, max_output=300) as gate,
+    ):
+        assert gate.chat(stream=True).status_code == 200
+        assert gate.row().output_tokens == 5
+    assert [fake.bodies[0]["max_tokens"] for fake in found] == [300, 296]
+
+
 def test_without_a_budget_no_limit_is_set(tmp_path: Path) -> None:
     with fakes(lambda _: [GOOD]) as [fake], billed(tmp_path, fake) as gate:
         assert gate.chat().status_code == 200
@@ -318,6 +334,36 @@ def test_what_leaves_in_one_piece_is_paid_for_as_a_whole(
     assert (row.reason, row.endpoint, row.is_stream) == ("replica_lost", path, stream)
     assert row.output_tokens == (4 if stream else 0)
     assert bool(row.cost_micro) == stream
+
+
+@pytest.mark.parametrize("reason", ["client_gone", "replica_lost", "timeout", "error", "complete"])
+@pytest.mark.parametrize("is_batch", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_tokens_that_never_left_are_not_settled(
+    reason: CloseReason, is_batch: bool, stream: bool
+) -> None:
+    context = RequestContext(is_batch=is_batch)
+    body = json.dumps({"messages": [], "stream": stream}).encode()
+    plan = Plan.read(body, id="c-1", model="m", path=CHAT, context=context)
+    servers = UpstreamSet([Upstream(UpstreamConfig(url="http://127.0.0.1:9", model="up"))])
+    run = UpstreamRun(plan, servers, Account(None))
+    run.counter.num_events = 7
+    asyncio.run(run.settle(reason))
+    is_due = reason == "complete" or (stream and not is_batch)
+    assert context.output_tokens == (7 if is_due else 0)
+
+
+def test_a_background_response_that_is_cancelled_costs_nothing(tmp_path: Path) -> None:
+    words = sse(b"".join(chunk({"content": word}) for word in WORDS))
+    with fakes(lambda _: [words, 5.0]) as [fake], billed(tmp_path, fake) as gate:
+        made = gate.post("/v1/responses", input="hi", background=True).json()
+        for _ in range(100):
+            if fake.bodies:
+                break
+            threading.Event().wait(0.02)
+        gate.client.post(f"/v1/responses/{made['id']}/cancel")
+        row = gate.row()
+    assert (row.reason, row.output_tokens, row.cost_micro) == ("client_gone", 0, 0)
 
 
 @pytest.mark.parametrize(("path", "body"), ASKED)

@@ -123,10 +123,13 @@ class Plan:
         return max(self.head.n or 1, self.head.n_cmpl or 1, self.head.best_of or 1)
 
     def most_output(self, default: int) -> int:
-        """Return the most tokens that any server may make of it; `default`: without a limit."""
+        """Return the most tokens that any server may make of it; `default`: without a limit.
+
+        A limit of 0 is none: many servers read it so.
+        """
         if not self.makes_tokens:
             return 0
-        largest = max(self.head.limits().values(), default=default)
+        largest = max(self.head.limits().values(), default=0) or default
         return largest * self.num_prompts * self._most_choices
 
     def body_for(self, upstream: Upstream, rest: dict[str, msgspec.Raw] | None = None) -> bytes:
