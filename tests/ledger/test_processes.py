@@ -129,7 +129,7 @@ def test_a_living_gateway_is_not_lost_because_the_database_was_away():
     assert not watch.is_lost("gw", 1, 9.0)
     watch.forget()
     assert not watch.is_lost("gw", 1, 11.0)
-    assert not watch.is_lost("gw", 2, 12.0)
+    assert [watch.is_lost("gw", 2, at_s) for at_s in (12.0, 14.0, 18.0)] == [False] * 3
     assert watch.is_lost("gw", 2, 22.0)
 
 

@@ -148,15 +148,16 @@ class Machine(RuleBasedStateMachine):
         paused=st.sets(st.integers(0, NUM_GATEWAYS - 1), max_size=2),
     )
     def sweep(self, number, paused):
-        """Hearts of living gateways beat between two looks, those of paused ones do not."""
+        """Hearts of living gateways beat between the looks, those of paused ones do not."""
         sweeper = self.gateways[number]
         lost = [*self.crashed, *(self.gateways[one] for one in paused - {number})]
 
         def look():
-            sweeper.keeper.sweep()
-            for gateway in self.gateways:
-                if gateway not in lost:
-                    gateway.keeper._beat()
+            for _ in range(3):
+                sweeper.keeper.sweep()
+                for gateway in self.gateways:
+                    if gateway not in lost:
+                        gateway.keeper._beat()
             sweeper.keeper.sweep()
             sweeper.keeper._watch.forget()
 

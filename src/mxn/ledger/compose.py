@@ -15,7 +15,7 @@ from mxn.ledger.apply import WINDOW_US
 from mxn.ledger.operations import Opening, Settling
 from mxn.ledger.periods import Periods
 from mxn.ledger.rules import Budget, Limit, Rules, Tariff
-from mxn.ledger.types import OpenUsage, Principal, Receipt, Settlement, Ticket
+from mxn.ledger.types import CloseReason, OpenUsage, Principal, Receipt, Settlement, Ticket
 
 _encode = msgspec.json.Encoder().encode
 FREE = Tariff((0,) * 6, "", "{}")
@@ -132,8 +132,10 @@ def spent_of(
     return micro if of == currency else 0
 
 
-def compose_orphan(rules: Rules, row: Any, *, now_us: int) -> Settling:
-    """Return how the row of a lost gateway is closed: with the progress it noted last."""
+def compose_orphan(
+    rules: Rules, row: Any, *, now_us: int, reason: CloseReason = "gateway_lost"
+) -> Settling:
+    """Return how a row that nobody has is closed: with the progress that was noted last."""
     who = Principal(
         key_id=row.key_id, org_id=row.org_id, project_id=row.project_id, user_id=row.user_id
     )
@@ -143,7 +145,7 @@ def compose_orphan(rules: Rules, row: Any, *, now_us: int) -> Settling:
     )  # fmt: skip
     reserved = tuple((name, start, amount) for name, start, amount in decode_reserved(row.reserved))
     used = Settlement(
-        reason="gateway_lost", chip=row.chip, replica=row.replica, status=500,
+        reason=reason, chip=row.chip, replica=row.replica, status=500,
         input_tokens=row.input_tokens, output_tokens=row.output_tokens,
     )  # fmt: skip
     ticket = Ticket(usage=usage, opened_us=row.opened_us, reserved=reserved)

@@ -25,7 +25,7 @@ from mxn.ledger.operations import Batch, Opening, Settling
 from mxn.ledger.periods import Periods
 from mxn.ledger.rules import Rules, RulesCache
 from mxn.ledger.sql import Store
-from mxn.ledger.types import OpenUsage, Principal, Receipt, Settlement, Ticket
+from mxn.ledger.types import CloseReason, OpenUsage, Principal, Receipt, Settlement, Ticket
 from mxn.ledger.writer import InlineWriter, ThreadWriter, Writer
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class SqlLedger:
         self.mode: Mode = "inline" if is_inline else "thread"
         self.cache = RulesCache(database)
         self.keeper = Keeper(
-            database, self.cache, self.gateway_id, self._orphans, poll_s=_POLL_S,
+            database, self.cache, self.gateway_id, self._orphans,
+            lambda usage_id: usage_id in self._open_ids, poll_s=_POLL_S,
             heartbeat_s=heartbeat_s, lost_after_s=lost_after_s,
         )  # fmt: skip
         self._now_us = clock
@@ -224,10 +225,11 @@ class SqlLedger:
         """Close a row that was opened for somebody who is gone."""
         self._settle(ticket, Settlement(reason="client_gone", status=499, num_replicas=0))
 
-    def _orphans(self, rows: Iterable[Any]) -> None:
-        """Settle rows of lost gateways. In the keeper's thread."""
+    def _orphans(self, rows: Iterable[Any], reason: CloseReason) -> None:
+        """Settle rows that nobody else will. In the keeper's thread."""
         now_us = self._now_us()
-        found = [compose_orphan(self.cache.rules, row, now_us=now_us) for row in rows]
+        rules = self.cache.rules
+        found = [compose_orphan(rules, row, reason=reason, now_us=now_us) for row in rows]
         self._loop.call_soon_threadsafe(self._submit_orphans, found)
 
     def _submit_orphans(self, found: list[Settling]) -> None:
