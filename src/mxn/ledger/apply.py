@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from mxn.errors import InternalError, MxnError, QuotaError, RateLimitError
+from mxn.ledger.bounds import MAX_SUM
 from mxn.ledger.money import format_money
 from mxn.ledger.operations import Batch, Opening, PeriodKey, Settling
 from mxn.ledger.rules import Budget, Limit
@@ -28,9 +29,13 @@ class _Moves:
         self.adds: dict[PeriodKey, int] = defaultdict(int)
 
     def move(self, key: PeriodKey, reserved: int, spent: int) -> None:
-        for amounts in (self.reserved_spent[key], self.moves[key]):
-            amounts[0] += reserved
-            amounts[1] += spent
+        known, moved = self.reserved_spent[key], self.moves[key]
+        if known[1] + spent > MAX_SUM:  # the check of the books tells; a wrong type would break all
+            spent = max(0, MAX_SUM - known[1])
+        known[0] += reserved
+        known[1] += spent
+        moved[0] += reserved
+        moved[1] += spent
 
     def add(self, key: PeriodKey, used: int) -> None:
         self.used[key] += used

@@ -12,6 +12,7 @@ import msgspec
 
 from mxn.errors import QuotaError
 from mxn.ledger.apply import WINDOW_US
+from mxn.ledger.bounds import bounded, check_usage
 from mxn.ledger.operations import Opening, Settling
 from mxn.ledger.periods import Periods
 from mxn.ledger.rules import Budget, Limit, Rules, Tariff
@@ -30,7 +31,11 @@ def compose_opening(
     rules: Rules, periods: Periods, usage: OpenUsage, *, gateway_id: str, now_us: int,
     deadline_s: float, future: Any,
 ) -> Opening:  # fmt: skip
-    """Return the row of a request with all it must fit in. Raises: ConfigError, QuotaError."""
+    """Return the row of a request with all it must fit in.
+
+    Raises: ConfigError, QuotaError, UserError for counts that cannot be.
+    """
+    check_usage(usage)
     subjects = rules.subjects(usage)
     limits: tuple[tuple[Limit, int], ...] = ()
     budgets: tuple[tuple[Budget, int, int], ...] = ()
@@ -56,36 +61,54 @@ def compose_opening(
 def _reserve(
     rules: Rules, periods: Periods, usage: OpenUsage, known: tuple[Budget, ...], now_us: int
 ) -> tuple[tuple[Budget, int, int], ...]:
-    """Return (budget, period start, amount) of each budget that pays for this request."""
+    """Return (budget, period start, amount) of each budget that may pay for this request.
+
+    Money is reserved in each currency it could be paid in: which one shows when it has run.
+    """
     tokens = usage.input_tokens + usage.max_output_tokens
-    micro, currency = 0, ""
+    worst: dict[str, int] = {}
     if any(budget.unit == "micro" for budget in known):
-        micro, currency = _dearest(rules, usage, now_us)
+        worst = _worst(rules, usage, now_us)
+        _require_all(known, worst)
     found = []
     for budget in known:
-        if budget.unit == "micro" and currency not in ("", budget.currency):
-            _require_other(budget, known, currency)
+        if budget.unit == "tokens":
+            amount = tokens
+        elif worst and budget.currency not in worst:
             continue
-        amount = tokens if budget.unit == "tokens" else micro
+        else:
+            amount = worst.get(budget.currency, 0)
         found.append((budget, periods.start(budget.period, now_us), amount))
     return tuple(found)
 
 
-def _dearest(rules: Rules, usage: OpenUsage, now_us: int) -> tuple[int, str]:
-    tariffs = [rules.tariff(usage.model, chip, now_us, usage.base) for chip in usage.chips or ("",)]
-    currency = next((tariff.currency for tariff in tariffs if tariff.currency), "")
-    worst = max(tariff.worst(usage.input_tokens, usage.max_output_tokens) for tariff in tariffs)
-    return worst, currency
+def _worst(rules: Rules, usage: OpenUsage, now_us: int) -> dict[str, int]:
+    """Return the most that a request may cost, by currency; nothing where it is free."""
+    worst: dict[str, int] = {}
+    for chip in usage.chips or ("", *rules.chips):
+        tariff = rules.tariff(usage.model, chip, now_us, usage.base)
+        if tariff.currency:
+            micro = tariff.worst(usage.input_tokens, usage.max_output_tokens)
+            worst[tariff.currency] = max(micro, worst.get(tariff.currency, 0))
+    return worst
 
 
-def _require_other(budget: Budget, known: tuple[Budget, ...], currency: str) -> None:
-    """Refuse a request that no budget of this subject can limit, since it is paid otherwise."""
-    if not any(one.subject == budget.subject and one.currency == currency for one in known):
-        raise QuotaError(
-            f"budget {budget.id} of {budget.subject} is in {budget.currency}, and this model is "
-            f"paid in {currency}",
-            hint=f"have a budget in {currency} set for {budget.subject}",
-        )
+def _require_all(known: tuple[Budget, ...], worst: dict[str, int]) -> None:
+    """Refuse a request that may be paid in a currency in which a subject with budgets has none.
+
+    Raises: QuotaError.
+    """
+    for budget in known:
+        if budget.unit == "tokens" or (budget.currency in worst and len(worst) == 1):
+            continue
+        having = {one.currency for one in known if one.subject == budget.subject}
+        for currency in worst:
+            if currency not in having:
+                raise QuotaError(
+                    f"budget {budget.id} of {budget.subject} is in {budget.currency}, and this "
+                    f"model may be paid in {currency}",
+                    hint=f"have a budget in {currency} set for {budget.subject}",
+                )
 
 
 def compose_settling(
@@ -93,6 +116,7 @@ def compose_settling(
 ) -> Settling:
     """Return how a row is closed: its cost by the price at opening, and what its budgets pay."""
     usage = ticket.usage
+    used = bounded(usage.usage_id, used)
     tariff, micro, tokens = FREE, 0, 0
     if is_billed(used.reason, used.output_tokens):
         tariff = rules.tariff(usage.model, used.chip, ticket.opened_us, usage.base)

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import msgspec
 
 from mxn.errors import ConfigError
+from mxn.ledger.bounds import MAX_COST_MICRO
 
 PriceKind = Literal["input", "cached", "output", "reasoning", "request", "device_second"]
 KINDS: tuple[PriceKind, ...] = get_args(PriceKind)
@@ -135,7 +136,8 @@ def quantities(
 
 
 def cost(amounts: Mapping[PriceKind, int], applied: Mapping[PriceKind, Applied]) -> int:
-    """Return the cost in micro-units: the exact sum over all kinds, rounded once, half up.
+    """Return the cost in micro-units: the exact sum over all kinds, rounded once, half up;
+    never more than MAX_COST_MICRO, which a row must hold.
 
     Kinds without a price are free. Raises: ConfigError when the prices differ in currency.
     """
@@ -145,7 +147,7 @@ def cost(amounts: Mapping[PriceKind, int], applied: Mapping[PriceKind, Applied])
         for kind, amount in amounts.items()
         if kind in applied
     )
-    return round_half_up(exact)
+    return min(MAX_COST_MICRO, round_half_up(exact))
 
 
 def round_half_up(exact: int, per: int = _PER) -> int:

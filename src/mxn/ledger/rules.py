@@ -17,9 +17,10 @@ from sqlalchemy import Connection, select
 
 from mxn.errors import ConfigError
 from mxn.ledger import schema
+from mxn.ledger.bounds import MAX_COST_MICRO
 from mxn.ledger.database import Database
 from mxn.ledger.prices import load_prices
-from mxn.ledger.pricing import KINDS, Applied, Price, choose_all, currency_of, encode_applied
+from mxn.ledger.pricing import ANY, KINDS, Applied, Price, choose_all, currency_of, encode_applied
 from mxn.ledger.types import OpenUsage, Principal, Settlement
 
 _MAX_MEMO = 10_000  # combinations of subjects and models; more start anew
@@ -60,7 +61,7 @@ class Tariff(NamedTuple):
             + request
             + used.device_us * device
         )
-        return (2 * exact + 1_000_000) // 2_000_000
+        return min(MAX_COST_MICRO, (2 * exact + 1_000_000) // 2_000_000)
 
     def worst(self, input_tokens: int, output_tokens: int) -> int:
         """Return micro-units that so many tokens cost at most; device time is not known yet."""
@@ -101,6 +102,7 @@ class Rules:
         self._limits = limits
         self._budgets = budgets
         self._prices = prices
+        self.chips = tuple(sorted({price.chip for price in prices} - {ANY}))  # that have prices
         ends = (price.valid_to_us for price in prices)
         self._bounds = sorted(
             {price.valid_from_us for price in prices} | {end for end in ends if end is not None}
