@@ -231,6 +231,80 @@ def test_forms_that_are_wrong_are_refused(client, url):
         )
 
 
+@pytest.mark.parametrize(
+    "metadata", [{str(i): "" for i in range(17)}, {"k" * 65: ""}, {"k": "v" * 513}]
+)
+def test_metadata_has_limits(client, metadata):
+    file = client.files.create(file=("in.jsonl", line().encode()), purpose="batch")
+    with pytest.raises(openai.BadRequestError, match="length"):
+        client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h",
+            metadata=metadata,
+        )  # fmt: skip
+
+
+def test_a_project_over_its_quota_of_bytes_is_told_so(database, monkeypatch):
+    monkeypatch.setenv("MXN_PROJECT_FILE_BYTES", "1000")
+    app = create_app(
+        ServedModels([served(EchoEngine())]), accounting=Accounting(Database(str(database.url)))
+    )
+    with (
+        running(app) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
+    ):
+        client.files.create(file=("a", b"x" * 600), purpose="user_data")
+        with pytest.raises(openai.BadRequestError, match="limit is 1000") as refused:
+            client.files.create(file=("a", b"x" * 600), purpose="user_data")
+        assert (refused.value.status_code, refused.value.code) == (400, "file_quota_exceeded")
+        assert len(client.files.list().data) == 1
+
+
+def test_lines_cut_off_by_a_restart_are_paid_once_and_what_failed_costs_nothing(database):
+    """The gateway stops gracefully in the middle of its lines, and the next one goes on."""
+    set_output_price(database)
+
+    def serve(token_s):
+        models = ServedModels([served(EchoEngine(token_s=token_s), "slow")])
+        return running(create_app(models, accounting=Accounting(Database(str(database.url)))))
+
+    words = [{"role": "user", "content": "hello there " * 8}]
+    lines = [line(str(i), model="slow", max_tokens=60, messages=words) for i in range(3)]
+    lines.append(line("bad", model="slow", temperature=9))
+    with serve(0.05) as url, openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
+        batch = run(client, lines, wait=False)
+        while client.batches.retrieve(batch.id).request_counts.failed != 1:
+            time.sleep(0.05)
+        time.sleep(0.4)  # lines are under way
+    assert {row.cost_micro for row in rows(database)} == {0}, "nothing was delivered yet"
+    assert {row.state for row in rows(database)} == {"settled"}
+    assert len(rows(database)) == 3
+    with serve(0.0) as url, openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
+        batch = finished(client, client.batches.retrieve(batch.id))
+        answers = results(client, batch.output_file_id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (3, 1)
+    paid = {row.id: row for row in rows(database) if row.cost_micro}
+    assert {answer["id"] for answer in answers.values()} == set(paid)
+    for answer in answers.values():
+        made = answer["response"]["body"]["usage"]["completion_tokens"]
+        assert paid[answer["id"]].output_tokens == made > 0
+    assert sum(row.cost_micro for row in rows(database)) == batch.usage.output_tokens
+    assert batch.usage.output_tokens == sum(row.output_tokens for row in rows(database))
+
+
+def set_output_price(database):
+    """One micro-unit for each token of output."""
+    from mxn.ledger.moments import now_us
+    from mxn.ledger.prices import NewPrice, set_prices
+
+    now = now_us()
+    price = NewPrice(
+        model="*", chip="*", kind="output", micro_per_million=1_000_000, currency="USD",
+        valid_from_us=now,
+    )  # fmt: skip
+    with database.begin() as connection:
+        set_prices(connection, [price], now_us=now)
+
+
 def test_a_batch_whose_gateway_died_goes_on_and_bills_no_line_twice(database):
     """The first worker dies between answer and note, the second one takes the batch over."""
     files, batches = FileStore(database), BatchStore(database)
@@ -269,14 +343,13 @@ def test_a_batch_whose_gateway_died_goes_on_and_bills_no_line_twice(database):
         assert batches.claim("g2", 5) is None, "the lease still holds"
 
     async def second():
-        worker = BatchWorker(files, batches, caller(-1), gateway_id="g2", lease_s=5)
+        worker = BatchWorker(files, batches, caller(-1), gateway_id="g2", lease_s=1)
         worker.start()
         while batches.get(made.id, "p").status != "completed":
             await asyncio.sleep(0.05)
         await worker.stop()
 
     asyncio.run(first())
-    time.sleep(1.1)
     asyncio.run(asyncio.wait_for(second(), WAIT_S))
     found = batches.get(made.id, "p")
     assert found.request_counts.completed == 10

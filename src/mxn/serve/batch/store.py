@@ -9,15 +9,17 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from mxn.ledger.database import Database
-from mxn.ledger.schema import api_keys, usage
+from mxn.ledger.schema import usage
 from mxn.ledger.tables_batch import batch_lines, batches
 from mxn.ledger.types import Principal
+from mxn.serve.batch.standing import Over, why_over
+from mxn.serve.batch.takeover import ACTIVE, Leases
 from mxn.serve.batch.types import (
     Batch,
     BatchError,
@@ -31,12 +33,18 @@ from mxn.serve.batch.types import (
 
 _US = 1_000_000
 _WINDOW_S = 24 * 3600
-ACTIVE = ("validating", "in_progress", "finalizing", "cancelling")
+_OPEN = ("pending", "running")  # lines that have no result yet
+Attempt = Literal["unknown", "open", "paid", "unpaid"]
 _TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 
 
 def now_us() -> int:
     return time.time_ns() // 1000
+
+
+def _lease_end_us(lease_s: float) -> int:
+    """Return a time for people to read; gateways only see that it moves."""
+    return now_us() + int(lease_s * _US)
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +70,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 class BatchStore:
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._leases = Leases(database)
 
     def create(self, request: BatchRequest, owner: Principal) -> Batch:
         now = now_us()
@@ -136,36 +145,32 @@ class BatchStore:
 
         `busy` says how many of each project this gateway works on; one with `most` gets no more.
         """
-        now = now_us()
-        is_free = (batches.c.status.in_(ACTIVE), batches.c.lease_us < now)
-        waiting = (
-            select(batches.c.project_id, func.min(batches.c.created_us))
-            .where(*is_free)
-            .group_by(batches.c.project_id)
-        )
         counts = busy or {}
+        places = [
+            (counts.get(row.project_id, 0), row.created_us, row.id, row)
+            for row in self._leases.free(lease_s)
+            if counts.get(row.project_id, 0) < most
+        ]
+        if not places:
+            return None
+        free = min(places)[3]
         with self._database.begin() as connection:
-            places = [
-                (counts.get(project, 0), oldest, project)
-                for project, oldest in connection.execute(waiting)
-                if counts.get(project, 0) < most
-            ]
-            if not places:
-                return None
-            query = select(batches).where(*is_free, batches.c.project_id == min(places)[2])
-            row = connection.execute(query.order_by(batches.c.created_us).limit(1)).first()
-            if row is None:
-                return None
             take = (
                 update(batches)
-                .where(batches.c.id == row.id, batches.c.fence == row.fence)
-                .values(owner=gateway_id, lease_us=now + int(lease_s * _US), fence=row.fence + 1)
+                .where(
+                    batches.c.id == free.id,
+                    batches.c.fence == free.fence,
+                    batches.c.lease_us == free.lease_us,
+                    batches.c.status.in_(ACTIVE),
+                )
+                .values(owner=gateway_id, lease_us=_lease_end_us(lease_s), fence=free.fence + 1)
             )
             if connection.execute(take).rowcount != 1:
-                return None  # another gateway was faster
+                return None  # another gateway was faster, or its owner came back
+            row = connection.execute(select(batches).where(batches.c.id == free.id)).one()
         return Held(
             id=row.id,
-            fence=row.fence + 1,
+            fence=row.fence,
             principal=msgspec.json.decode(row.principal, type=Principal),
             endpoint=row.endpoint,
             status=row.status,
@@ -179,24 +184,22 @@ class BatchStore:
 
         A batch whose key is over is cancelled.
         """
-        values = {"lease_us": now_us() + int(lease_s * _US)}
-        if not self._update(held, **values):
+        if not self._update(held, lease_us=_lease_end_us(lease_s)):
             return None
-        if self._is_key_over(held):
+        if self.why_over(held) is not None:
             self.ask_to_cancel(held.id, held.principal.project_id)
         with self._database.read() as connection:
-            query = select(batches.c.status).where(batches.c.id == held.id)
-            return connection.execute(query).scalar()
+            query = select(batches.c.status, batches.c.cancelling_us)
+            row = connection.execute(query.where(batches.c.id == held.id)).one()
+        # One that was cancelled stays so while its files are written.
+        return "cancelling" if row.cancelling_us is not None else row.status
 
-    def _is_key_over(self, held: Held) -> bool:
-        """Return whether the key that made a batch was revoked or has expired meanwhile."""
-        keys, now = api_keys, now_us()
-        query = select(keys.c.id).where(
-            keys.c.id == held.principal.key_id,
-            keys.c.revoked_us.is_not(None) | (keys.c.expires_us <= now),
-        )
+    def why_over(self, held: Held) -> Over | None:
+        """Return why the key that made a batch may not go on with it; None when it may."""
+        query = select(batches.c.model).where(batches.c.id == held.id)
         with self._database.read() as connection:
-            return connection.execute(query).first() is not None
+            model = connection.execute(query).scalar()
+            return why_over(connection, held.principal, model, now_us())
 
     def release(self, held: Held) -> None:
         self._update(held, lease_us=0, owner=None)
@@ -250,7 +253,7 @@ class BatchStore:
             .where(
                 batch_lines.c.batch_id == held.id,
                 batch_lines.c.line > after,
-                batch_lines.c.state.in_(("pending", "running")),
+                batch_lines.c.state.in_(_OPEN),
             )
             .order_by(batch_lines.c.line)
             .limit(limit)
@@ -261,12 +264,16 @@ class BatchStore:
                 for row in connection.execute(query)
             ]
 
-    def was_billed(self, usage_id: str) -> bool:
-        """Return whether an attempt had been settled as complete before its gateway died."""
+    def state_of(self, usage_id: str) -> Attempt:
+        """Return what became of an earlier attempt at a line."""
         query = select(usage.c.state, usage.c.reason).where(usage.c.id == usage_id)
         with self._database.read() as connection:
             row = connection.execute(query).first()
-        return row is not None and row.state == "settled" and row.reason == "complete"
+        if row is None:
+            return "unknown"
+        if row.state != "settled":
+            return "open"
+        return "paid" if row.reason == "complete" else "unpaid"
 
     def start_line(self, held: Held, line: int, usage_id: str) -> bool:
         """Note the attempt before it begins. False when the batch is another gateway's."""
@@ -275,9 +282,19 @@ class BatchStore:
     def end_line(self, held: Held, line: int, state: str, result: str) -> bool:
         return self._set_line(held, line, state=state, result=result)
 
-    def fail_rest(self, held: Held, results: list[tuple[int, str]]) -> None:
-        for line, result in results:
-            self.end_line(held, line, "failed", result)
+    def fail_rest(self, held: Held, results: list[tuple[int, str]]) -> bool:
+        """Give lines that are not done a result; False when the batch is another gateway's."""
+        with self._database.begin() as connection:
+            if not self._lock(connection, held):
+                return False
+            for line, result in results:
+                change = update(batch_lines).where(
+                    batch_lines.c.batch_id == held.id,
+                    batch_lines.c.line == line,
+                    batch_lines.c.state.in_(_OPEN),
+                )
+                connection.execute(change.values(state="failed", result=result))
+        return True
 
     def results(self, held: Held, state: str, after: int, limit: int) -> list[tuple[int, str]]:
         query = (
@@ -293,8 +310,20 @@ class BatchStore:
         with self._database.read() as connection:
             return [(row.line, row.result) for row in connection.execute(query)]
 
-    def to_finalizing(self, held: Held) -> None:
-        self._update(held, status="finalizing", finalizing_us=now_us())
+    def to_finalizing(self, held: Held) -> bool:
+        """Begin to write the files; False while a line has no result, or when the batch is another
+        gateway's."""
+        with self._database.begin() as connection:
+            if not self._lock(connection, held):
+                return False
+            left = select(func.count()).where(
+                batch_lines.c.batch_id == held.id, batch_lines.c.state.in_(_OPEN)
+            )
+            if connection.execute(left).scalar_one():
+                return False
+            change = update(batches).where(batches.c.id == held.id)
+            connection.execute(change.values(status="finalizing", finalizing_us=now_us()))
+        return True
 
     def finish(
         self, held: Held, status: str, output_file_id: str | None, error_file_id: str | None
@@ -308,6 +337,12 @@ class BatchStore:
             lease_us=0,
             **{f"{status}_us": now_us()},
         )
+
+    @staticmethod
+    def _lock(connection: Connection, held: Held) -> bool:
+        """Keep others from taking a batch until the transaction ends; False when one has it."""
+        mine = update(batches).where(batches.c.id == held.id, batches.c.fence == held.fence)
+        return connection.execute(mine.values(fence=held.fence)).rowcount == 1
 
     def _update(self, held: Held, **values: Any) -> bool:
         with self._database.begin() as connection:
@@ -353,7 +388,7 @@ class BatchStore:
         query = select(func.count(), *sums).where(
             usage.c.batch_id == batch_id,
             usage.c.state == "settled",
-            usage.c.cost_micro.is_not(None),
+            (usage.c.reason == "complete") | (usage.c.output_tokens > 0),  # what is paid for
         )
         count, given, cached, made, reasoning = connection.execute(query).one()
         if not count:

@@ -25,6 +25,7 @@ class _Head(msgspec.Struct):
     model: msgspec.Raw = msgspec.Raw(b"null")
     stream: msgspec.Raw = msgspec.Raw(b"null")
     input: msgspec.Raw = msgspec.Raw(b"null")
+    background: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _head_decoder = msgspec.json.Decoder(_Head)
@@ -101,6 +102,9 @@ def _problem(
     if bytes(head.stream) not in (b"null", b"false"):
         message = "a request of a batch cannot be streamed."
         return BatchError(code="invalid_request", message=message, param="body.stream")
+    if endpoint == "/v1/responses" and bytes(head.background) not in (b"null", b"false"):
+        message = "a request of a batch is in the background already; its answer is in the file."
+        return BatchError(code="invalid_request", message=message, param="body.background")
     model = _text(head.model)
     if not model or "\0" in model:
         message = "model is required: a name without the character NUL."

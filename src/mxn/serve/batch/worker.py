@@ -1,41 +1,34 @@
 """Works through batches: claims one, checks its file, runs its lines, writes its results.
 
 Every line is a request to this server's own application, with low priority and the principal of
-who made the batch. A line's attempt is noted before it begins and its result as soon as it is
-there, so a gateway that dies costs at most the lines under way, and each line is billed once: an
-attempt that had been settled is run again without being billed again.
+who made the batch. A gateway that dies costs at most the lines under way, each line is billed once,
+and a batch ends only when every line has its result.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
 
 import msgspec
 
 from mxn.serve.batch.files import FileStore
-from mxn.serve.batch.store import BatchStore, Held, Line, now_us
-from mxn.serve.batch.types import LineError, LineResponse, ResultLine
+from mxn.serve.batch.lease import Lease, LeaseLostError, keeping
+from mxn.serve.batch.lines import PAGE, Answer, Call, LineRunner
+from mxn.serve.batch.store import BatchStore, Held, now_us
+from mxn.serve.batch.types import LineError, ResultLine
 from mxn.serve.batch.validate import MAX_LINE_BYTES, check_lines
-from mxn.serve.context import RequestContext
+
+__all__ = ["Answer", "BatchWorker", "Call"]
 
 log = logging.getLogger("mxn.serve.batch")
 
 LEASE_S = 30.0
 _POLL_S = 2.0
-_PAGE = 256
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-
-Answer = tuple[int, dict[str, str], bytes]
-Call = Callable[[str, bytes, RequestContext], Awaitable[Answer]]
-"""Runs one request in this process: (path, body, context) → (status, headers, body)."""
 
 
 class BatchWorker:
@@ -61,6 +54,7 @@ class BatchWorker:
         self._max_batches = max_batches
         self.max_line_bytes = MAX_LINE_BYTES
         self._wake = asyncio.Event()
+        self._is_stopping = False
         self._task: asyncio.Task[None] | None = None
         self._working: dict[asyncio.Task[None], str] = {}  # batches under way and their projects
 
@@ -73,6 +67,7 @@ class BatchWorker:
 
     async def stop(self) -> None:
         """Stop after cancelling the lines under way; another gateway or the next start goes on."""
+        self._is_stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
@@ -82,7 +77,7 @@ class BatchWorker:
             await asyncio.wait(set(self._working))
 
     async def _run(self) -> None:
-        while True:
+        while not self._is_stopping:
             self._wake.clear()
             try:
                 await asyncio.to_thread(self._files.delete_expired)
@@ -120,28 +115,32 @@ class BatchWorker:
 
     async def _work(self, held: Held) -> None:
         try:
-            status = await asyncio.to_thread(self._batches.renew, held, self._lease_s)
-            async with self._keeping(held) as lease:
-                lease.is_cancelling = status == "cancelling"
-                lease.is_lost = status is None
+            async with keeping(self._batches, held, self._lease_s) as lease:
                 await self._advance(held, lease)
         except asyncio.CancelledError:
-            self._batches.release(held)
+            await self._release(held)
             raise
+        except LeaseLostError:
+            log.warning("batch %s was lost to another gateway, or may be", held.id)
         except Exception:  # such as a database that is away: the lease ends, and it is tried again
             log.exception("working on batch %s failed; trying again", held.id)
 
-    async def _advance(self, held: Held, lease: _Lease) -> None:
+    async def _release(self, held: Held) -> None:
+        """Give a batch back. If that fails its lease ends by itself; nothing else may fail here,
+        for it would take the place of the cancellation."""
+        try:
+            await asyncio.to_thread(self._batches.release, held)
+        except Exception:
+            log.warning("batch %s could not be given back", held.id, exc_info=True)
+
+    async def _advance(self, held: Held, lease: Lease) -> None:
         if held.status == "validating" and not await self._validate(held):
             return
-        if not lease.is_cancelling:
-            await self._run_lines(held, lease)
-        if lease.is_lost:
-            return
-        status = await asyncio.to_thread(self._batches.renew, held, self._lease_s)
-        if status is None:
-            return
-        await self._finish(held, is_cancelled=status == "cancelling")
+        lines = LineRunner(self._batches, self._call, held, lease, concurrency=self._concurrency)
+        await lines.run()
+        lease.note(await asyncio.to_thread(self._batches.renew, held, self._lease_s))
+        lease.require()
+        await self._finish(held, is_cancelled=lease.is_cancelling)
 
     async def _validate(self, held: Held) -> bool:
         """Check the file; return whether there is something to run or to finish."""
@@ -155,129 +154,34 @@ class BatchWorker:
         await asyncio.to_thread(self._batches.begin, held, checked.model, checked.lines)
         return True
 
-    async def _run_lines(self, held: Held, lease: _Lease) -> None:
-        """Run what is not done, `concurrency` lines at a time, until cancelled, expired or lost."""
-        room = asyncio.Semaphore(self._concurrency)
-        tasks: set[asyncio.Task[None]] = set()
-
-        async def run(line: Line) -> None:
-            try:
-                await self._run_line(held, line, lease)
-            finally:
-                room.release()
-
-        after = 0
-        try:
-            while not lease.must_stop:
-                lines = await asyncio.to_thread(self._batches.next_lines, held, after, _PAGE)
-                if not lines:
-                    break
-                for line in lines:
-                    await room.acquire()
-                    if lease.must_stop:
-                        room.release()
-                        break
-                    task = asyncio.create_task(run(line))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                    after = line.line
-            if lease.is_lost:
-                for task in tasks:
-                    task.cancel()
-            done = await asyncio.gather(*tasks, return_exceptions=True)
-            for result in done:
-                if isinstance(result, Exception):
-                    raise result
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _run_line(self, held: Held, line: Line, lease: _Lease) -> None:
-        billed_id = None
-        if line.usage_id is not None and await asyncio.to_thread(
-            self._batches.was_billed, line.usage_id
-        ):
-            billed_id = line.usage_id
-        ended = await self._answer(held, line, billed_id, lease)
-        if ended is None:
-            return
-        usage_id, (status, headers, body) = ended
-        result = ResultLine(
-            id=usage_id,
-            custom_id=line.custom_id,
-            response=LineResponse(
-                status_code=status,
-                request_id=headers.get("x-request-id", usage_id),
-                body=msgspec.Raw(body),
-            ),
-            error=None,
-        )
-        text = msgspec.json.encode(result).decode()
-        state = "completed" if status == 200 else "failed"
-        await asyncio.to_thread(self._batches.end_line, held, line.line, state, text)
-
-    async def _answer(
-        self, held: Held, line: Line, billed_id: str | None, lease: _Lease
-    ) -> tuple[str, Answer] | None:
-        """Run a line until it has a final answer; what passes by itself is waited for.
-
-        Each attempt has a row of its own in the ledger and is noted before it begins. Returns None
-        when the batch is another gateway's meanwhile, or ends while the line waits for its turn.
-        """
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            usage_id = billed_id or f"batch_req_{uuid.uuid4().hex}"
-            if not await asyncio.to_thread(self._batches.start_line, held, line.line, usage_id):
-                return None
-            context = RequestContext(
-                request_id=usage_id,
-                principal=held.principal,
-                endpoint=held.endpoint,
-                is_batch=True,
-                batch_id=held.id,
-                usage_id=usage_id,
-                is_billed=billed_id is None,
-            )
-            answer = await self._call(held.endpoint, line.body.encode(), context)
-            if not _passes_by_itself(answer):
-                return usage_id, answer
-            with suppress(TimeoutError):
-                await asyncio.wait_for(lease.stopping.wait(), _pause(answer, pause_s))
-            if lease.must_stop:
-                return None
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
     async def _finish(self, held: Held, *, is_cancelled: bool) -> None:
-        await asyncio.to_thread(self._batches.to_finalizing, held)
         is_expired = now_us() > held.expires_us
         if is_cancelled or is_expired:
-            await asyncio.to_thread(self._fail_rest, held, is_expired=is_expired)
+            await asyncio.to_thread(self._fail_rest, held, is_expired=not is_cancelled)
+        if not await asyncio.to_thread(self._batches.to_finalizing, held):
+            raise LeaseLostError  # or a line has no result, which the next attempt gives it
         output = await asyncio.to_thread(self._write, held, "completed")
         errors = await asyncio.to_thread(self._write, held, "failed")
         status = "cancelled" if is_cancelled else "expired" if is_expired else "completed"
-        await asyncio.to_thread(self._batches.finish, held, status, output, errors)
+        if not await asyncio.to_thread(self._batches.finish, held, status, output, errors):
+            for file_id in filter(None, (output, errors)):  # nobody would find them
+                await asyncio.to_thread(self._files.delete, file_id, held.principal.project_id)
 
     def _fail_rest(self, held: Held, *, is_expired: bool) -> None:
-        """Give every line that was not run its place in the error file."""
-        code = "batch_expired" if is_expired else "batch_cancelled"
-        message = f"This request was not run: the batch was {code.removeprefix('batch_')}."
-        while lines := self._batches.next_lines(held, 0, _PAGE):
-            results = [
-                (
-                    line.line,
-                    msgspec.json.encode(
-                        ResultLine(
-                            id=f"batch_req_{uuid.uuid4().hex}",
-                            custom_id=line.custom_id,
-                            response=None,
-                            error=LineError(code=code, message=message),
-                        )
-                    ).decode(),
-                )
-                for line in lines
-            ]
-            self._batches.fail_rest(held, results)
+        """Give every line that was not run its place in the error file. Raises: LeaseLostError."""
+        error = self._why(held, is_expired=is_expired)
+        while lines := self._batches.next_lines(held, 0, PAGE):
+            results = [(line.line, _not_run(line.custom_id, error)) for line in lines]
+            if not self._batches.fail_rest(held, results):
+                raise LeaseLostError
+
+    def _why(self, held: Held, *, is_expired: bool) -> LineError:
+        code, why = "batch_cancelled", "the batch was cancelled"
+        if is_expired:
+            code, why = "batch_expired", "the batch has expired"
+        elif (over := self._batches.why_over(held)) is not None:
+            code, why = over.code, over.message
+        return LineError(code=code, message=f"This request was not run: {why}.")
 
     def _write(self, held: Held, state: str) -> str | None:
         """Write the output or error file; None when it would be empty."""
@@ -297,66 +201,14 @@ class BatchWorker:
 
     def _result_parts(self, held: Held, state: str) -> Iterator[bytes]:
         after = 0
-        while page := self._batches.results(held, state, after, _PAGE):
+        while page := self._batches.results(held, state, after, PAGE):
             yield b"".join(result.encode() + b"\n" for _, result in page)
             after = page[-1][0]
 
-    @asynccontextmanager
-    async def _keeping(self, held: Held) -> AsyncIterator[_Lease]:
-        """Renew the lease in the background and note what others did to the batch."""
-        lease = _Lease(is_cancelling=held.status == "cancelling", expires_us=held.expires_us)
 
-        async def renew() -> None:
-            valid_until_s = time.monotonic() + self._lease_s
-            while not lease.is_lost:
-                await asyncio.sleep(min(1.0, self._lease_s / 3))
-                try:
-                    status = await asyncio.to_thread(self._batches.renew, held, self._lease_s)
-                except Exception:  # the database is away; the lease may end before it is back
-                    log.warning("cannot renew the lease of batch %s", held.id, exc_info=True)
-                    lease.is_lost = time.monotonic() > valid_until_s
-                    lease.note()
-                    continue
-                valid_until_s = time.monotonic() + self._lease_s
-                lease.is_lost = status is None
-                lease.is_cancelling = status == "cancelling"
-                lease.note()
-
-        task = asyncio.create_task(renew())
-        try:
-            yield lease
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-
-@dataclass(slots=True)
-class _Lease:
-    is_cancelling: bool
-    expires_us: int
-    is_lost: bool = False
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)  # wakes lines that wait
-
-    def note(self) -> None:
-        """Wake the lines that wait when the batch must stop."""
-        if self.must_stop:
-            self.stopping.set()
-
-    @property
-    def must_stop(self) -> bool:
-        return self.is_cancelling or self.is_lost or now_us() > self.expires_us
-
-
-def _passes_by_itself(answer: Answer) -> bool:
-    """Limits, overload and a replica that is away pass; a spent budget does not."""
-    status, headers, _ = answer
-    return status in (408, 429, 503) and headers.get("x-should-retry") != "false"
-
-
-def _pause(answer: Answer, pause_s: float) -> float:
-    """Wait as long as the server asks, else a growing time; with jitter, so lines spread out."""
-    try:
-        asked_s = float(answer[1].get("retry-after", ""))
-    except ValueError:
-        asked_s = 0.0
-    return max(pause_s, min(asked_s, _LONGEST_PAUSE_S)) * random.uniform(0.8, 1.2)
+def _not_run(custom_id: str, error: LineError) -> str:
+    """Return the line of an error file for a request that was not run."""
+    result = ResultLine(
+        id=f"batch_req_{uuid.uuid4().hex}", custom_id=custom_id, response=None, error=error
+    )
+    return msgspec.json.encode(result).decode()
