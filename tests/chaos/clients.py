@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
+_RESTART_S = 60.0  # how long no gateway may listen
 PROMPTS = [
     "Who goes there?", "What say you, good sir?", "Speak of love", "Tell me of the king",
     "Once more unto the breach", "O Romeo", "My lord", "A horse",
@@ -38,6 +40,7 @@ class Outcome:
     choices: int = 1
     greedy: tuple[str, int] | None = None  # prompt and limit, where the text must be the same
     problem: str = ""
+    has_left: bool = True  # False: no gateway took the connection
 
 
 @dataclass(slots=True)
@@ -61,11 +64,19 @@ class Load:
 
     async def _client(self, http: httpx.AsyncClient, numbers: Any) -> None:
         for number in numbers:
-            rng = random.Random(self.seed * 1_000_003 + number)
-            outcome = await self._request(http, rng)
+            outcome = await self._until_it_leaves(http, self.seed * 1_000_003 + number)
             self.outcomes.append(outcome)
             if outcome.kind == "failed":
                 await asyncio.sleep(0.1)  # a gateway is on its way back
+
+    async def _until_it_leaves(self, http: httpx.AsyncClient, seed: int) -> Outcome:
+        """Send one request; while nobody listens it has not left, and is tried again."""
+        give_up_s = time.monotonic() + _RESTART_S
+        while True:
+            outcome = await self._request(http, random.Random(seed))
+            if outcome.has_left or time.monotonic() > give_up_s:
+                return outcome
+            await asyncio.sleep(0.1)
 
     async def _request(self, http: httpx.AsyncClient, rng: random.Random) -> Outcome:
         tenant = rng.choice(self.tenants)
@@ -91,6 +102,7 @@ class Load:
         except (httpx.HTTPError, OSError) as error:
             outcome.kind = "cut" if outcome.usage_id else "failed"
             outcome.problem = repr(error)
+            outcome.has_left = not isinstance(error, httpx.ConnectError)
         return outcome
 
     async def _whole(
