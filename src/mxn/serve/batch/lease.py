@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from mxn.serve.batch.store import BatchStore, Held, now_us
+from mxn.serve.batch.line_store import Held
+from mxn.serve.batch.store import BatchStore, now_us
 
 log = logging.getLogger("mxn.serve.batch")
 

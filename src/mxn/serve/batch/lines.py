@@ -21,7 +21,8 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from mxn.serve.batch.lease import Lease
-from mxn.serve.batch.store import BatchStore, Held, Line
+from mxn.serve.batch.line_store import Held, Line
+from mxn.serve.batch.store import BatchStore
 from mxn.serve.batch.types import LineResponse, ResultLine
 from mxn.serve.context import RequestContext
 

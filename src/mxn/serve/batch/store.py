@@ -9,33 +9,22 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from mxn.ledger.database import Database
-from mxn.ledger.schema import usage
 from mxn.ledger.tables_batch import batch_lines, batches
 from mxn.ledger.types import Principal
+from mxn.serve.batch.line_store import OPEN, Held, LineStore
 from mxn.serve.batch.standing import Over, why_over
 from mxn.serve.batch.takeover import ACTIVE, Leases
-from mxn.serve.batch.types import (
-    Batch,
-    BatchError,
-    BatchErrors,
-    BatchOutputDetails,
-    BatchRequest,
-    BatchTokensDetails,
-    BatchUsage,
-    RequestCounts,
-)
+from mxn.serve.batch.types import Batch, BatchError, BatchRequest
+from mxn.serve.batch.view import batch_of
 
 _US = 1_000_000
 _WINDOW_S = 24 * 3600
-_OPEN = ("pending", "running")  # lines that have no result yet
-Attempt = Literal["unknown", "open", "paid", "unpaid"]
-_TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 
 
 def now_us() -> int:
@@ -47,29 +36,9 @@ def _lease_end_us(lease_s: float) -> int:
     return now_us() + int(lease_s * _US)
 
 
-class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch that this gateway may work on, until the lease ends or is renewed."""
-
-    id: str
-    fence: int
-    principal: Principal
-    endpoint: str
-    status: str
-    input_file_id: str
-    output_expires_s: int | None
-    expires_us: int
-
-
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    line: int
-    custom_id: str
-    body: str
-    usage_id: str | None  # of an attempt that was under way when its gateway died
-
-
-class BatchStore:
+class BatchStore(LineStore):
     def __init__(self, database: Database) -> None:
-        self._database = database
+        super().__init__(database)
         self._leases = Leases(database)
 
     def create(self, request: BatchRequest, owner: Principal) -> Batch:
@@ -103,8 +72,7 @@ class BatchStore:
             row = connection.execute(query).first()
             if row is None:
                 return None
-            return _object(row._mapping, self._counts(connection, batch_id),
-                           self._usage(connection, batch_id))  # fmt: skip
+            return batch_of(connection, row._mapping)
 
     def page(
         self, project_id: str, *, after: str | None = None, limit: int = 20
@@ -244,80 +212,14 @@ class BatchStore:
         )
         return connection.execute(change.values(**values)).rowcount == 1
 
-    def next_lines(self, held: Held, after: int, limit: int) -> list[Line]:
-        """Return lines that are not done, in order, beginning behind line `after`."""
-        columns = (batch_lines.c.line, batch_lines.c.custom_id, batch_lines.c.body,
-                   batch_lines.c.usage_id)  # fmt: skip
-        query = (
-            select(*columns)
-            .where(
-                batch_lines.c.batch_id == held.id,
-                batch_lines.c.line > after,
-                batch_lines.c.state.in_(_OPEN),
-            )
-            .order_by(batch_lines.c.line)
-            .limit(limit)
-        )
-        with self._database.read() as connection:
-            return [
-                Line(line=row.line, custom_id=row.custom_id, body=row.body, usage_id=row.usage_id)
-                for row in connection.execute(query)
-            ]
-
-    def state_of(self, usage_id: str) -> Attempt:
-        """Return what became of an earlier attempt at a line."""
-        query = select(usage.c.state, usage.c.reason).where(usage.c.id == usage_id)
-        with self._database.read() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            return "unknown"
-        if row.state != "settled":
-            return "open"
-        return "paid" if row.reason == "complete" else "unpaid"
-
-    def start_line(self, held: Held, line: int, usage_id: str) -> bool:
-        """Note the attempt before it begins. False when the batch is another gateway's."""
-        return self._set_line(held, line, state="running", usage_id=usage_id)
-
-    def end_line(self, held: Held, line: int, state: str, result: str) -> bool:
-        return self._set_line(held, line, state=state, result=result)
-
-    def fail_rest(self, held: Held, results: list[tuple[int, str]]) -> bool:
-        """Give lines that are not done a result; False when the batch is another gateway's."""
-        with self._database.begin() as connection:
-            if not self._lock(connection, held):
-                return False
-            for line, result in results:
-                change = update(batch_lines).where(
-                    batch_lines.c.batch_id == held.id,
-                    batch_lines.c.line == line,
-                    batch_lines.c.state.in_(_OPEN),
-                )
-                connection.execute(change.values(state="failed", result=result))
-        return True
-
-    def results(self, held: Held, state: str, after: int, limit: int) -> list[tuple[int, str]]:
-        query = (
-            select(batch_lines.c.line, batch_lines.c.result)
-            .where(
-                batch_lines.c.batch_id == held.id,
-                batch_lines.c.line > after,
-                batch_lines.c.state == state,
-            )
-            .order_by(batch_lines.c.line)
-            .limit(limit)
-        )
-        with self._database.read() as connection:
-            return [(row.line, row.result) for row in connection.execute(query)]
-
     def to_finalizing(self, held: Held) -> bool:
         """Begin to write the files; False while a line has no result, or when the batch is another
         gateway's."""
         with self._database.begin() as connection:
-            if not self._lock(connection, held):
+            if not self.lock(connection, held):
                 return False
             left = select(func.count()).where(
-                batch_lines.c.batch_id == held.id, batch_lines.c.state.in_(_OPEN)
+                batch_lines.c.batch_id == held.id, batch_lines.c.state.in_(OPEN)
             )
             if connection.execute(left).scalar_one():
                 return False
@@ -338,12 +240,6 @@ class BatchStore:
             **{f"{status}_us": now_us()},
         )
 
-    @staticmethod
-    def _lock(connection: Connection, held: Held) -> bool:
-        """Keep others from taking a batch until the transaction ends; False when one has it."""
-        mine = update(batches).where(batches.c.id == held.id, batches.c.fence == held.fence)
-        return connection.execute(mine.values(fence=held.fence)).rowcount == 1
-
     def _update(self, held: Held, **values: Any) -> bool:
         with self._database.begin() as connection:
             change = (
@@ -352,76 +248,3 @@ class BatchStore:
                 .values(**values)
             )
             return connection.execute(change).rowcount == 1
-
-    def _set_line(self, held: Held, line: int, **values: Any) -> bool:
-        is_mine = (
-            select(batches.c.id)
-            .where(batches.c.id == held.id, batches.c.fence == held.fence)
-            .exists()
-        )
-        with self._database.begin() as connection:
-            change = (
-                update(batch_lines)
-                .where(batch_lines.c.batch_id == held.id, batch_lines.c.line == line, is_mine)
-                .values(**values)
-            )
-            return connection.execute(change).rowcount == 1
-
-    @staticmethod
-    def _counts(connection: Any, batch_id: str) -> RequestCounts:
-        query = (
-            select(batch_lines.c.state, func.count())
-            .where(batch_lines.c.batch_id == batch_id)
-            .group_by(batch_lines.c.state)
-        )
-        counts: dict[str, int] = {row[0]: row[1] for row in connection.execute(query)}
-        return RequestCounts(
-            total=sum(counts.values()),
-            completed=counts.get("completed", 0),
-            failed=counts.get("failed", 0),
-        )
-
-    @staticmethod
-    def _usage(connection: Any, batch_id: str) -> BatchUsage | None:
-        columns = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
-        sums = [func.coalesce(func.sum(usage.c[name]), 0) for name in columns]
-        query = select(func.count(), *sums).where(
-            usage.c.batch_id == batch_id,
-            usage.c.state == "settled",
-            (usage.c.reason == "complete") | (usage.c.output_tokens > 0),  # what is paid for
-        )
-        count, given, cached, made, reasoning = connection.execute(query).one()
-        if not count:
-            return None
-        return BatchUsage(
-            input_tokens=int(given),
-            input_tokens_details=BatchTokensDetails(cached_tokens=int(cached)),
-            output_tokens=int(made),
-            output_tokens_details=BatchOutputDetails(reasoning_tokens=int(reasoning)),
-            total_tokens=int(given) + int(made),
-        )
-
-
-def _object(row: Any, counts: RequestCounts, usage: BatchUsage | None) -> Batch:
-    def seconds(name: str) -> int | None:
-        value = row[f"{name}_us"]
-        return value // _US if value is not None else None
-
-    errors = msgspec.json.decode(row["errors"], type=list[BatchError]) if row["errors"] else None
-    return Batch(
-        id=row["id"],
-        endpoint=row["endpoint"],
-        model=row["model"],
-        errors=BatchErrors(data=errors) if errors else None,
-        input_file_id=row["input_file_id"],
-        completion_window=row["completion_window"],
-        status=row["status"],
-        output_file_id=row["output_file_id"],
-        error_file_id=row["error_file_id"],
-        created_at=row["created_us"] // _US,
-        expires_at=row["expires_us"] // _US,
-        **{f"{name}_at": seconds(name) for name in _TIMES},  # type: ignore[arg-type]
-        request_counts=counts,
-        usage=usage,
-        metadata=msgspec.json.decode(row["metadata"]) if row["metadata"] else None,
-    )

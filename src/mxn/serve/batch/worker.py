@@ -18,8 +18,9 @@ import msgspec
 
 from mxn.serve.batch.files import FileStore
 from mxn.serve.batch.lease import Lease, LeaseLostError, keeping
+from mxn.serve.batch.line_store import Held
 from mxn.serve.batch.lines import PAGE, Answer, Call, LineRunner
-from mxn.serve.batch.store import BatchStore, Held, now_us
+from mxn.serve.batch.store import BatchStore, now_us
 from mxn.serve.batch.types import LineError, ResultLine
 from mxn.serve.batch.validate import MAX_LINE_BYTES, check_lines
 
