@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 from mxn.errors import InternalError, MxnError, QuotaError, RateLimitError
-from mxn.ledger.bounds import MAX_SUM
 from mxn.ledger.money import format_money
 from mxn.ledger.operations import Batch, Opening, PeriodKey, Settling
 from mxn.ledger.rules import Budget, Limit
@@ -29,17 +28,18 @@ class _Moves:
         self.adds: dict[PeriodKey, int] = defaultdict(int)
 
     def move(self, key: PeriodKey, reserved: int, spent: int) -> None:
-        known, moved = self.reserved_spent[key], self.moves[key]
-        if known[1] + spent > MAX_SUM:  # the check of the books tells; a wrong type would break all
-            spent = max(0, MAX_SUM - known[1])
-        known[0] += reserved
-        known[1] += spent
+        moved = self.moves[key]
         moved[0] += reserved
         moved[1] += spent
+        known = self.reserved_spent.get(key)
+        if known is not None:
+            known[0] += reserved
+            known[1] += spent
 
     def add(self, key: PeriodKey, used: int) -> None:
-        self.used[key] += used
         self.adds[key] += used
+        if key in self.used:
+            self.used[key] += used
 
 
 def apply(store: Store, batch: Batch, *, is_retry: bool) -> None:
@@ -52,7 +52,8 @@ def apply(store: Store, batch: Batch, *, is_retry: bool) -> None:
     firsts, seconds = _distinct(batch.settlings)
     ids = [one.id for one in batch.openings] if is_retry else []
     periods, windows = _keys(batch)
-    view = store.begin(periods, windows, firsts, batch.progress, ids)
+    decides = bool(batch.openings)
+    view = store.begin(periods, windows, firsts, batch.progress, ids, decides=decides)
     moves = _Moves(view)
     for one in firsts:
         if one.id in view.settled:

@@ -53,7 +53,12 @@ class Store(Protocol):
         settlings: Sequence[Settling],
         progress: Sequence[tuple[Any, ...]],
         ids: Sequence[str],
-    ) -> View: ...
+        *,
+        decides: bool = True,
+    ) -> View:
+        """Without `decides` nobody asks for the amounts of periods and windows; a store under whose
+        lock nothing else is written need not read them."""
+        ...
 
     def closed(self, ids: Iterable[str]) -> dict[str, tuple[Any, ...]]:
         """Return `CLOSED_COLUMNS` of rows, within the transaction."""

@@ -11,6 +11,7 @@ from typing import Any, LiteralString, cast
 
 import psycopg
 
+from mxn.ledger.bounds import MAX_SUM
 from mxn.ledger.database import Database
 from mxn.ledger.operations import PeriodKey, Settling
 from mxn.ledger.sql import (
@@ -57,7 +58,8 @@ _WINDOWS = (
     f"JOIN {_KEYS} ON w.limit_id = v.id AND w.window_start = v.start ORDER BY 1, 2 FOR UPDATE OF w"
 )
 _MOVE = (
-    "UPDATE budget_periods AS p SET reserved = p.reserved + v.reserved, spent = p.spent + v.spent "
+    "UPDATE budget_periods AS p SET reserved = p.reserved + v.reserved, "
+    f"spent = least(p.spent + v.spent, {MAX_SUM}) "
     "FROM unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[]) "
     "AS v(id, start, reserved, spent) WHERE p.budget_id = v.id AND p.period_start = v.start"
 )
@@ -100,6 +102,8 @@ class PostgresStore:
         settlings: Sequence[Settling],
         progress: Sequence[tuple[Any, ...]],
         ids: Sequence[str],
+        *,
+        decides: bool = True,
     ) -> View:
         missing: list[tuple[str, PeriodKey]] = []
         for _ in range(_MAX_MAKES):

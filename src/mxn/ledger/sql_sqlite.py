@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mxn.ledger.bounds import MAX_SUM
 from mxn.ledger.database import Database
 from mxn.ledger.operations import PeriodKey, Settling
 from mxn.ledger.sql import (
@@ -33,7 +34,8 @@ _WINDOW = "SELECT used FROM rate_windows WHERE limit_id = ? AND window_start = ?
 _MOVE = (
     "INSERT INTO budget_periods (budget_id, period_start, reserved, spent) VALUES (?, ?, ?, ?) "
     "ON CONFLICT (budget_id, period_start) DO UPDATE "
-    "SET reserved = reserved + excluded.reserved, spent = spent + excluded.spent"
+    "SET reserved = reserved + excluded.reserved, "
+    f"spent = min(spent + excluded.spent, {MAX_SUM})"
 )
 _ADD = (
     "INSERT INTO rate_windows (limit_id, window_start, used) VALUES (?, ?, ?) "
@@ -70,13 +72,16 @@ class SqliteStore:
         settlings: Sequence[Settling],
         progress: Sequence[tuple[Any, ...]],
         ids: Sequence[str],
+        *,
+        decides: bool = True,
     ) -> View:
         execute, view = self._cursor.execute, View()
         execute("BEGIN IMMEDIATE")
-        for key in periods:
-            view.periods[key] = execute(_PERIOD, key).fetchone() or (0, 0)
-        for key in windows:
-            view.windows[key] = (execute(_WINDOW, key).fetchone() or (0,))[0]
+        if decides:
+            for key in periods:
+                view.periods[key] = execute(_PERIOD, key).fetchone() or (0, 0)
+            for key in windows:
+                view.windows[key] = (execute(_WINDOW, key).fetchone() or (0,))[0]
         for settling in settlings:
             if execute(_SETTLE, settling.row).rowcount == 1:
                 view.settled.add(settling.id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -125,7 +125,7 @@ def require_kind(model: ServedModel, *kinds: Kind) -> None:
 
 def new_id(prefix: str) -> str:
     """Return an id that is unique across servers."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}-{os.urandom(16).hex()}"
 
 
 def token_prompts(

@@ -7,8 +7,8 @@ task and no timer that fires. Start at `UpstreamModel`.
 
 from __future__ import annotations
 
+import os
 import time
-import uuid
 from collections.abc import Sequence
 
 import msgspec
@@ -85,7 +85,7 @@ class UpstreamModel:
         return UpstreamChatRun(self._run(plan, ledger), self.name)
 
     def _plan(self, body: bytes, path: str, prefix: str, context: RequestContext) -> Plan:
-        name = prefix + uuid.uuid4().hex
+        name = prefix + os.urandom(16).hex()
         return Plan.read(body, id=name, model=self.name, path=path, context=context)
 
     def _run(self, plan: Plan, ledger: Ledger | None) -> UpstreamRun:
