@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from mxn.serve.http import BODY_IS_HERE
 from mxn.serve.server import running
 
 ANSWERS = {
@@ -26,6 +27,11 @@ async def app(scope, receive, send):
             await send({"type": f"{message['type']}.complete"})
             if message["type"] == "lifespan.shutdown":
                 return
+    if scope["path"] == "/body":
+        text = b"here" if BODY_IS_HERE in scope else b"to come"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": text})
+        return
     parts = ANSWERS[scope["path"]]
     await send({"type": "http.response.start", "status": 200, "headers": []})
     for body, more in parts:
@@ -73,3 +79,13 @@ def test_a_head_does_not_wait_for_a_late_body(address):
     with ask(address, "/late") as sock:
         assert sock.recv(65536).endswith(b"\r\n\r\n")
         assert sock.recv(65536).startswith(b"4\r\nlate")
+
+
+def test_only_a_body_that_arrived_as_a_whole_is_marked(address):
+    head = b"POST /body HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 4\r\n\r\n"
+    for first, rest, said in ((head + b"full", b"", b"here"), (head + b"ha", b"lf", b"to come")):
+        with socket.create_connection((address.hostname, address.port), timeout=5) as sock:
+            sock.sendall(first)
+            data = sock.recv(65536)
+            sock.sendall(rest)
+        assert said in data
