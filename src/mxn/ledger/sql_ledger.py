@@ -72,6 +72,7 @@ class SqlLedger:
         self._progress_s = progress_s
         self._progress: dict[str, tuple[Any, ...]] = {}
         self._progress_due_s = 0.0
+        self._num_noting = 0  # notes of progress on their way to the database
         self._opening: dict[Opening, None] = {}  # in order of their deadlines
         self._settling: dict[Settling, None] = {}
         self._open_ids: set[str] = set()  # rows of requests that are under way here
@@ -239,6 +240,7 @@ class SqlLedger:
 
     def _deliver(self, batch: Batch) -> None:
         """Hand out what a transaction brought. On the event loop."""
+        self._num_noting -= len(batch.progress)
         for opening in batch.openings:
             self._opening.pop(opening, None)
             outcome, future = opening.outcome, opening.future
@@ -273,11 +275,17 @@ class SqlLedger:
             opening.is_abandoned = True
             if not opening.future.done():
                 opening.future.set_exception(_away())
-        if self._progress and now_s >= self._progress_due_s and self._writer is not None:
+        if self._progress and now_s >= self._progress_due_s:
             self._progress_due_s = now_s + self._progress_s
-            noted, self._progress = self._progress, {}
-            for row in noted.values():
-                self._writer.submit(row)
+            self._note_progress()
+
+    def _note_progress(self) -> None:
+        if self._writer is None:
+            return
+        noted, self._progress = self._progress, {}
+        self._num_noting += len(noted)
+        for row in noted.values():
+            self._writer.submit(row)
 
     async def close(self) -> None:
         """Write what is pending and release the database.
@@ -291,6 +299,12 @@ class SqlLedger:
         deadline_s = time.monotonic() + self._close_timeout_s
         while (self._settling or self._opening) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.005)
+        # Of rows that are still open: whoever sweeps them takes what is noted.
+        self._note_progress()
+        while self._num_noting and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.005)
+        if self._num_noting:
+            log.warning("the progress of %d requests is not written", self._num_noting)
         self._ticker.cancel()
         writer, self._writer = self._writer, None
         await asyncio.to_thread(writer.stop)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, Table, Text
+from sqlalchemy import BigInteger, Column, Index, Table, Text, text
 
 from mxn.ledger.schema import metadata
+
+_UNDER_WAY = text("owner IS NOT NULL")
 
 responses = Table(
     "responses",
@@ -15,5 +17,7 @@ responses = Table(
     Column("previous_id", Text),
     Column("input", Text, nullable=False),  # JSON: the items of this request, not of earlier ones
     Column("body", Text, nullable=False),  # JSON: the response
+    Column("owner", Text),  # the gateway that makes it; none once it is final
     Index("responses_by_project", "project_id", "created_us"),
+    Index("responses_under_way", "owner", sqlite_where=_UNDER_WAY, postgresql_where=_UNDER_WAY),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import uuid
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
 
+from mxn.errors import OverloadedError
 from mxn.ledger.types import Ledger
 from mxn.serve.context import RequestContext
 from mxn.serve.stores import Stores
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from mxn.ledger.database import Database
     from mxn.ledger.sql_ledger import SqlLedger
     from mxn.serve.batch.worker import Answer
+
+log = logging.getLogger("mxn.serve")
+
+_CLOSE_S = 10.0  # for settlements at the end, after those who wait for theirs had as long
 
 
 def new_gateway_id() -> str:
@@ -46,11 +52,21 @@ class Accounting:
     async def start(self) -> Ledger:
         from mxn.ledger.sql_ledger import SqlLedger
 
-        self._ledger = SqlLedger(self.database, gateway_id=self.gateway_id)
+        self._ledger = SqlLedger(
+            self.database, gateway_id=self.gateway_id, close_timeout_s=_CLOSE_S
+        )
         await self._ledger.start()
         return self._ledger
 
     async def close(self) -> None:
-        if self._ledger is not None:
-            await self._ledger.close()
-        self.database.close()
+        """Write what is pending and close the database, within limits when it is away.
+
+        What could not be written is logged: its rows stay open until a gateway sweeps them.
+        """
+        try:
+            if self._ledger is not None:
+                await self._ledger.close()
+        except OverloadedError as error:
+            log.error("%s (%s)", error, error.hint)
+        finally:
+            self.database.close()

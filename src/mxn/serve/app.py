@@ -157,22 +157,29 @@ def _lifespan(
         loading = asyncio.create_task(_load(models, startup)) if startup else None
         if state.stores.worker is not None:
             state.stores.worker.start()
+        state.stores.background.start()
         try:
             yield
         finally:
             if loading is not None:
                 await stop(loading)
-            if state.stores.worker is not None:
-                await state.stores.worker.stop()
-            await models.close()
-            await state.upstreams.close()
-            await settled()
-            if accounting is not None:
-                await accounting.close()
-            if tracing is not None:
-                await asyncio.to_thread(tracing.close)
+            await _end(state, accounting, tracing)
 
     return lifespan
+
+
+async def _end(state: State, accounting: Accounting | None, tracing: Tracing | None) -> None:
+    """Stop what works, then close what it wrote to; each step within a limit of its own."""
+    await state.stores.background.stop()
+    if state.stores.worker is not None:
+        await state.stores.worker.stop()
+    await state.models.close()
+    await state.upstreams.close()
+    await settled()
+    if accounting is not None:
+        await accounting.close()
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
 
 
 async def _load(models: ServedModels, startup: Startup) -> None:

@@ -30,14 +30,26 @@ from mxn.serve.openai.errors import ClientGone, from_exception
 log = logging.getLogger("mxn.serve")
 
 _PROGRESS_S = 0.25
+_SETTLED_S = 10.0  # at the end of a server, for a database that is away
 
 _settling: set[asyncio.Task[Any]] = set()
 
 
-async def settled() -> None:
-    """Return when nothing is being settled in the background; for the end of a server."""
-    while _settling:
-        await asyncio.wait(set(_settling))
+async def settled(limit_s: float = _SETTLED_S) -> int:
+    """Wait until nothing is being settled in the background; for the end of a server.
+
+    Returns how many rows are still open after `limit_s`: the database is away, and they are settled
+    by another gateway or the next start.
+    """
+    until_s = time.monotonic() + limit_s
+    while _settling and (left_s := until_s - time.monotonic()) > 0:
+        await asyncio.wait(set(_settling), timeout=left_s)
+    if _settling:
+        log.error(
+            "%d usage rows are not settled after %g s and stay open; the next sweep settles them",
+            len(_settling), limit_s,
+        )  # fmt: skip
+    return len(_settling)
 
 
 async def open_row(context: RequestContext, ledger: Ledger, usage: OpenUsage) -> Ticket:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mxn.serve.responses.background import Background
 from mxn.serve.responses.store import MemoryStore, ResponseStore, SqlStore
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ class Stores:
     files: FileStore | None = None
     batches: BatchStore | None = None
     worker: BatchWorker | None = None
+    background: Background = field(init=False)  # answers that are made while nobody waits
+
+    def __post_init__(self) -> None:
+        self.background = Background(self.responses)
 
     @classmethod
     def on(cls, database: Database, call: Call, *, gateway_id: str) -> Stores:
@@ -30,7 +35,11 @@ class Stores:
         from mxn.serve.batch.files import FileStore
         from mxn.serve.batch.store import BatchStore
         from mxn.serve.batch.worker import BatchWorker
+        from mxn.serve.responses.takeover import Abandoned
 
         files, batches = FileStore(database), BatchStore(database)
         worker = BatchWorker(files, batches, call, gateway_id=gateway_id)
-        return cls(SqlStore(database), files, batches, worker)
+        stores = cls(SqlStore(database, gateway_id=gateway_id), files, batches, worker)
+        abandoned = Abandoned(database, gateway_id)
+        stores.background = Background(stores.responses, abandoned.sweep)
+        return stores

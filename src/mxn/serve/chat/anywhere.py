@@ -9,6 +9,7 @@ import msgspec
 
 from mxn.serve.chat.events import ChatRun
 from mxn.serve.chat.run import start_chat
+from mxn.serve.context import current
 from mxn.serve.openai.types import ChatRequest
 from mxn.serve.state import State, new_id, note_model
 
@@ -21,6 +22,4 @@ async def start_anywhere(state: State, body: ChatRequest, *, prefix: str) -> Cha
         return await start_chat(state, body, state.find(body.model), job_id=job_id)
     note_model(foreign.name, foreign.name)
     fields = {key: value for key, value in msgspec.to_builtins(body).items() if value is not None}
-    return await foreign.run(
-        msgspec.json.encode(fields), getattr(state, "ledger", None), prefix=prefix
-    )
+    return await foreign.run(msgspec.json.encode(fields), current().ledger, prefix=prefix)

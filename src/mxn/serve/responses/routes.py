@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -43,25 +44,22 @@ class ResponseRoutes:
     def __init__(self, state: State, store: ResponseStore) -> None:
         self._state = state
         self._store = store
-        self._running: dict[tuple[str, str], asyncio.Task[None]] = {}  # in the background
+        self._background = state.stores.background
 
     async def create(self, request: Request) -> HttpResponse:
         body = await parse(request, ResponseRequest, self._state.settings.max_body_bytes)
         if body.background and body.stream:
             raise ApiError("A response in the background is not streamed.", param="stream")
-        earlier = await self._earlier(body)
-        chat = to_chat(body, [*earlier, *items_of(body)])
-        run = await start_anywhere(self._state, chat, prefix="resp_")
-        response = _response(body, run)
-        own = self._state.models.get(body.model or "")
-        builder = Builder(response, _logprobs(own) if own and chat.logprobs else None)
         project = requester().project_id
         if body.background:
-            return await self._begin(body, run, builder, project)
+            start = partial(self._start, body)
+            queued = await self._background.begin(project, items_of(body), start)
+            return HttpResponse(queued, media_type="application/json")
+        run, builder = await self._start(body)
         if not body.stream:
             await unless_gone(request, self._whole(run, builder))
-            await self._keep(body, response, project)
-            return json_response(response)
+            await self._keep(body, builder.response, project)
+            return json_response(builder.response)
         return EventStream(
             self._events(body, run, builder, project),
             headers={},
@@ -69,14 +67,21 @@ class ResponseRoutes:
             done=b"",
         )
 
+    async def _start(self, body: ResponseRequest) -> tuple[ChatRun, Builder]:
+        """Check a request and return its run, and what grows to its answer. Raises: ApiError."""
+        earlier = await self._earlier(body)
+        chat = to_chat(body, [*earlier, *items_of(body)])
+        run = await start_anywhere(self._state, chat, prefix="resp_")
+        own = self._state.models.get(body.model or "")
+        return run, Builder(_response(body, run), _logprobs(own) if own and chat.logprobs else None)
+
     async def retrieve(self, request: Request) -> HttpResponse:
         return json_response((await self._find(request)).response)
 
     async def delete(self, request: Request) -> HttpResponse:
         response_id = path_id(request, "response_id", "response")
         project = requester().project_id
-        if task := self._running.get((project, response_id)):
-            task.cancel()
+        self._background.drop(project, response_id)
         if not await asyncio.to_thread(self._store.delete, response_id, project):
             raise _not_found(response_id)
         return json_response(Deleted(id=response_id))
@@ -85,12 +90,8 @@ class ResponseRoutes:
         stored = await self._find(request)
         if not stored.response.background:
             raise ApiError("Only a response in the background can be cancelled.", param="id")
-        task = self._running.get((requester().project_id, stored.response.id))
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
-            stored = await self._find(request)
-        return json_response(stored.response)
+        await self._background.cancel(requester().project_id, stored.response.id)
+        return json_response((await self._find(request)).response)
 
     async def input_items(self, request: Request) -> HttpResponse:
         stored = await self._find(request)
@@ -166,32 +167,8 @@ class ResponseRoutes:
         await self._keep(body, builder.response, project)
         yield builder.encode(said)
 
-    async def _begin(
-        self, body: ResponseRequest, run: ChatRun, builder: Builder, project: str
-    ) -> HttpResponse:
-        """Answer at once; the work goes on and its result is read later."""
-        response = builder.response
-        response.status = "queued"
-        await self._keep(body, response, project)
-        answer = json_response(response)
-        key = (project, response.id)
-        task = asyncio.create_task(self._work(run, builder, project))
-        self._running[key] = task
-        task.add_done_callback(lambda _: self._running.pop(key, None))
-        return answer
-
-    async def _work(self, run: ChatRun, builder: Builder, project: str) -> None:
-        try:
-            await self._whole(run, builder)
-        except asyncio.CancelledError:
-            builder.cancel(run.usage())
-        except Exception as exc:
-            error = from_exception(exc)
-            builder.fail(error.code or "server_error", error.message, run.usage())
-        await asyncio.to_thread(self._store.replace, project, builder.response)
-
     async def _keep(self, body: ResponseRequest, response: Response, project: str) -> None:
-        if body.store is False and not body.background:
+        if body.store is False:
             return
         stored = Stored(response=response, input=items_of(body))
         await asyncio.to_thread(self._store.put, project, stored)

@@ -19,6 +19,7 @@ from mxn.serve.openai.errors import ApiError
 from mxn.serve.responses.types import InputItem, Response
 
 _KEPT_US = 30 * 24 * 3600 * 1_000_000  # an answer is forgotten after 30 days
+UNDER_WAY = ("queued", "in_progress")
 _MAX_CHAIN = 256  # earlier answers that one conversation may refer back to
 
 
@@ -30,7 +31,10 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
 class ResponseStore(Protocol):
     def put(self, project_id: str, stored: Stored) -> None: ...
 
-    def replace(self, project_id: str, response: Response) -> None: ...
+    def replace(self, project_id: str, response: Response) -> bool:
+        """Write an answer that is under way anew. False: it does not exist any more, or it was made
+        final by somebody else."""
+        ...
 
     def get(self, response_id: str, project_id: str) -> Stored | None: ...
 
@@ -53,11 +57,13 @@ class MemoryStore:
         with self._lock:
             self._enter(project_id, stored)
 
-    def replace(self, project_id: str, response: Response) -> None:
+    def replace(self, project_id: str, response: Response) -> bool:
         with self._lock:
             found = self._projects.get(project_id, {}).get(response.id)
-            if found is not None:
-                self._enter(project_id, Stored(response=response, input=found[0].input))
+            if found is None:
+                return False
+            self._enter(project_id, Stored(response=response, input=found[0].input))
+            return response.id in self._projects.get(project_id, {})
 
     def get(self, response_id: str, project_id: str) -> Stored | None:
         with self._lock:
@@ -89,8 +95,11 @@ class MemoryStore:
 
 
 class SqlStore:
-    def __init__(self, database: Database) -> None:
+    """`gateway_id` owns the answers that are put here while they are under way."""
+
+    def __init__(self, database: Database, *, gateway_id: str = "") -> None:
         self._database = database
+        self._gateway_id = gateway_id
 
     def put(self, project_id: str, stored: Stored) -> None:
         row = {
@@ -100,6 +109,7 @@ class SqlStore:
             "previous_id": stored.response.previous_response_id,
             "input": msgspec.json.encode(stored.input).decode(),
             "body": msgspec.json.encode(stored.response).decode(),
+            "owner": self._owner(stored.response),
         }
         with self._database.begin() as connection:
             old = (
@@ -109,14 +119,23 @@ class SqlStore:
             connection.execute(delete(responses).where(*old))
             connection.execute(insert(responses).values(**row))
 
-    def replace(self, project_id: str, response: Response) -> None:
+    def replace(self, project_id: str, response: Response) -> bool:
+        body = msgspec.json.encode(response).decode()
+        one = (responses.c.id == response.id, responses.c.project_id == project_id)
         change = (
             update(responses)
-            .where(responses.c.id == response.id, responses.c.project_id == project_id)
-            .values(body=msgspec.json.encode(response).decode())
+            .where(*one, responses.c.owner == self._gateway_id)
+            .values(body=body, owner=self._owner(response))
         )
         with self._database.begin() as connection:
-            connection.execute(change)
+            if connection.execute(change).rowcount == 1:
+                return True
+            # An earlier attempt may have been written although the connection was lost then.
+            written = select(responses.c.body).where(*one)
+            return connection.execute(written).scalar_one_or_none() == body
+
+    def _owner(self, response: Response) -> str | None:
+        return self._gateway_id if response.status in UNDER_WAY else None
 
     def get(self, response_id: str, project_id: str) -> Stored | None:
         query = select(responses.c.input, responses.c.body).where(
