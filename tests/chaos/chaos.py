@@ -40,9 +40,16 @@ class Killer:
     pause_s: tuple[float, float] = (1.0, 4.0)
     postgres: Postgres | None = None
     kills: dict[str, int] = field(default_factory=dict)
+    failure: Exception | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # in a thread: nobody would see it
+            self.failure = error
+
+    def _run(self) -> None:
         rng = random.Random(self.seed)
         while not self._stop.wait(rng.uniform(*self.pause_s)):
             what = rng.choices(["replica", "gateway", "database"], [3, 2, 1])[0]
@@ -139,10 +146,12 @@ def run_chaos(
         thread.start()
         try:
             load = Load([item.url for item in fronts], owners, requests, at_once, seed)
-            outcomes = asyncio.run(load.run())
+            outcomes = asyncio.run(load.run(lambda: killer.failure))
         finally:
             killer.stop()
             thread.join()
+        if killer.failure is not None:
+            raise killer.failure
         wait_for_rest(database)
         verdict = judge(database, outcomes, owners)
     finally:

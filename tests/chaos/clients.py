@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,11 +55,22 @@ class Load:
     longest: int = 40
     outcomes: list[Outcome] = field(default_factory=list)
 
-    async def run(self) -> list[Outcome]:
+    async def run(self, failure: Callable[[], Exception | None] = lambda: None) -> list[Outcome]:
+        """Send all, and stop early when `failure` says that the experiment has failed."""
         numbers = iter(range(self.count))
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=90, limits=limits) as http:
-            await asyncio.gather(*(self._client(http, numbers) for _ in range(self.at_once)))
+            clients = [
+                asyncio.create_task(self._client(http, numbers)) for _ in range(self.at_once)
+            ]
+            while not all(client.done() for client in clients):
+                if failure() is not None:
+                    for client in clients:
+                        client.cancel()
+                await asyncio.wait(clients, timeout=1)
+        for client in clients:
+            if not client.cancelled():
+                client.result()
         return self.outcomes
 
     async def _client(self, http: httpx.AsyncClient, numbers: Any) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -58,9 +59,21 @@ class Postgres:
         return f"postgresql+psycopg://mxn@/postgres?host={quote(str(self.folder))}"
 
     def start(self) -> None:
-        """Start the server and wait until it answers."""
+        """Start the server and wait until it answers.
+
+        After `kill` its sessions live on for a moment, and a new server refuses to start beside
+        them, so it is tried again for a while.
+        """
         log = str(self.folder / "log")
-        self._call("pg_ctl", "-D", str(self.data), "-l", log, "-w", "-t", "20", "start")
+        give_up_s = time.monotonic() + 20
+        while True:
+            try:
+                self._call("pg_ctl", "-D", str(self.data), "-l", log, "-w", "-t", "20", "start")
+                return
+            except RuntimeError:
+                if time.monotonic() > give_up_s:
+                    raise
+                time.sleep(0.2)
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server; `immediate` leaves it as a crash would."""

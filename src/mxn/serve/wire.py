@@ -1,7 +1,7 @@
 """Writes the head of an answer together with its first body bytes.
 
-uvicorn writes them one after another: two system calls, two packets, and a client that is woken
-twice. That costs a tenth of a short request. Bodies that have arrived as a whole are marked, so that
+uvicorn writes them one after another: two system calls, two packets, and a client woken
+twice. That costs a tenth of a short request. Bodies that have arrived whole are marked, so that
 nobody sets a timer for them. Start at `Http`.
 """
 
