@@ -17,6 +17,7 @@ from typing import Any, Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 from mxn.errors import AuthError, InternalError, OverloadedError
+from mxn.ledger.aside import call_aside
 from mxn.ledger.compose import compose_opening, compose_orphan, compose_settling
 from mxn.ledger.database import Database
 from mxn.ledger.keeper import Keeper
@@ -37,6 +38,7 @@ _UNKNOWN_S = 0.1  # between two looks for keys that are not known
 _POLL_S = 0.2
 _TICK_S = 0.1
 _BUSY_MS = 2000
+_GOODBYE_S = 5.0  # each, for the thread that writes and the one that keeps the books
 
 
 class SqlLedger:
@@ -307,11 +309,11 @@ class SqlLedger:
             log.warning("the progress of %d requests is not written", self._num_noting)
         self._ticker.cancel()
         writer, self._writer = self._writer, None
-        await asyncio.to_thread(writer.stop)
         try:
-            await asyncio.to_thread(self.keeper.stop)
-        except SQLAlchemyError as error:
-            log.warning("could not say goodbye to the ledger's database: %s", error)
+            await call_aside(writer.stop, _GOODBYE_S)
+            await call_aside(self.keeper.stop, _GOODBYE_S)
+        except (SQLAlchemyError, TimeoutError) as error:
+            log.warning("could not say goodbye to the ledger's database: %r", error)
         if self._settling or self._opening:
             raise self._give_up()
 

@@ -214,8 +214,18 @@ class ThreadWriter:
             while wait_s is not None and not self._stopped.wait(wait_s):
                 wait_s = self._attempts.run(batch)
             if batch and wait_s is None:
-                self._loop.call_soon_threadsafe(self._deliver, batch)
+                self._hand_over(batch)
         self._attempts.close()
+
+    def _hand_over(self, batch: Batch) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, batch)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            log.warning(
+                "the database answered after the ledger was closed: what it took is written"
+            )
 
     def _take(self) -> Batch:
         """Wait for an operation, and return it with all that arrived meanwhile."""
