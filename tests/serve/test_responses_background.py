@@ -26,6 +26,7 @@ from mxn.serve.responses.takeover import Abandoned
 from mxn.serve.responses.types import Response
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.server import running
+from support.gateways import gateway
 from support.ledgers import make_tenant, row_of
 from support.postgres import Postgres, find_binaries
 from support.server import gateway_process
@@ -274,6 +275,22 @@ def test_an_answer_is_paid_when_it_can_be_read_and_not_before(database, tenant, 
         client.until(name, "incomplete")
         until(lambda: row_of(database, name).state != "open")
     assert row_of(database, name).cost_micro > 0
+
+
+def test_that_of_a_foreign_server_is_paid_no_sooner(tmp_path, monkeypatch):
+    away = Away(monkeypatch)
+    with gateway(tmp_path) as gate:
+        client = Client(gate.url, gate.tenant)
+        name = client.begin(model="far").json()["id"]
+        until(lambda: away.num_refused > 1)
+        assert row_of(gate.tenant.database, name).state == "open"
+        away.is_away = False
+        client.until(name, "incomplete")
+        until(lambda: row_of(gate.tenant.database, name).state != "open")
+        row = row_of(gate.tenant.database, name)
+        assert (row.reason, row.output_tokens) == ("complete", 4)
+        # Counted once, although the settlement came later.
+        assert gate.value("mxn_tokens_total", kind="output", model="far", chip="chip-c") == 4
 
 
 def test_an_answer_that_could_never_be_stored_costs_nothing(database, tenant, monkeypatch):
