@@ -159,6 +159,19 @@ def test_one_that_is_cancelled_before_its_first_step_is_final_too(database, tena
         until(lambda: (row := row_of(database, made["id"])) is None or row.cost_micro == 0)
 
 
+def test_another_server_can_cancel_and_delete(database, tenant):
+    with serving(database, tenant, token_s=0.2) as one, serving(database, tenant) as other:
+        names = [one.begin(max_output_tokens=500).json()["id"] for _ in range(2)]
+        for name in names:
+            one.until(name, "in_progress")
+        assert other.cancel(names[0])["status"] == "cancelled"
+        assert other.delete(names[1]).status_code == 200
+        for name in names:  # whoever makes it stops, and takes no money
+            until(lambda name=name: row_of(database, name).state != "open", limit_s=12)
+            assert row_of(database, name).cost_micro == 0
+        assert one.get(names[0])["status"] == "cancelled"
+
+
 def test_what_a_killed_server_left_is_failed_by_another(database, tenant, tmp_path):
     far = EchoEngine(token_s=0.2)
     models = ServedModels([ServedModel(name="echo", client=far, tokenizer=far.tokenizer)])
@@ -217,7 +230,8 @@ def test_a_gateway_of_this_machine_that_is_gone_is_seen_at_once(database):
         connection.execute(insert(schema.gateways).values(**values))
     response = Response(id="one", created_at=0.0, status="in_progress", model="m")
     SqlStore(database, gateway_id="gone").put("p", Stored(response=response, input=[]))
-    assert Abandoned(database, "me").sweep(()) == 1
+    Abandoned(database, "me").sweep(())
+    assert SqlStore(database).get("one", "p").response.status == "failed"
 
 
 def test_a_project_has_a_bound(tmp_path):

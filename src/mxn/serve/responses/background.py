@@ -31,8 +31,9 @@ from mxn.serve.responses.types import InputItem
 log = logging.getLogger("mxn.serve.responses")
 
 Start = Callable[[], Awaitable[tuple[ChatRun, Builder]]]
-Sweep = Callable[[Collection[str]], int]
-"""Makes answers final that nobody works on; given the ids under way here. Blocking."""
+Sweep = Callable[[Collection[str]], Collection[str]]
+"""Makes answers final that nobody works on; given the ids under way here, returns those of them
+that nobody will read. Blocking."""
 
 MAX_UNDER_WAY = 64  # of one project
 STOPPED = "The server stopped before this answer was done; ask again."
@@ -113,10 +114,13 @@ class Background:
         return queued
 
     async def cancel(self, project: str, response_id: str) -> None:
-        """Return when an answer is final; at once if it is not under way here."""
-        if (work := self._works.get((project, response_id))) is not None and work.task is not None:
+        """Return when an answer is final, wherever it is made."""
+        work = self._works.get((project, response_id))
+        if work is not None and work.task is not None:
             work.cancel()
             await asyncio.wait({work.task})
+        else:
+            await asyncio.to_thread(self._store.cancel, response_id, project)
 
     def drop(self, project: str, response_id: str) -> None:
         """End the work for an answer that nobody will read."""
@@ -225,7 +229,9 @@ class Background:
         is_away = False
         while True:
             try:
-                await asyncio.to_thread(sweep, frozenset(self._known))
+                taken = await asyncio.to_thread(sweep, frozenset(self._known))
+                for work in [one for one in self._works.values() if one.run.id in taken]:
+                    work.cancel()
                 is_away = False
             except SQLAlchemyError as error:
                 if not is_away:

@@ -36,6 +36,11 @@ class ResponseStore(Protocol):
         final by somebody else."""
         ...
 
+    def cancel(self, response_id: str, project_id: str) -> None:
+        """Make an answer that another gateway makes `cancelled`, if it is not final yet; that one
+        sees it when it looks after its answers."""
+        ...
+
     def get(self, response_id: str, project_id: str) -> Stored | None: ...
 
     def delete(self, response_id: str, project_id: str) -> bool: ...
@@ -64,6 +69,9 @@ class MemoryStore:
                 return False
             self._enter(project_id, Stored(response=response, input=found[0].input))
             return response.id in self._projects.get(project_id, {})
+
+    def cancel(self, response_id: str, project_id: str) -> None:
+        """There is no other gateway that could make what is stored here."""
 
     def get(self, response_id: str, project_id: str) -> Stored | None:
         with self._lock:
@@ -133,6 +141,21 @@ class SqlStore:
             # An earlier attempt may have been written although the connection was lost then.
             written = select(responses.c.body).where(*one)
             return connection.execute(written).scalar_one_or_none() == body
+
+    def cancel(self, response_id: str, project_id: str) -> None:
+        one = (responses.c.id == response_id, responses.c.project_id == project_id)
+        under_way = (*one, responses.c.owner.is_not(None), responses.c.owner != self._gateway_id)
+        with self._database.begin() as connection:
+            row = connection.execute(
+                select(responses.c.body, responses.c.owner).where(*under_way)
+            ).one_or_none()
+            if row is None:
+                return
+            response = msgspec.json.decode(row.body, type=Response)
+            response.status = "cancelled"
+            body = msgspec.json.encode(response).decode()
+            change = update(responses).where(*one, responses.c.owner == row.owner)
+            connection.execute(change.values(body=body, owner=None))
 
     def _owner(self, response: Response) -> str | None:
         return self._gateway_id if response.status in UNDER_WAY else None

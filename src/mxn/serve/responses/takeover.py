@@ -39,19 +39,25 @@ class Abandoned:
         self._gateway_id = gateway_id
         self._watch = Watch(lost_after_s, longest_gap_s=_LONGEST_GAP_S)
         self._strays: set[str] = set()
+        self._missing: set[str] = set()  # at the last look
+        self._taken: set[str] = set()  # at the one before
 
-    def sweep(self, known: Collection[str]) -> int:
-        """Make answers `failed` that nobody works on; return how many.
+    def sweep(self, known: Collection[str]) -> set[str]:
+        """Make answers `failed` that nobody works on; return those of `known` that are final or
+        gone already: another gateway was asked to cancel or delete them.
 
-        `known` are those under way here; of our own others only what two looks in a row found, such
-        as one that was written although the connection was lost. Raises: SQLAlchemyError; what was
-        seen is forgotten, since nobody's heart could be seen to beat.
+        `known` are those under way here. Of our own others, and of those that are final, only what
+        two looks in a row found counts, such as one that was written although the connection was
+        lost: the one that begins or ends just now is in one place and not in the other.
+
+        Raises: SQLAlchemyError; what was seen is forgotten, since nobody's heart could be seen.
         """
         try:
-            return self._end(self._gone(), self._own_strays(known))
+            self._end(self._gone(), self._look_at_own(set(known)))
         except SQLAlchemyError:
             self._watch.forget()
             raise
+        return self._taken & self._missing
 
     def _gone(self) -> list[str]:
         query = (
@@ -73,16 +79,18 @@ class Abandoned:
             return True
         return self._watch.is_lost(row.owner, row.heartbeat_us, at_s)
 
-    def _own_strays(self, known: Collection[str]) -> list[str]:
+    def _look_at_own(self, known: set[str]) -> list[str]:
+        """Note which of ours are missing, and return those that nobody works on."""
         query = select(responses.c.id).where(responses.c.owner == self._gateway_id)
         with self._database.read() as connection:
-            found = {row.id for row in connection.execute(query)} - set(known)
-        due, self._strays = found & self._strays, found
+            own = {row.id for row in connection.execute(query)}
+        due, self._strays = (own - known) & self._strays, own - known
+        self._taken, self._missing = self._missing, known - own
         return sorted(due)
 
-    def _end(self, gone: list[str], strays: list[str]) -> int:
+    def _end(self, gone: list[str], strays: list[str]) -> None:
         if not gone and not strays:
-            return 0
+            return
         under_way = responses.c.owner.in_(gone) | responses.c.id.in_(strays)
         query = (
             select(responses.c.id, responses.c.owner, responses.c.body)
@@ -98,7 +106,6 @@ class Abandoned:
                 num += connection.execute(change).rowcount
         if num:
             log.warning("%d answers were left by servers that are gone: failed", num)
-        return num
 
 
 def _failed(body: str) -> str:
