@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxn.cli.options import Host, Otlp, Port
+from mxn.cli.options import Host, Otlp, Port, ReasoningParser, ToolParser
 
 
 def gateway(
@@ -44,6 +44,8 @@ def gateway(
         float | None,
         typer.Option(min=0.1, help="Seconds of silence after which a stream moves on."),
     ] = None,
+    tool_parser: ToolParser = None,
+    reasoning_parser: ReasoningParser = None,
     drain: Annotated[float, typer.Option(help="Seconds for running requests at the end.")] = 30.0,
     leave: Annotated[
         float, typer.Option(help="Seconds to go on serving with /health at 503, at the end.")
@@ -64,7 +66,8 @@ def gateway(
         given.merged(
             replicas=replica, host=host, port=port, database=database, workers=workers,
             api_keys=api_key, request_timeout_s=request_timeout, max_requests=max_requests,
-            stall_limit_s=stall_limit, drain_s=drain, leave_s=leave,
+            stall_limit_s=stall_limit, tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser, drain_s=drain, leave_s=leave,
             tls_cert=str(tls_cert) if tls_cert else None, tls_key=str(tls_key) if tls_key else None,
             log_format=log_format, otlp=otlp,
         ),

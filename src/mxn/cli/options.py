@@ -31,3 +31,11 @@ Otlp = Annotated[
     ),
 ]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")]
+ToolParser = Annotated[
+    str | None,
+    typer.Option(help="How models write tool calls. Default: as their chat template says."),
+]
+ReasoningParser = Annotated[
+    str | None,
+    typer.Option(help="How models write thoughts, or none. Default: as their files say."),
+]

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mxn.cli.options import Dtype, Host, MaxContext, Otlp, Port, Threads
+from mxn.cli.options import (
+    Dtype,
+    Host,
+    MaxContext,
+    Otlp,
+    Port,
+    ReasoningParser,
+    Threads,
+    ToolParser,
+)
 from mxn.errors import ConfigError, MxnError
 
 if TYPE_CHECKING:
@@ -83,14 +92,8 @@ def serve(
     request_timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds a request may take.")
     ] = None,
-    tool_parser: Annotated[
-        str | None,
-        typer.Option(help="How models write tool calls. Default: as their chat template says."),
-    ] = None,
-    reasoning_parser: Annotated[
-        str | None,
-        typer.Option(help="How models write thoughts, or none. Default: as their files say."),
-    ] = None,
+    tool_parser: ToolParser = None,
+    reasoning_parser: ReasoningParser = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     otlp: Otlp = None,

@@ -32,6 +32,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_requests: int | None = None
     max_body_bytes: int = 32 << 20
     stall_limit_s: float | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     drain_s: float = 30.0
     leave_s: float = 0.0
     tls_cert: str | None = None

@@ -21,6 +21,7 @@ from mxn.serve.config import GatewayConfig
 if TYPE_CHECKING:
     from mxn.serve.peers import Peers
     from mxn.serve.replicas.spec import ReplicaSpec
+    from mxn.serve.settings import ServeSettings
 
 log = logging.getLogger("mxn.serve")
 
@@ -46,6 +47,7 @@ def run_gateway(config: GatewayConfig, announce: Callable[[str], None]) -> None:
             hint="--replica MODEL=URL, or `replicas` in the --config file",
         )
     by_model(specs)
+    _settings(config)
     if config.tls_cert and config.tls_key:
         Tls(certificate=Path(config.tls_cert), key=Path(config.tls_key))
     _migrate(config)
@@ -60,6 +62,20 @@ def run_gateway(config: GatewayConfig, announce: Callable[[str], None]) -> None:
             lambda index: _serve(config, specs, sock, lambda _: None, Peers(sockets, index)),
             config.workers,
         )
+
+
+def _settings(config: GatewayConfig) -> ServeSettings:
+    """Raises: ConfigError for parsers that do not exist."""
+    from mxn.serve.settings import ServeSettings
+
+    return ServeSettings(
+        api_keys=tuple(config.api_keys),
+        max_body_bytes=config.max_body_bytes,
+        request_timeout_s=config.request_timeout_s,
+        max_requests=config.max_requests,
+        tool_parser=config.tool_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
 
 
 def _migrate(config: GatewayConfig) -> None:
@@ -87,7 +103,6 @@ def _serve(
     from mxn.serve.running import announce as announce_server
     from mxn.serve.served import ServedModels
     from mxn.serve.server import Tls, run
-    from mxn.serve.settings import ServeSettings
     from mxn.serve.status import tell
     from mxn.serve.tracing import Tracing
 
@@ -101,12 +116,7 @@ def _serve(
     accounting = None
     if config.database != "none":
         accounting = Accounting(Database(config.database))
-    settings = ServeSettings(
-        api_keys=tuple(config.api_keys),
-        max_body_bytes=config.max_body_bytes,
-        request_timeout_s=config.request_timeout_s,
-        max_requests=config.max_requests,
-    )
+    settings = _settings(config)
 
     async def startup(models: ServedModels) -> None:
         if peers is not None:

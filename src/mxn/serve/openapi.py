@@ -62,7 +62,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
 
 def _error_type(path: str) -> type | None:
     """Return the shape of errors on a path, as `dialects` writes them; None: its own."""
-    if path == "/health":
+    if path in ("/health", "/ping"):
         return None  # a 503 says in the words of the 200 what is not ready
     if path.startswith("/maas/"):
         return FlatError

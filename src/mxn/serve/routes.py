@@ -172,6 +172,7 @@ def _status(state: State) -> list[Operation]:
         Operation(
             method="GET", path="/health", handler=status.health, summary="503 until all is ready"
         ),
+        Operation(method="GET", path="/ping", handler=status.health, summary="The same"),
         Operation(method="GET", path="/load", handler=status.load, summary="Requests under way"),
         Operation(
             method="GET",

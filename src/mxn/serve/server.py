@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,16 @@ class Server(uvicorn.Server):
         self._is_leaving = True
         handle = functools.partial(super().handle_exit, sig, frame)
         threading.Timer(self._leave_s, handle).start()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Drained is what SIGTERM asked for, so the process then ends with 0, not by the signal."""
+        with super().capture_signals():
+            yield
+            if not self.force_exit:
+                self._captured_signals = [
+                    sig for sig in self._captured_signals if sig != signal.SIGTERM
+                ]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

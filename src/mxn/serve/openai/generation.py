@@ -6,7 +6,6 @@ Knows both request types' common part and the replica contract; knows no JSON sh
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ from typing import Any, cast
 import msgspec
 
 from mxn.engine.protocol import Delta, EngineClient, Generate, ModelInfo, SamplingParams
-from mxn.errors import DeadlineError, EngineDiedError
+from mxn.errors import EngineDiedError
 from mxn.ledger.types import CloseReason
 from mxn.serve.context import RequestContext, current
+from mxn.serve.deadlines import in_time
 from mxn.serve.metering import Meter, reason_of
 from mxn.serve.metrics import ModelMetrics, Trace
 from mxn.serve.openai.errors import ApiError, context_exceeded
@@ -338,13 +338,8 @@ async def _in_time(
         async for item in deltas:
             yield item
         return
-    offset_s = asyncio.get_running_loop().time() - time.monotonic()
     while True:
-        try:
-            async with asyncio.timeout_at(deadline_s + offset_s):
-                item = await anext(deltas, None)
-        except TimeoutError:
-            raise DeadlineError("the request took longer than its time limit") from None
+        item = await in_time(anext(deltas, None), deadline_s)
         if item is None:
             return
         yield item

@@ -14,6 +14,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mxn.errors import DeadlineError
 from mxn.ledger.types import CloseReason
 from mxn.serve.http import disconnected, stop
 from mxn.serve.openai.errors import ClientGone, from_exception
@@ -49,6 +50,8 @@ async def settle_failed(run: UpstreamRun, exc: BaseException) -> None:
     reason: CloseReason = "error"
     if isinstance(exc, ClientGone | asyncio.CancelledError | GeneratorExit):
         reason = "client_gone"
+    elif isinstance(exc, DeadlineError):
+        reason = "timeout"
     elif run.counter.num_events:
         reason = "replica_lost"
     await run.settle(reason, 499 if reason == "client_gone" else status_of(exc))

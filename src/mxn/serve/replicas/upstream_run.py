@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from mxn.errors import EngineDiedError
+from mxn.errors import DeadlineError, EngineDiedError
 from mxn.ledger.types import CloseReason, Settlement
 from mxn.serve.context import Hop
+from mxn.serve.deadlines import in_time
 from mxn.serve.openai.errors import ApiError
 from mxn.serve.replicas.continuing import is_opening, obstacle, text_of
 from mxn.serve.replicas.counting import Counter, Counts, estimate, usage_in
@@ -103,7 +104,8 @@ class UpstreamRun:
         return fields
 
     async def _fetch(self, upstream: Upstream) -> tuple[Answer, bytes]:
-        return await upstream.http.fetch("POST", self.plan.path, self.plan.body_for(upstream))
+        work = upstream.http.fetch("POST", self.plan.path, self.plan.body_for(upstream))
+        return await in_time(work, self.plan.context.deadline_s)
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """Yield the events of a stream; `is_over` is set before the last batch comes out.
@@ -140,8 +142,12 @@ class UpstreamRun:
     async def _read(self, answer: Answer, upstream: Upstream) -> AsyncGenerator[Batch, None]:
         """Yield what one server sends. Raises: ConnectionLost, MalformedStream."""
         reader = SseReader()
+        deadline_s = self.plan.context.deadline_s
         while True:
-            data = await answer.next()
+            if deadline_s is None:
+                data = await answer.next()
+            else:
+                data = await in_time(answer.next(), deadline_s)
             batch = reader.feed(data) if data else reader.finish()
             self._note(batch)
             if batch.problem is not None:
@@ -168,7 +174,8 @@ class UpstreamRun:
             self.upstream = None
             data = self.plan.body_for(upstream, rest)
             try:
-                answer = await upstream.http.open("POST", self.plan.path, data)
+                work = upstream.http.open("POST", self.plan.path, data)
+                answer = await in_time(work, self.plan.context.deadline_s)
                 if answer.status == 200:
                     self.upstream = upstream
                     return answer
@@ -317,4 +324,6 @@ class UpstreamRun:
 
 
 def status_of(error: BaseException) -> int:
+    if isinstance(error, DeadlineError):
+        return 408
     return error.status if isinstance(error, ApiError) else 503
