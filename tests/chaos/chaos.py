@@ -52,6 +52,7 @@ class Killer:
     def _run(self) -> None:
         rng = random.Random(self.seed)
         while not self._stop.wait(rng.uniform(*self.pause_s)):
+            self._restart_ended()
             what = rng.choices(["replica", "gateway", "database"], [3, 2, 1])[0]
             if what == "database":
                 self._disturb(rng)
@@ -66,6 +67,13 @@ class Killer:
 
     def stop(self) -> None:
         self._stop.set()
+
+    def _restart_ended(self) -> None:
+        """Do what a supervisor does: a gateway that finds no database at its start gives up."""
+        for server in (*self.replicas, *self.gateways):
+            if server.has_ended():
+                self.kills["restarted"] = self.kills.get("restarted", 0) + 1
+                server.start()
 
     def _kill(self, server: Server, rng: random.Random) -> None:
         server.kill()

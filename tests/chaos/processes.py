@@ -71,6 +71,9 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
+    def has_ended(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
+
     def is_ready(self) -> bool:
         try:
             return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
