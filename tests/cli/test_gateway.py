@@ -10,6 +10,7 @@ import threading
 import time
 
 import httpx
+import psutil
 import pytest
 
 from mxn.engine.echo import EchoEngine
@@ -190,8 +191,41 @@ def test_a_gateway_that_leaves_goes_on_working_while_health_says_no(tmp_path, fa
         time.sleep(0.2)
         health = httpx.get(f"{url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "draining")
+        assert httpx.get(f"{url}/ping").status_code == 503, "the same under another name"
         assert ask(url, 2).status_code == 200
         assert process.wait(15) == 0
+
+
+def test_one_of_two_workers_is_killed_and_the_service_goes_on(tmp_path, far):
+    with gateway(tmp_path, far, "--workers", "2") as (url, process, log):
+        wait_until_ready(url)
+        own = psutil.Process(process.pid)
+        stream = Stream(url)
+        workers = own.children()
+        (busy,) = [one for one in workers if is_connected(one, url)]
+        (victim,) = [one for one in workers if one != busy]
+        victim.kill()
+        for _ in range(10):  # over a new connection each
+            assert ask(url, 1).status_code == 200
+        check_whole(stream)
+        wait_for_children(own, 2)
+        assert {one.pid for one in own.children()} > {busy.pid}
+        busy.kill()  # now the new one has to answer alone
+        assert ask(url, 1).status_code == 200
+    assert "starting it again" in log.read_text()
+
+
+def is_connected(process, url):
+    port = httpx.URL(url).port
+    found = process.net_connections("tcp")
+    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == port for one in found)
+
+
+def wait_for_children(process, num):
+    deadline_s = time.monotonic() + 10
+    while len(process.children()) < num:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 SECRET = "hunter2-of-the-ledger"
