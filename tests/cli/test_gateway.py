@@ -171,6 +171,18 @@ def test_a_gateway_that_is_stopped_ends_its_streams_first(tmp_path, far, workers
     assert "Traceback" not in log.read_text()
 
 
+def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path, far):
+    with gateway(tmp_path, far, "--workers", "2") as (url, process, _):
+        wait_until_ready(url)
+        workers = psutil.Process(process.pid).children()
+        stream = Stream(url)
+        process.kill()
+        process.wait()
+        check_whole(stream)
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+
+
 def test_a_stream_that_outlasts_the_drain_is_cut(tmp_path, far):
     with gateway(tmp_path, far, "--drain", "1") as (url, process, _):
         wait_until_ready(url)

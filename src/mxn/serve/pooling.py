@@ -59,10 +59,17 @@ async def encode(
     model: ServedModel,
     sequences: list[list[int]],
     token_types: list[list[int]] | None = None,
+    *,
+    answer_id: str | None = None,
 ) -> Encoded:
-    """Run the replica, counted in the metrics and cancelled when the client goes away."""
+    """Run the replica, counted in the metrics and cancelled when the client goes away.
+
+    `answer_id`: what the client sees, if anything; the row in the ledger has it too.
+    """
     trace = Trace(state.metrics.model(model.name))
-    message = Encode(request_id=new_id("enc"), sequences=sequences, token_types=token_types)
+    message = Encode(
+        request_id=answer_id or new_id("embd"), sequences=sequences, token_types=token_types
+    )
     outcome = "client_gone"
     meter = await Meter.open(
         message.request_id,
@@ -93,10 +100,11 @@ async def score_pairs(
     model: ServedModel,
     pairs: Sequence[tuple[str, str]],
     param: str,
+    answer_id: str,
 ) -> Scores:
     """Return one score for each pair, in order. Raises: ApiError 400 for a pair too long."""
     if model.info.kind == "embedder":
-        return await _cosines(request, state, model, pairs, param)
+        return await _cosines(request, state, model, pairs, param, answer_id)
     for position, (first, second) in enumerate(pairs):
         check_length(first, model, f"{param}[{position}]")
         check_length(second, model, f"{param}[{position}]")
@@ -104,7 +112,7 @@ async def score_pairs(
     for position, (ids, _) in enumerate(encoded_pairs):
         check_prompt(ids, model.info, max_tokens=0, param=f"{param}[{position}]")
     sequences, types = [list(part) for part in zip(*encoded_pairs, strict=True)]
-    encoded = await encode(request, state, model, sequences, types)
+    encoded = await encode(request, state, model, sequences, types, answer_id=answer_id)
     return Scores([_sigmoid(_logit(row)) for row in encoded.rows], encoded.prompt_tokens)
 
 
@@ -124,11 +132,12 @@ async def _cosines(
     model: ServedModel,
     pairs: Sequence[tuple[str, str]],
     param: str,
+    answer_id: str,
 ) -> Scores:
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     place = {text: position for position, text in enumerate(texts)}
     sequences = await tokenize_inputs(model, texts, param)
-    encoded = await encode(request, state, model, sequences)
+    encoded = await encode(request, state, model, sequences, answer_id=answer_id)
     vectors = normalized(np.stack([vector(row) for row in encoded.rows]))
     values = [float(vectors[place[first]] @ vectors[place[second]]) for first, second in pairs]
     return Scores(values, encoded.prompt_tokens)

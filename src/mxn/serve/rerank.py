@@ -84,7 +84,8 @@ class RerankRoutes:
         texts = [item if isinstance(item, str) else item.text for item in body.documents]
         self._check_count(len(texts), "documents")
         pairs = await asyncio.to_thread(_cut_pairs, model, body, texts)
-        scores = await score_pairs(request, self._state, model, pairs, "documents")
+        answer_id = new_id("rerank")
+        scores = await score_pairs(request, self._state, model, pairs, "documents", answer_id)
         order = sorted(range(len(texts)), key=lambda index: -scores.values[index])
         shows = body.return_documents is not False
         results = [
@@ -96,7 +97,7 @@ class RerankRoutes:
             for index in order[: body.top_n or None]
         ]
         usage = PromptUsage(prompt_tokens=scores.prompt_tokens, total_tokens=scores.prompt_tokens)
-        answer = RerankAnswer(id=new_id("rerank"), model=model.name, usage=usage, results=results)
+        answer = RerankAnswer(id=answer_id, model=model.name, usage=usage, results=results)
         return json_response(answer, model.headers)
 
     async def score(self, request: Request) -> Response:
@@ -104,9 +105,10 @@ class RerankRoutes:
         require_kind(model, "reranker", "embedder")
         pairs, param = _pairs(body)
         self._check_count(len(pairs), param)
-        scores = await score_pairs(request, self._state, model, pairs, param)
+        answer_id = new_id("score")
+        scores = await score_pairs(request, self._state, model, pairs, param, answer_id)
         answer = ScoreAnswer(
-            id=new_id("score"),
+            id=answer_id,
             created=int(time.time()),
             model=model.name,
             data=[Score(index=index, score=value) for index, value in enumerate(scores.values)],
