@@ -11,6 +11,7 @@ import pytest
 
 from mxn.errors import OverloadedError
 from mxn.serve.replicas.http_client import ConnectionLost, HttpClient, HttpLimits
+from mxn.serve.replicas.http_connection import Connection
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
@@ -117,8 +118,8 @@ def test_a_waiter_whose_time_is_over_keeps_no_connection(
 ) -> None:
     async def work(client: HttpClient) -> None:
         first = await client.open("GET", "/")
-        connection = first._connection
-        assert connection is not None
+        connection = first.connection
+        assert isinstance(connection, Connection)
         given: list[bool] = []
 
         class Timeout:

@@ -11,312 +11,16 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import cast
 from urllib.parse import urlsplit
 
-import httptools
-
-from mxn.errors import ConfigError, EngineDiedError, OverloadedError
+from mxn.errors import ConfigError, OverloadedError
 from mxn.serve.context import current
+from mxn.serve.replicas.http_answer import Answer, ConnectionLost, Header
+from mxn.serve.replicas.http_connection import Connection, HttpLimits
 
-_HIGH_BYTES = 1 << 20  # unread bytes of one answer at which its socket is no longer read
+__all__ = ["Answer", "ConnectionLost", "HttpClient", "HttpLimits"]
+
 _TICK_S = 0.5  # how exactly time limits are kept
-# Bytes without any of a body: heads (also those of "continue" and the like, together), trailers,
-# and the lines between the chunks.
-_MAX_HEAD_BYTES = 64 << 10
-_MAX_REFUSAL_BYTES = 1 << 20
-_PART_BYTES = 64  # what a piece costs beside its bytes, as chunks may be tiny
-_ONE_READ_BYTES = 64 << 10  # a body up to this size leaves together with its head
-
-Header = tuple[bytes, bytes]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HttpLimits:
-    """`idle_s` is below the keep-alive time of common servers (uvicorn: 5 s), so that it is this
-    side that closes. `silence_s` is the longest time without a byte while an answer is due."""
-
-    max_connections: int = 1024
-    connect_s: float = 5.0
-    idle_s: float = 4.0
-    silence_s: float = 600.0
-    wait_s: float = 30.0  # for a free connection, when all are in use
-    max_answer_bytes: int = 256 << 20  # of an answer that is read as a whole
-
-
-class ConnectionLost(EngineDiedError):
-    """The server could not be reached, went away, fell silent or does not speak HTTP.
-
-    `has_answered` says whether a byte of an answer had come; without one, nothing was promised.
-    """
-
-    def __init__(self, message: str, *, has_answered: bool = False, is_silence: bool = False):
-        super().__init__(message, retry_after_s=1.0)
-        self.has_answered = has_answered
-        self.is_silence = is_silence
-
-
-class Answer:
-    """An answer that is arriving. `status` and `headers` (lower-case names) are complete."""
-
-    __slots__ = ("_connection", "_done", "_error", "_parts", "_size", "_waiter", "_whole",
-                 "deadline_s", "has_head", "headers", "max_bytes", "silence_s",
-                 "status")  # fmt: skip
-
-    def __init__(self, connection: _Connection, silence_s: float, deadline_s: float, whole: bool):
-        self._connection: _Connection | None = connection
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._done = False
-        self._error: ConnectionLost | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._whole = whole
-        self.has_head = False
-        self.status = 0
-        self.headers: list[Header] = []
-        self.silence_s = silence_s
-        self.deadline_s = deadline_s
-        self.max_bytes = connection.max_answer_bytes
-
-    def header(self, name: bytes) -> bytes | None:
-        return next((value for key, value in self.headers if key == name), None)
-
-    async def next(self) -> bytes:
-        """Return what has arrived since the last call, at least one byte; b"" at the end.
-
-        Raises: ConnectionLost; everything that came before is returned first.
-        """
-        while not self._parts:
-            if self._error is not None:
-                raise self._error
-            if self._done:
-                return b""
-            await self._wait()
-        return self._take()
-
-    async def read(self) -> bytes:
-        """Return the rest of the body of a refusal, up to 1 MB.
-
-        Raises: ConnectionLost, also for a body that is too long.
-        """
-        self._whole = True
-        self.max_bytes = min(self.max_bytes, _MAX_REFUSAL_BYTES)
-        if self._connection is not None:
-            self._connection.resume()
-        while not self._done and self._error is None:
-            await self._wait()
-        if self._error is not None:
-            raise self._error
-        return self._take()
-
-    def close(self) -> None:
-        """Give up: unless the answer has ended, its connection is closed at once."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.abandon()
-
-    def _take(self) -> bytes:
-        parts = self._parts
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        self._parts = []
-        self._size = 0
-        if self._connection is not None:
-            self._connection.resume()
-        return data
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        except asyncio.CancelledError:
-            self.close()
-            raise
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-
-class _Connection(asyncio.Protocol):
-    """One connection. The parser calls the `on_…` methods; the client owns it between answers."""
-
-    __slots__ = ("_answer", "_body_bytes", "_client", "_ends_at_eof", "_has_bytes", "_head_bytes",
-                 "_idle_bytes", "_is_paused", "_parser", "_transport", "idle_since", "is_open",
-                 "last_s", "uses")  # fmt: skip
-
-    def __init__(self, client: HttpClient) -> None:
-        self._client = client
-        self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
-        self._answer: Answer | None = None
-        self._is_paused = False
-        self._ends_at_eof = True
-        self._has_bytes = False
-        self._head_bytes = 0  # of header fields of this answer, and of trailers
-        self._idle_bytes = 0  # that came since the last byte of a body
-        self._body_bytes = 0
-        self.is_open = False
-        self.idle_since = 0.0
-        self.last_s = 0.0
-        self.uses = 0
-
-    def send(
-        self, data: bytes, body: bytes, silence_s: float, deadline_s: float, whole: bool
-    ) -> Answer:
-        """Write a request; the answer fills itself from now on."""
-        transport = self._transport
-        assert transport is not None
-        assert self._answer is None
-        answer = self._answer = Answer(self, silence_s, deadline_s, whole)
-        self.uses += 1
-        self._has_bytes = False
-        self._head_bytes = self._idle_bytes = self._body_bytes = 0
-        self._ends_at_eof = True
-        self.last_s = self._client.now_s
-        if len(body) <= _ONE_READ_BYTES:
-            transport.write(data + body)
-        else:
-            transport.writelines((data, body))
-        return answer
-
-    @property
-    def max_answer_bytes(self) -> int:
-        return self._client.limits.max_answer_bytes
-
-    def resume(self) -> None:
-        if self._is_paused and self._transport is not None:
-            self._is_paused = False
-            self._transport.resume_reading()
-
-    def abandon(self) -> None:
-        self._answer = None
-        self.shut()
-
-    def shut(self) -> None:
-        self.is_open = False
-        if self._transport is not None:
-            self._transport.abort()
-
-    def check(self, now_s: float) -> None:
-        """Fail the answer if one of its limits has passed. Called by the clock."""
-        answer = self._answer
-        if answer is None or self._is_paused:  # a slow reader is not the server's silence
-            self.last_s = now_s if self._is_paused else self.last_s
-            return
-        if now_s - self.last_s > answer.silence_s:
-            self._fail(f"sent nothing for {answer.silence_s:g} s", is_silence=True)
-        elif now_s > answer.deadline_s:
-            self._fail("did not finish before the deadline", is_silence=True)
-
-    # -- asyncio's side
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
-        self.is_open = True
-
-    def data_received(self, data: bytes) -> None:
-        answer = self._answer
-        if answer is None:  # nobody asked: an answer to nothing, or bytes after the end
-            self.shut()
-            return
-        self.last_s = self._client.now_s
-        self._has_bytes = True
-        num_body = self._body_bytes
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as exc:
-            self._fail(f"sent what is not HTTP ({exc})")
-            return
-        # The parser keeps what is incomplete, so fields are counted before they are whole too.
-        self._idle_bytes = 0 if self._body_bytes > num_body else self._idle_bytes + len(data)
-        if not answer._done and max(self._idle_bytes, self._head_bytes) > _MAX_HEAD_BYTES:
-            self._fail(f"sent more than {_MAX_HEAD_BYTES} bytes of header fields")
-            return
-        if answer._done or not answer._whole:
-            if answer.has_head:
-                answer._wake()
-            if answer._size > _HIGH_BYTES and not answer._done and self._transport is not None:
-                self._is_paused = True
-                self._transport.pause_reading()
-        elif answer._size > answer.max_bytes:
-            self._fail(f"sent more than {answer.max_bytes} bytes")
-
-    def eof_received(self) -> None:
-        answer = self._answer
-        if answer is not None and answer.has_head and self._ends_at_eof:
-            self._end(can_stay=False)
-            answer._wake()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.is_open = False
-        self._client.forget(self)
-        self._fail("closed the connection" if exc is None else f"is gone ({exc})")
-
-    # -- the parser's side
-
-    def on_message_begin(self) -> None:
-        if self._answer is None:  # an answer to nothing must not become the next request's
-            self.shut()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        answer = self._answer
-        self._head_bytes += len(name) + len(value)
-        if answer is None or answer.has_head:
-            return  # a trailer
-        name = name.lower()
-        if name == b"content-length" or name == b"transfer-encoding":
-            self._ends_at_eof = False
-        answer.headers.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        answer = self._answer
-        if answer is None:
-            return
-        status = self._parser.get_status_code()
-        if status < 200:  # "continue", early hints: the real head follows
-            answer.headers.clear()
-            return
-        answer.status = status
-        answer.has_head = True
-
-    def on_body(self, body: bytes) -> None:
-        answer = self._answer
-        self._body_bytes += len(body)
-        if answer is not None:
-            answer._parts.append(body)
-            answer._size += len(body) + _PART_BYTES
-
-    def on_message_complete(self) -> None:
-        answer = self._answer
-        if answer is not None and answer.has_head:
-            self._end(can_stay=self._parser.should_keep_alive())
-
-    def _end(self, *, can_stay: bool) -> None:
-        answer, self._answer = self._answer, None
-        assert answer is not None
-        answer._done = True
-        answer._connection = None
-        if self._is_paused:
-            self.resume()
-        if can_stay and self.is_open:
-            self._client.give_back(self)
-        else:
-            self.shut()
-
-    def _fail(self, what: str, *, is_silence: bool = False) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer._error = ConnectionLost(
-                f"{self._client.url} {what}", has_answered=self._has_bytes, is_silence=is_silence
-            )
-            answer._connection = None
-            answer._wake()
-        if self.is_open:
-            self.shut()
 
 
 class HttpClient:
@@ -346,10 +50,10 @@ class HttpClient:
         self._base = parts.path.rstrip("/").encode()
         self._fixed = _fixed_headers(parts.netloc.rpartition("@")[2].encode(), headers)
         self._heads: dict[tuple[str, str], bytes] = {}
-        self._free: list[_Connection] = []
-        self._all: set[_Connection] = set()
+        self._free: list[Connection] = []
+        self._all: set[Connection] = set()
         self._num_opening = 0
-        self._waiting: deque[asyncio.Future[_Connection | None]] = deque()
+        self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._clock: asyncio.TimerHandle | None = None
         self._is_closed = False
 
@@ -384,8 +88,8 @@ class HttpClient:
             connection = self._pop() or await self._obtain()
             is_kept = connection.uses > 0
             answer = connection.send(data, body, silence_s, deadline_s, whole)
-            await _head_of(answer)
-            error = answer._error
+            await answer.arrive()
+            error = answer.error
             if error is None or (answer.has_head and not whole):
                 return answer
             if error.has_answered or error.is_silence or not is_kept:
@@ -405,7 +109,7 @@ class HttpClient:
         answer = await self.open(
             method, path, body, headers, silence_s=silence_s, deadline_s=deadline_s, whole=True
         )
-        return answer, answer._take()
+        return answer, answer.take()
 
     async def close(self) -> None:
         """Close every connection; answers under way fail."""
@@ -421,7 +125,7 @@ class HttpClient:
                 waiter.set_result(None)
         await asyncio.sleep(0)  # lets the transports say that they are closed
 
-    def give_back(self, connection: _Connection) -> None:
+    def give_back(self, connection: Connection) -> None:
         """A connection's answer has ended and it can be used again."""
         while self._waiting:
             waiter = self._waiting.popleft()
@@ -431,7 +135,7 @@ class HttpClient:
         connection.idle_since = self.now_s
         self._free.append(connection)
 
-    def forget(self, connection: _Connection) -> None:
+    def forget(self, connection: Connection) -> None:
         self._all.discard(connection)
         if connection in self._free:
             self._free.remove(connection)
@@ -454,7 +158,7 @@ class HttpClient:
                 self._heads[method, path] = head
         return head
 
-    def _pop(self) -> _Connection | None:
+    def _pop(self) -> Connection | None:
         """Return the connection used last; the others get old and are closed."""
         while self._free:
             connection = self._free.pop()
@@ -462,7 +166,7 @@ class HttpClient:
                 return connection
         return None
 
-    async def _obtain(self) -> _Connection:
+    async def _obtain(self) -> Connection:
         loop = asyncio.get_running_loop()
         if self._clock is None:
             self._tick(loop)
@@ -487,22 +191,22 @@ class HttpClient:
                 return connection
         return await self._connect(loop)
 
-    def _hand_on(self, connection: _Connection | None) -> None:
+    def _hand_on(self, connection: Connection | None) -> None:
         """What a cancelled waiter was given goes to the next one."""
         if connection is not None and connection.is_open:
             self.give_back(connection)
         else:
             self._pass_turn()
 
-    async def _connect(self, loop: asyncio.AbstractEventLoop) -> _Connection:
+    async def _connect(self, loop: asyncio.AbstractEventLoop) -> Connection:
         if self._is_closed:
             raise ConnectionLost(f"the client of {self.url} is closed")
         self._num_opening += 1
-        connection: _Connection | None = None
+        connection: Connection | None = None
         try:
             async with asyncio.timeout(self.limits.connect_s):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self), self._host, self._port, ssl=self._tls
+                    lambda: Connection(self), self._host, self._port, ssl=self._tls
                 )
             self._all.add(connection)
             return connection
@@ -528,12 +232,6 @@ class HttpClient:
             connection.shut()
         is_needed = (self._all or self._num_opening or self._clock is None) and not self._is_closed
         self._clock = loop.call_later(_TICK_S, self._tick, loop) if is_needed else None
-
-
-async def _head_of(answer: Answer) -> None:
-    """Wait until the head of an answer has come, or all of it where it is read as a whole."""
-    while not answer._done and answer._error is None and (answer._whole or not answer.has_head):
-        await answer._wait()
 
 
 def _fixed_headers(host: bytes, headers: Iterable[Header]) -> bytes:
