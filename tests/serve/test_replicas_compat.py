@@ -17,7 +17,8 @@ from mxn.errors import ConfigError, EngineDiedError, UnsupportedError
 from mxn.serve.app import create_app
 from mxn.serve.fleet import Replica
 from mxn.serve.pooled import PooledClient
-from mxn.serve.replicas.openai_compat import CompatConfig, CompatEngine, _Chunk, _Made
+from mxn.serve.replicas.compat_answer import Chunk, Made
+from mxn.serve.replicas.openai_compat import CompatConfig, CompatEngine
 from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.server import running
 
@@ -130,11 +131,11 @@ def test_ids_of_the_server_make_the_text_also_across_a_resume() -> None:
     tokenizer = EchoEngine().tokenizer
     ids = list("né🙂".encode())
     request = ask("x", resume_ids=ids[:2], max_tokens=10)
-    made = _Made(request, tokenizer, knows_ids=True)
+    made = Made(request, tokenizer, knows_ids=True)
     text = ""
     for token_id in ids[2:]:  # cut in the middle of é; what the server shows does not matter
         raw = {"choices": [{"text": "\ufffd", "token_ids": [token_id]}]}
-        chunk = msgspec.json.decode(json.dumps(raw), type=_Chunk)
+        chunk = msgspec.json.decode(json.dumps(raw), type=Chunk)
         delta = made.push(chunk)
         assert delta is not None
         assert delta.token_ids == [token_id]
