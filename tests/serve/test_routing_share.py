@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from mxn.engine.protocol import Delta
-from mxn.serve.calls import Meter
+from mxn.serve.call_meter import Meter
 from mxn.serve.fleet import Fleet, PoolRules, Replica, Seat
 from mxn.serve.testing import Scripted
 

@@ -25,7 +25,9 @@ from mxn.engine.protocol import (
 )
 from mxn.errors import MxnError, NotFoundError
 from mxn.ledger.types import CountBasis
-from mxn.serve.calls import LOST, Core, EncodeCall, StreamCall
+from mxn.serve.call import LOST, Core
+from mxn.serve.call_encode import EncodeCall
+from mxn.serve.call_stream import StreamCall
 from mxn.serve.context import current
 from mxn.serve.fleet import Clock, PoolRules, Replica, Seat
 from mxn.serve.routing.admission import Chips
