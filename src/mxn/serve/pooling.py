@@ -19,7 +19,8 @@ from mxn.errors import UnsupportedError
 from mxn.serve.http import unless_gone
 from mxn.serve.metering import Meter, reason_of
 from mxn.serve.metrics import Trace
-from mxn.serve.openai.generation import check_length, check_prompt, chips_of
+from mxn.serve.openai.generation import chips_of
+from mxn.serve.openai.prompt_checks import check_length, check_prompt
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State, new_id
 

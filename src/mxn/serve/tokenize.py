@@ -13,7 +13,7 @@ from mxn.serve.chat.dialect import dialect_of
 from mxn.serve.chat.prompt import render_aside
 from mxn.serve.http import json_response
 from mxn.serve.openai.errors import ApiError
-from mxn.serve.openai.generation import check_ids
+from mxn.serve.openai.prompt_checks import check_ids
 from mxn.serve.openai.types import ChatMessage, ChatRequest, ModelRequest, TokenIds
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State

@@ -28,7 +28,9 @@ from mxn.serve.chat.plan import (
 from mxn.serve.chat.prompt import render_aside
 from mxn.serve.chat.reasoning import Begins, how_it_begins
 from mxn.serve.openai.errors import ApiError
-from mxn.serve.openai.generation import Job, build_sampling, check_length, check_prompt
+from mxn.serve.openai.generation import Job
+from mxn.serve.openai.prompt_checks import check_length, check_prompt
+from mxn.serve.openai.sampling import build_sampling
 from mxn.serve.openai.types import ChatRequest, Usage
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State, new_id, require_kind

@@ -17,8 +17,10 @@ from starlette.responses import Response
 from mxn.engine.protocol import Delta, SamplingParams, TokenLogprob
 from mxn.serve.http import json_response, unless_gone
 from mxn.serve.openai.errors import ApiError, not_supported
-from mxn.serve.openai.generation import Job, build_sampling, check_length, check_prompt
+from mxn.serve.openai.generation import Job
 from mxn.serve.openai.logprobs import CompletionLogprobsBuilder
+from mxn.serve.openai.prompt_checks import check_length, check_prompt
+from mxn.serve.openai.sampling import build_sampling
 from mxn.serve.openai.stream import EventStream, event
 from mxn.serve.openai.types import (
     Completion,

@@ -1,15 +1,14 @@
 """Drives replicas for chat and completions: prompts and sampling in, deltas and usage out.
 
 Knows both request types' common part and the replica contract; knows no JSON shapes of answers.
+Start at `Job.create` and `Job.run`.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import msgspec
 
@@ -20,134 +19,14 @@ from mxn.serve.context import RequestContext, current
 from mxn.serve.deadlines import in_time
 from mxn.serve.metering import Meter, reason_of
 from mxn.serve.metrics import ModelMetrics, Trace
-from mxn.serve.openai.errors import ApiError, context_exceeded
-from mxn.serve.openai.types import (
-    CompletionTokensDetails,
-    PromptTokensDetails,
-    SamplingRequest,
-    Usage,
-)
-from mxn.serve.served import GenerationDefaults, ServedModel
+from mxn.serve.openai.errors import ApiError
+from mxn.serve.openai.interleave import merge
+from mxn.serve.openai.types import CompletionTokensDetails, PromptTokensDetails, Usage
+from mxn.serve.served import ServedModel
 
 BATCH_PRIORITY = 10  # behind everyone who waits for an answer
-MAX_STOPS = 4
-MAX_STOP_CHARS = 1000
 MAX_SEQUENCES = 1024  # prompts × n in one request
 _SEED_MASK = 2**63 - 1
-_SMALLEST_TOP_P = 1e-6  # top_p 0 means the single best token; samplers divide by the kept mass
-
-
-def build_sampling(
-    request: SamplingRequest,
-    defaults: GenerationDefaults,
-    info: ModelInfo,
-    *,
-    max_tokens: int | None,
-    logprobs: int | None = None,
-    prompt_logprobs: int | None = None,
-) -> SamplingParams:
-    """Join a request with the checkpoint's defaults. Raises: ApiError with `param`."""
-    if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
-        raise ApiError(
-            f"min_tokens {request.min_tokens} is above max_tokens {max_tokens}.", param="min_tokens"
-        )
-    check_ids(request.stop_token_ids or (), info, "stop_token_ids")
-    top_p = _or(request.top_p, defaults.top_p)
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=request.min_tokens or 0,
-        temperature=_or(request.temperature, defaults.temperature),
-        top_k=max(0, _or(request.top_k, defaults.top_k)),
-        top_p=max(top_p, _SMALLEST_TOP_P),
-        min_p=_or(request.min_p, defaults.min_p),
-        repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
-        frequency_penalty=request.frequency_penalty or 0.0,
-        presence_penalty=request.presence_penalty or 0.0,
-        logit_bias=_logit_bias(request.logit_bias, info),
-        seed=request.seed,
-        stop=_stops(request.stop),
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        include_stop_str=bool(request.include_stop_str_in_output),
-        ignore_eos=bool(request.ignore_eos),
-        skip_special_tokens=request.skip_special_tokens is not False,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-    )
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > MAX_STOPS:
-        raise ApiError(f"At most {MAX_STOPS} stop strings, got {len(stops)}.", param="stop")
-    for text in stops:
-        if not 0 < len(text) <= MAX_STOP_CHARS:
-            raise ApiError(
-                f"A stop string has 1 to {MAX_STOP_CHARS} characters, got {len(text)}.",
-                param="stop",
-            )
-    return stops
-
-
-def _logit_bias(bias: dict[str, float] | None, info: ModelInfo) -> dict[int, float]:
-    """Keep entries whose key is a token id; clients also send words, which mean nothing here."""
-    if not bias:
-        return {}
-    numeric = {int(key): value for key, value in bias.items() if _is_id(key)}
-    check_ids(numeric, info, "logit_bias")
-    for value in numeric.values():
-        if not -100 <= value <= 100:
-            raise ApiError(
-                f"A logit_bias is between -100 and 100, got {value}.", param="logit_bias"
-            )
-    return numeric
-
-
-def _is_id(key: str) -> bool:
-    return key.isascii() and key.isdigit() and len(key) <= 10
-
-
-def check_ids(ids: Any, info: ModelInfo, param: str) -> None:
-    largest = max(ids, default=0)
-    if largest >= info.vocab_size:
-        raise ApiError(
-            f"Token id {largest} is outside this model's vocabulary of {info.vocab_size} tokens.",
-            param=param,
-        )
-
-
-def check_prompt(
-    ids: Sequence[int], info: ModelInfo, *, max_tokens: int | None, param: str
-) -> None:
-    """Refuse an empty, impossible or over-long prompt before it is queued. Raises: ApiError."""
-    if not ids:
-        raise ApiError("The prompt is empty: it has no tokens.", param=param)
-    check_ids(ids, info, param)
-    wanted = 1 if max_tokens is None else max_tokens
-    if len(ids) + wanted > info.max_context:
-        error = context_exceeded(len(ids), max_tokens, info.max_context)
-        error.param = param if len(ids) >= info.max_context else error.param
-        raise error
-
-
-def check_length(text: str, model: ServedModel, param: str) -> None:
-    """Refuse a text that is too long in any case before it is tokenized. Raises: ApiError.
-
-    It costs no time, unlike the tokens of 20 MB, which are seconds of a core. What passes is still
-    checked by its tokens, with `check_prompt`.
-    """
-    at_least, limit = model.tokenizer.min_tokens(text), model.info.max_context
-    if at_least > limit:
-        raise ApiError(
-            f"This model's context is {limit} tokens; the request needs at least {at_least} prompt "
-            "tokens. Shorten the prompt.",
-            param=param,
-            code="context_length_exceeded",
-            extra={"n_prompt_tokens": at_least, "n_ctx": limit},
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -220,7 +99,7 @@ class Job:
         meter = await self._open()
         num_open = len(self.requests)
         try:
-            async with aclosing(_merge(self.model.client, self.requests)) as deltas:
+            async with aclosing(merge(self.model.client, self.requests)) as deltas:
                 async for index, delta in _in_time(deltas):
                     self.traces[index].on_delta(delta)
                     if self.read is not None:
@@ -349,52 +228,3 @@ def _reseeded(sampling: SamplingParams, choice: int) -> SamplingParams:
     if sampling.seed is None:
         return sampling
     return msgspec.structs.replace(sampling, seed=(sampling.seed + choice) & _SEED_MASK)
-
-
-async def _merge(
-    client: EngineClient, requests: list[Generate]
-) -> AsyncGenerator[tuple[int, Delta], None]:
-    """Interleave the deltas of several engine requests; the common case of one costs nothing."""
-    if len(requests) == 1:
-        async with aclosing(_generator(client, requests[0])) as deltas:
-            async for delta in deltas:
-                yield 0, delta
-        return
-    # Bounded, so that a slow reader slows its own requests down instead of filling the memory.
-    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(
-        4 * len(requests)
-    )
-    tasks = [
-        asyncio.create_task(_pump(client, request, index, queue))
-        for index, request in enumerate(requests)
-    ]
-    running = len(tasks)
-    try:
-        while running:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _pump(client: EngineClient, request: Generate, index: int, queue: asyncio.Queue) -> None:
-    try:
-        async with aclosing(_generator(client, request)) as deltas:
-            async for delta in deltas:
-                await queue.put((index, delta))
-    except Exception as exc:  # handed to the reader, which raises it
-        await queue.put(exc)
-    else:
-        await queue.put(None)
-
-
-def _generator(client: EngineClient, request: Generate) -> AsyncGenerator[Delta, None]:
-    """Name the fact that a replica's iterator can be closed early, which cancels the request."""
-    return cast("AsyncGenerator[Delta, None]", client.generate(request))
