@@ -103,14 +103,15 @@ class SqliteStore:
         adds: Mapping[PeriodKey, int],
     ) -> None:
         cursor = self._cursor
-        for row in rows:
-            cursor.execute(_INSERT, row)
-        for key, (reserved, spent) in moves.items():
-            if reserved or spent:
-                cursor.execute(_MOVE, (*key, reserved, spent))
-        for key, used in adds.items():
-            if used:
-                cursor.execute(_ADD, (*key, used))
+        if rows:
+            cursor.executemany(_INSERT, rows)
+        if moves:
+            cursor.executemany(
+                _MOVE,
+                [(*key, *amounts) for key, amounts in moves.items() if amounts[0] or amounts[1]],
+            )
+        if adds:
+            cursor.executemany(_ADD, [(*key, used) for key, used in adds.items() if used])
         cursor.execute("COMMIT")
 
     def rollback(self) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from mxn.ledger.types import CloseReason, Ledger, LimitState, Principal
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from mxn.serve.traffic import Traffic
 
 
-@dataclass(slots=True, kw_only=True)
-class Hop:
+class Hop(msgspec.Struct, kw_only=True):
     """One replica that took part in a request."""
 
     replica: str
@@ -29,11 +29,10 @@ class Hop:
     reason: str = ""  # why the router chose it, such as "prefix 512 of 600 tokens"
     resumed_tokens: int = 0  # tokens that were made before this replica took over
     is_takeover: bool = False  # an earlier replica of this request was lost
-    begun_s: float = field(default_factory=time.perf_counter)
+    begun_s: float = msgspec.field(default_factory=time.perf_counter)
 
 
-@dataclass(slots=True, kw_only=True)
-class RequestContext:
+class RequestContext(msgspec.Struct, kw_only=True):
     """Filled on the way; read for response headers, the ledger, traces and logs."""
 
     request_id: str = "?"
@@ -41,7 +40,7 @@ class RequestContext:
     ledger: Ledger | None = None  # where this request is accounted; None: nowhere
     endpoint: str = ""
     model: str = ""
-    arrived_s: float = field(default_factory=time.perf_counter)
+    arrived_s: float = msgspec.field(default_factory=time.perf_counter)
     upstream_s: float = 0.0  # time spent waiting for replicas, which is not the gateway's own
     queue_s: float = 0.0  # the part of it before a replica had room
     ledger_open_begun_s: float = 0.0  # 0: never; on the clock of `time.perf_counter`
@@ -49,9 +48,9 @@ class RequestContext:
     ledger_settle_begun_s: float = 0.0
     ledger_settle_s: float = 0.0
     deadline_s: float | None = None  # on the clock of `time.monotonic`
-    hops: list[Hop] = field(default_factory=list)
+    hops: list[Hop] = msgspec.field(default_factory=list)
     limits: tuple[LimitState, ...] = ()
-    headers: dict[str, str] = field(default_factory=dict)  # added to the answer, lower case
+    headers: dict[str, str] = msgspec.field(default_factory=dict)  # added to the answer, lower case
     is_batch: bool = False  # a line of a batch: low priority, progress is not noted
     batch_id: str | None = None
     usage_id: str | None = None  # of the row in the ledger; None: the id of the answer

@@ -31,4 +31,6 @@ def _joined(names: Iterable[str]) -> str:
 
 def _clean(text: str) -> str:
     """Return `text` as a header value: printable ASCII, not endless."""
+    if len(text) <= _MAX_CHARS and text.isascii() and text.isprintable():
+        return text
     return "".join(char if " " <= char <= "~" else "?" for char in text[:_MAX_CHARS])
