@@ -3,7 +3,8 @@
 mxn runs with keys, prices, a money budget, a token budget and its ledger on (SQLite, or PostgreSQL
 with --database). LiteLLM runs as its documentation recommends for production, as many
 workers as cores; without a database it keeps no accounts. For each number of connections: the stub
-directly, mxn, LiteLLM; every answer is checked while it is measured.
+directly, mxn, LiteLLM, in each of several rounds; of each the round with the median rate counts,
+and every answer is checked while it is measured.
 
     python bench/gateway/run.py --litellm /path/to/litellm --out bench/results/gateway.json
 """
@@ -161,7 +162,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="of mxn")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--kinds", nargs="+", default=["chat", "stream"])
-    parser.add_argument("--seconds", type=float, default=10.0, help="for the stub and mxn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for the stub and mxn")
     parser.add_argument("--peer-seconds", type=float, default=30.0)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--out", type=Path)
@@ -177,21 +179,30 @@ def main() -> None:
             targets["litellm"] = stack.enter_context(litellm(options.litellm, stub, folder, cores))
         for kind in options.kinds:
             for connections in options.connections:
-                found = {}
-                for name, target in targets.items():
-                    seconds = options.peer_seconds if name == "litellm" else options.seconds
-                    found[name] = one(name, target, kind, connections, seconds, options.chunks)
-                rows.append(_row(kind, connections, found))
+                found: dict[str, list[Result]] = {name: [] for name in targets}
+                for _ in range(options.rounds):
+                    for name, target in targets.items():
+                        seconds = options.peer_seconds if name == "litellm" else options.seconds
+                        found[name].append(
+                            one(name, target, kind, connections, seconds, options.chunks)
+                        )
+                medians = {name: _median(results) for name, results in found.items()}
+                rows.append(_row(kind, connections, medians))
     report = {
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "workers": options.workers,
+        "rounds": options.rounds,
         "database": "sqlite" if options.database is None else options.database.partition(":")[0],
         "rows": rows,
     }
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["rows"], indent=1) if not options.out else f"wrote {options.out}")
+
+
+def _median(results: list[Result]) -> Result:
+    return sorted(results, key=lambda result: result.rate_per_s)[(len(results) - 1) // 2]
 
 
 def _row(kind: str, connections: int, found: dict[str, Result]) -> dict[str, Any]:

@@ -87,9 +87,16 @@ class RateLimitError(MxnError):
 
 
 class QuotaError(MxnError):
-    """A budget has no room for this request."""
+    """A budget has no room for this request. `retry_after_s`: only requests under way hold the
+    room, so it may be there soon; None: it is spent."""
 
     code = "insufficient_quota"
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class OverloadedError(MxnError):

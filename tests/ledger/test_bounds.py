@@ -8,13 +8,13 @@ import logging
 
 import pytest
 
-from mxn.errors import QuotaError, UserError
+from mxn.errors import ConfigError, QuotaError, UserError
 from mxn.ledger import rollup, statements
 from mxn.ledger.balance import check
 from mxn.ledger.bounds import MAX_COST_MICRO, MAX_SUM, MAX_TOKENS, bounded
 from mxn.ledger.moments import now_us
 from mxn.ledger.pricing import Applied, cost
-from mxn.ledger.schema import budget_periods
+from mxn.ledger.schema import budget_periods, prices
 from mxn.ledger.sql_ledger import SqlLedger
 from mxn.ledger.types import Settlement
 from support.ledgers import complete, count_rows, period_of, row_of, try_open
@@ -141,3 +141,35 @@ def test_a_request_that_may_run_anywhere_reserves_for_every_chip_with_a_price(da
 
     run(database, scenario)
     assert period_of(database, budget) == (0, 100)
+
+
+def mixed(database, tenant):
+    """Return a usage whose prices, its own and its base's, are in two currencies."""
+    tenant.price("input", 1_000_000, model="base", currency="USD")
+    tenant.price("output", 2_000_000, model="ada", currency="EUR")
+    return {"model": "ada", "base": "base"}
+
+
+def test_prices_that_cannot_be_added_refuse_a_request_before_it_runs(database, tenant):
+    usage = mixed(database, tenant)
+
+    async def scenario(ledger):
+        with pytest.raises(ConfigError, match="EUR and USD"):
+            await ledger.open(tenant.usage(10, 10, **usage))
+
+    run(database, scenario)
+    assert count_rows(database) == 0
+
+
+def test_prices_that_stop_adding_up_leave_no_row_open(database, tenant):
+    async def scenario(ledger):
+        ticket = await ledger.open(tenant.usage(10, 10, model="ada", base="base"))
+        mixed(database, tenant)
+        with database.begin() as connection:
+            connection.execute(prices.update().values(valid_from_us=0))
+        await asyncio.to_thread(ledger.cache.refresh)
+        receipt = await ledger.settle(ticket, complete(10, 10))
+        assert (receipt.cost_micro, receipt.currency) == (10, "USD")
+
+    run(database, scenario)
+    assert count_rows(database, state="settled") == 1

@@ -38,9 +38,11 @@ class Tenant:
         with self.database.begin() as connection:
             return limits.set_limit(connection, subject, kind, per_minute, model=model)
 
-    def price(self, kind: str, micro: int, *, chip: str = "*", currency: str = "USD") -> None:
+    def price(
+        self, kind: str, micro: int, *, model: str = "*", chip: str = "*", currency: str = "USD"
+    ) -> None:
         now = now_us()
-        price = NewPrice(model="*", chip=chip, kind=kind, micro_per_million=micro,
+        price = NewPrice(model=model, chip=chip, kind=kind, micro_per_million=micro,
                          currency=currency, valid_from_us=now)  # fmt: skip
         with self.database.begin() as connection:
             prices.set_prices(connection, [price], now_us=now)

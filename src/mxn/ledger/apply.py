@@ -16,6 +16,7 @@ from mxn.ledger.sql import Store, View
 from mxn.ledger.types import LimitState, Receipt, Ticket
 
 WINDOW_US = 60_000_000
+_RESERVED_S = 1.0  # after which requests under way may have given room back
 
 
 class _Moves:
@@ -184,5 +185,6 @@ def _no_quota(budget: Budget, reserved: int, spent: int, amount: int) -> QuotaEr
         f"budget {budget.id} of {budget.subject} is {show(budget.limit_amount)}{period}: "
         f"{show(spent)} spent, {show(reserved)} reserved by requests under way, {show(left)} left; "
         f"this request may need {show(amount)}",
+        retry_after_s=_RESERVED_S if spent + amount <= budget.limit_amount else None,
         hint="lower max_tokens, or have the budget raised",
     )

@@ -6,11 +6,12 @@ than by completing, costs nothing.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import msgspec
 
-from mxn.errors import QuotaError
+from mxn.errors import ConfigError, QuotaError
 from mxn.ledger.apply import WINDOW_US
 from mxn.ledger.bounds import bounded, check_usage
 from mxn.ledger.operations import Opening, Settling
@@ -18,6 +19,7 @@ from mxn.ledger.periods import Periods
 from mxn.ledger.rules import Budget, Limit, Rules, Tariff
 from mxn.ledger.types import CloseReason, OpenUsage, Principal, Receipt, Settlement, Ticket
 
+log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 FREE = Tariff((0,) * 6, "", "{}")
 
@@ -36,6 +38,9 @@ def compose_opening(
     Raises: ConfigError, QuotaError, UserError for counts that cannot be.
     """
     check_usage(usage)
+    if rules.has_currencies:
+        for chip in usage.chips or ("", *rules.chips):
+            rules.tariff(usage.model, chip, now_us, usage.base)  # refused before it has run
     subjects = rules.subjects(usage)
     limits: tuple[tuple[Limit, int], ...] = ()
     budgets: tuple[tuple[Budget, int, int], ...] = ()
@@ -119,7 +124,7 @@ def compose_settling(
     used = bounded(usage.usage_id, used)
     tariff, micro, tokens = FREE, 0, 0
     if is_billed(used.reason, used.output_tokens):
-        tariff = rules.tariff(usage.model, used.chip, ticket.opened_us, usage.base)
+        tariff = _tariff(rules, ticket, used.chip)
         micro, tokens = tariff.cost(used), used.input_tokens + used.output_tokens
     row = (
         now_us, used.reason, used.status, used.chip, used.replica, used.input_tokens,
@@ -144,6 +149,18 @@ def compose_settling(
         ),
         future=future,
     )
+
+
+def _tariff(rules: Rules, ticket: Ticket, chip: str) -> Tariff:
+    """Return what prices a request that has run: it must be settled, whatever became of them."""
+    usage = ticket.usage
+    try:
+        return rules.tariff(usage.model, chip, ticket.opened_us, usage.base)
+    except ConfigError as error:
+        log.error("usage row %s is priced in part: %s", usage.usage_id, error)
+        return rules.tariff(
+            usage.model, chip, ticket.opened_us, usage.base, is_one_currency=True
+        )  # fmt: skip
 
 
 def spent_of(

@@ -103,13 +103,14 @@ class Rules:
         self._budgets = budgets
         self._prices = prices
         self.chips = tuple(sorted({price.chip for price in prices} - {ANY}))  # that have prices
+        self.has_currencies = len({price.currency for price in prices}) > 1
         ends = (price.valid_to_us for price in prices)
         self._bounds = sorted(
             {price.valid_from_us for price in prices} | {end for end in ends if end is not None}
         )
         self._states: dict[str, KeyState] = {}
         self._subjects: dict[tuple[str | None, ...], Subjects] = {}
-        self._tariffs: dict[tuple[str, str, str, int], Tariff] = {}
+        self._tariffs: dict[tuple[str, str, str, int, bool], Tariff] = {}
 
     def key(self, digest: str) -> KeyState | None:
         """Return what is known of the key with this digest."""
@@ -142,19 +143,25 @@ class Rules:
         budgets = [budget for place in named for budget in self._budgets.get(place, ())]
         return Subjects(tuple(limits), tuple(budgets))
 
-    def tariff(self, model: str, chip: str, at_us: int, base: str = "") -> Tariff:
+    def tariff(
+        self, model: str, chip: str, at_us: int, base: str = "", *, is_one_currency: bool = False
+    ) -> Tariff:
         """Return the prices that held at a time; without any, everything is free.
 
-        `base` is the model whose prices count where `model` has none.
+        `base` is the model whose prices count where `model` has none. `is_one_currency`: only
+        prices in the currency of the first kind that has one.
 
         Raises: ConfigError when they are in several currencies.
         """
-        memo = (model, chip, base, bisect.bisect_right(self._bounds, at_us))
+        memo = (model, chip, base, bisect.bisect_right(self._bounds, at_us), is_one_currency)
         found = self._tariffs.get(memo)
         if found is None:
             if len(self._tariffs) >= _MAX_MEMO:
                 self._tariffs.clear()
             applied = choose_all(self._prices, model, chip, at_us, base=base)
+            if is_one_currency:
+                first = next((one.currency for one in applied.values()), "")
+                applied = {kind: one for kind, one in applied.items() if one.currency == first}
             found = self._tariffs[memo] = _tariff(applied)
         return found
 

@@ -232,7 +232,12 @@ class SqlLedger:
         """Settle rows that nobody else will. In the keeper's thread."""
         now_us = self._now_us()
         rules = self.cache.rules
-        found = [compose_orphan(rules, row, reason=reason, now_us=now_us) for row in rows]
+        found = []
+        for row in rows:
+            try:
+                found.append(compose_orphan(rules, row, reason=reason, now_us=now_us))
+            except Exception:  # one that cannot be settled must not keep the others open
+                log.exception("usage row %s cannot be settled", row.id)
         self._loop.call_soon_threadsafe(self._submit_orphans, found)
 
     def _submit_orphans(self, found: list[Settling]) -> None:

@@ -156,6 +156,18 @@ class FileStore:
         self._remove([file_id])
         return True
 
+    def delete_named(self, project_id: str, purpose: str, filename: str) -> int:
+        """Remove the files of a project with this name and purpose; return how many."""
+        query = select(files.c.id).where(
+            files.c.project_id == project_id,
+            files.c.purpose == purpose,
+            files.c.filename == filename,
+        )
+        with self._database.read() as connection:
+            found = list(connection.execute(query).scalars())
+        self._remove(found)
+        return len(found)
+
     def read(self, file_id: str) -> Iterator[bytes]:
         """Yield a file's chunks in order."""
         number = 0
@@ -232,11 +244,13 @@ def _is_expired(row: Row) -> bool:
 
 def _chunks(parts: Iterable[bytes]) -> Iterator[bytes]:
     """Cut any parts into chunks of the stored size."""
-    rest = b""
+    rest = bytearray()
     for part in parts:
         rest += part
-        while len(rest) >= CHUNK_BYTES:
-            yield rest[:CHUNK_BYTES]
-            rest = rest[CHUNK_BYTES:]
+        start = 0
+        while len(rest) - start >= CHUNK_BYTES:
+            yield bytes(rest[start : start + CHUNK_BYTES])
+            start += CHUNK_BYTES
+        del rest[:start]
     if rest:
-        yield rest
+        yield bytes(rest)

@@ -30,6 +30,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     input_file_id: str
     output_expires_s: int | None
     expires_us: int
+    has_lines: bool  # its file was checked, and its lines are in the database
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):

@@ -136,7 +136,7 @@ class LineRunner:
             response=LineResponse(
                 status_code=status,
                 request_id=headers.get("x-request-id", usage_id),
-                body=msgspec.Raw(body),
+                body=_on_one_line(body),
             ),
             error=None,
         )
@@ -147,13 +147,20 @@ class LineRunner:
 
     async def _was_paid(self, line: Line) -> bool:
         """Return whether an earlier attempt was paid for, once its row is closed: by the gateway
-        that ran it, or by the ledger's sweep when that one is gone."""
+        that ran it, or by the ledger's sweep when that one is gone. A batch that must stop waits
+        for it a few minutes only."""
         if line.usage_id is None:
             return False
+        stops_s = 0.0
         while True:
             state = await self._patiently(self._batches.state_of, line.usage_id)
             if state != "open":
                 return state == "paid"
+            if self._lease.must_stop:
+                stops_s = stops_s or time.monotonic() + _PAID_PATIENCE_S
+                if time.monotonic() > stops_s:
+                    log.error("row %s of batch %s stays open", line.usage_id, self._held.id)
+                    return False
             await asyncio.sleep(_LOOK_S)
 
     async def _answer(self, line: Line, paid_id: str | None) -> tuple[str, Answer] | None:
@@ -195,6 +202,15 @@ class LineRunner:
             usage_id=usage_id,
             is_billed=is_billed,
         )
+
+
+def _on_one_line(body: bytes) -> msgspec.Raw:
+    """Return a body as JSON for one line of a file; what is no JSON becomes a string."""
+    try:
+        msgspec.json.decode(body)
+        return msgspec.Raw(msgspec.json.format(body, indent=-1) if b"\n" in body else body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return msgspec.Raw(msgspec.json.encode(body.decode(errors="replace")))
 
 
 def _passes_by_itself(answer: Answer) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import case, delete, func, insert, select, update
 
 from mxn.ledger.database import Database
 from mxn.ledger.tables_batch import batch_lines, batches
@@ -145,6 +145,7 @@ class BatchStore(LineStore):
             input_file_id=row.input_file_id,
             output_expires_s=row.output_expires_s,
             expires_us=row.expires_us,
+            has_lines=row.in_progress_us is not None,
         )
 
     def renew(self, held: Held, lease_s: float) -> str | None:
@@ -177,8 +178,8 @@ class BatchStore(LineStore):
         self._update(held, status="failed", failed_us=now_us(), errors=body, lease_us=0)
 
     def begin(self, held: Held, model: str | None, lines: list[tuple[str, str]]) -> bool:
-        """Enter the checked lines and go to `in_progress`; False when it was cancelled meanwhile
-        or is another gateway's."""
+        """Enter the checked lines and go to `in_progress`, unless it was cancelled meanwhile; False
+        when it is another gateway's."""
         rows = [
             {"batch_id": held.id, "line": at, "custom_id": custom_id, "body": body,
              "state": "pending"}
@@ -188,7 +189,7 @@ class BatchStore(LineStore):
         for start in range(0, len(rows), step):
             end = start + step
             with self._database.begin() as connection:
-                if not self._keep_validating(connection, held, status="validating"):
+                if not self.lock(connection, held):
                     return False
                 connection.execute(  # of a gateway that died while it entered them
                     delete(batch_lines).where(
@@ -199,18 +200,10 @@ class BatchStore(LineStore):
                 )
                 connection.execute(insert(batch_lines), rows[start:end])
         values = {"in_progress_us": now_us(), "model": model, "total": len(rows)}
-        with self._database.begin() as connection:
-            return self._keep_validating(connection, held, status="in_progress", **values)
-
-    @staticmethod
-    def _keep_validating(connection: Connection, held: Held, **values: Any) -> bool:
-        """Change a batch that is still this gateway's and still being checked."""
-        change = update(batches).where(
-            batches.c.id == held.id,
-            batches.c.fence == held.fence,
-            batches.c.status == "validating",
+        is_new = batches.c.status == "validating"
+        return self._update(
+            held, status=case((is_new, "in_progress"), else_=batches.c.status), **values
         )
-        return connection.execute(change.values(**values)).rowcount == 1
 
     def to_finalizing(self, held: Held) -> bool:
         """Begin to write the files; False while a line has no result, or when the batch is another

@@ -30,6 +30,7 @@ log = logging.getLogger("mxn.serve.batch")
 
 LEASE_S = 30.0
 _POLL_S = 2.0
+_RESULTS = 32  # read at once; one of embeddings may have megabytes
 
 
 class BatchWorker:
@@ -54,6 +55,7 @@ class BatchWorker:
         self._lease_s = lease_s
         self._max_batches = max_batches
         self.max_line_bytes = MAX_LINE_BYTES
+        self._checking = asyncio.Lock()
         self._wake = asyncio.Event()
         self._is_stopping = False
         self._task: asyncio.Task[None] | None = None
@@ -135,8 +137,10 @@ class BatchWorker:
             log.warning("batch %s could not be given back", held.id, exc_info=True)
 
     async def _advance(self, held: Held, lease: Lease) -> None:
-        if held.status == "validating" and not await self._validate(held):
-            return
+        if not held.has_lines:
+            if not await self._validate(held):
+                return
+            lease.note(await asyncio.to_thread(self._batches.renew, held, self._lease_s))
         lines = LineRunner(self._batches, self._call, held, lease, concurrency=self._concurrency)
         await lines.run()
         lease.note(await asyncio.to_thread(self._batches.renew, held, self._lease_s))
@@ -144,21 +148,28 @@ class BatchWorker:
         await self._finish(held, is_cancelled=lease.is_cancelling)
 
     async def _validate(self, held: Held) -> bool:
-        """Check the file; return whether there is something to run or to finish."""
-        lines = self._files.lines(held.input_file_id, self.max_line_bytes)
-        checked = await asyncio.to_thread(
-            check_lines, lines, held.endpoint, max_line_bytes=self.max_line_bytes
-        )
-        if checked.errors:
-            await asyncio.to_thread(self._batches.fail, held, checked.errors)
-            return False
-        await asyncio.to_thread(self._batches.begin, held, checked.model, checked.lines)
+        """Check the file; return whether there is something to run or to finish.
+
+        Raises: LeaseLostError.
+        """
+        async with self._checking:  # a file may have 200 MB, and all of it is held
+            lines = self._files.lines(held.input_file_id, self.max_line_bytes)
+            checked = await asyncio.to_thread(
+                check_lines, lines, held.endpoint, max_line_bytes=self.max_line_bytes
+            )
+            if checked.errors:
+                await asyncio.to_thread(self._batches.fail, held, checked.errors)
+                return False
+            begin = self._batches.begin
+            if not await asyncio.to_thread(begin, held, checked.model, checked.lines):
+                raise LeaseLostError
         return True
 
     async def _finish(self, held: Held, *, is_cancelled: bool) -> None:
-        is_expired = now_us() > held.expires_us
-        if is_cancelled or is_expired:
-            await asyncio.to_thread(self._fail_rest, held, is_expired=not is_cancelled)
+        is_expired = False
+        if is_cancelled or now_us() > held.expires_us:
+            num_left = await asyncio.to_thread(self._fail_rest, held, is_expired=not is_cancelled)
+            is_expired = num_left > 0
         if not await asyncio.to_thread(self._batches.to_finalizing, held):
             raise LeaseLostError  # or a line has no result, which the next attempt gives it
         output = await asyncio.to_thread(self._write, held, "completed")
@@ -168,13 +179,17 @@ class BatchWorker:
             for file_id in filter(None, (output, errors)):  # nobody would find them
                 await asyncio.to_thread(self._files.delete, file_id, held.principal.project_id)
 
-    def _fail_rest(self, held: Held, *, is_expired: bool) -> None:
-        """Give every line that was not run its place in the error file. Raises: LeaseLostError."""
+    def _fail_rest(self, held: Held, *, is_expired: bool) -> int:
+        """Give every line that was not run its place in the error file; return how many there
+        were. Raises: LeaseLostError."""
         error = self._why(held, is_expired=is_expired)
+        num = 0
         while lines := self._batches.next_lines(held, 0, PAGE):
             results = [(line.line, _not_run(line.custom_id, error)) for line in lines]
             if not self._batches.fail_rest(held, results):
                 raise LeaseLostError
+            num += len(lines)
+        return num
 
     def _why(self, held: Held, *, is_expired: bool) -> LineError:
         code, why = "batch_cancelled", "the batch was cancelled"
@@ -189,11 +204,13 @@ class BatchWorker:
         first = self._batches.results(held, state, 0, 1)
         if not first:
             return None
-        kind = "output" if state == "completed" else "error"
+        name = f"{held.id}_{'output' if state == 'completed' else 'error'}.jsonl"
+        # Of an attempt that wrote them and could not enter them: nobody would find them.
+        self._files.delete_named(held.principal.project_id, "batch_output", name)
         file = self._files.write(
             self._result_parts(held, state),
             owner=held.principal,
-            filename=f"{held.id}_{kind}.jsonl",
+            filename=name,
             purpose="batch_output",
             expires_after_s=held.output_expires_s,
             has_quota=False,
@@ -202,8 +219,9 @@ class BatchWorker:
 
     def _result_parts(self, held: Held, state: str) -> Iterator[bytes]:
         after = 0
-        while page := self._batches.results(held, state, after, PAGE):
-            yield b"".join(result.encode() + b"\n" for _, result in page)
+        while page := self._batches.results(held, state, after, _RESULTS):
+            for _, result in page:
+                yield result.encode() + b"\n"
             after = page[-1][0]
 
 

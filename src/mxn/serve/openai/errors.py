@@ -175,8 +175,10 @@ def _refusal(exc: MxnError) -> ApiError | None:
     if isinstance(exc, ForbiddenError):
         return ApiError(text, status=403, type="permission_error", code=exc.code)
     if isinstance(exc, QuotaError):
-        # A retry cannot help, and official clients would try again.
+        # Where it is spent a retry cannot help, and official clients would try again.
         headers = {"x-should-retry": "false"}
+        if exc.retry_after_s is not None:
+            headers = _retry_headers(exc.retry_after_s)
         return ApiError(text, status=429, type="insufficient_quota", code=exc.code, headers=headers)
     if isinstance(exc, RateLimitError):
         headers = _retry_headers(exc.retry_after_s)
