@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import ssl
 import subprocess
@@ -164,11 +165,31 @@ def test_a_gateway_that_is_stopped_ends_its_streams_first(tmp_path, far, workers
         stream = Stream(url)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
-        with pytest.raises(httpx.TransportError):
+        asked_s = time.monotonic()
+        with pytest.raises(httpx.ConnectError):
             ask(url, 1)
+        assert time.monotonic() - asked_s < 0.5
         check_whole(stream)
         assert process.wait(10) == 0
     assert "Traceback" not in log.read_text()
+
+
+def test_ctrl_c_in_a_terminal_ends_streams_first_too(tmp_path, far):
+    with gateway(tmp_path, far, "--workers", "2") as (url, process, log):
+        wait_until_ready(url)
+        stream = Stream(url)
+        for pid in {process.pid, *group_of(process)}:  # as a terminal does, to the whole group
+            os.kill(pid, signal.SIGINT)
+        check_whole(stream)
+        assert process.wait(10) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def group_of(process):
+    """Return the processes in the group of `process` that it has started."""
+    group = os.getpgid(process.pid)
+    found = [child.pid for child in psutil.Process(process.pid).children()]
+    return [pid for pid in found if os.getpgid(pid) == group]
 
 
 def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path, far):

@@ -18,6 +18,7 @@ from mxn.ledger.types import OpenUsage, Principal, Settlement
 from mxn.serve.batch import files as files_module
 from mxn.serve.batch import lines as lines_module
 from mxn.serve.batch.files import FileStore
+from mxn.serve.batch.lease import LeaseLostError
 from mxn.serve.batch.store import BatchStore
 from mxn.serve.batch.types import BatchRequest
 from mxn.serve.batch.worker import BatchWorker
@@ -195,6 +196,28 @@ def test_a_batch_whose_lines_all_ran_is_completed_however_late(database):
 
     found = run(database, store, call, made)
     assert (found.status, found.request_counts.completed) == ("completed", 2)
+
+
+def test_an_expired_batch_stays_expired_when_its_end_is_interrupted(database):
+    made, store = make(database, 3), BatchStore(database)
+    held = store.claim("gone", 30.0)
+    store.begin(held, "m", [(str(i), '{"model":"m"}') for i in range(3)])
+    with database.begin() as connection:
+        connection.execute(update(table).values(expires_us=1))
+    store.fail_rest(held, [(i, "{}") for i in (1, 2, 3)], is_expired=True)
+    store.release(held)
+    assert run(database, store, fine, made).status == "expired"
+
+
+def test_a_gateway_that_lost_its_batch_leaves_the_files_alone(database):
+    made, store = make(database, 2), BatchStore(database)
+    stale = store.claim("paused", 30.0)
+    store.release(stale)
+    found = run(database, store, fine, made)
+    worker = BatchWorker(FileStore(database), store, fine, gateway_id="paused")
+    with pytest.raises(LeaseLostError):
+        worker._write(stale, "completed")
+    assert text_of(database, found.output_file_id).count("\n") == 2
 
 
 def test_files_are_cut_into_chunks_without_copying_them_again_and_again(monkeypatch):

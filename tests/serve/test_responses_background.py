@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import sqlite3
 import time
 from contextlib import contextmanager
 
@@ -157,6 +159,39 @@ def test_one_that_is_cancelled_before_its_first_step_is_final_too(database, tena
         assert client.cancel(made["id"])["status"] == "cancelled"
         assert client.get(made["id"])["status"] == "cancelled"
         until(lambda: (row := row_of(database, made["id"])) is None or row.cost_micro == 0)
+
+
+def test_what_was_cancelled_is_neither_paid_nor_read(database, tenant):
+    with serving(database, tenant, token_s=0.05) as client:
+        name = client.begin(max_output_tokens=500).json()["id"]
+        client.until(name, "in_progress")
+        time.sleep(0.5)
+        assert client.cancel(name)["status"] == "cancelled"
+        found = client.get(name)
+        assert (found["output"], found["usage"]) == ([], None)
+        until(lambda: row_of(database, name).state != "open")
+    assert row_of(database, name).cost_micro == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_be_stored_is_delivered_all_the_same(
+    database, tenant, monkeypatch, stream
+):
+    def refuses(self, project, stored):
+        raise OperationalError("INSERT", {}, sqlite3.OperationalError("database is locked"))
+
+    monkeypatch.setattr(SqlStore, "put", refuses)
+    with serving(database, tenant) as client:
+        answer = client.begin(background=False, stream=stream)
+        assert answer.status_code == 200
+        if stream:
+            events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+            found = json.loads(events[-1])["response"]
+        else:
+            found = answer.json()
+        assert found["status"] == "incomplete"
+        assert found["store"] is False
+        assert found["usage"]["output_tokens"] == 4
 
 
 def test_another_server_can_cancel_and_delete(database, tenant):

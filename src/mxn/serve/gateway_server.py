@@ -61,6 +61,7 @@ def run_gateway(config: GatewayConfig, announce: Callable[[str], None]) -> None:
         supervise(
             lambda index: _serve(config, specs, sock, lambda _: None, Peers(sockets, index)),
             config.workers,
+            on_end=sock.close,  # else connections that no worker takes any more would hang
         )
 
 

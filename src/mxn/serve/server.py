@@ -106,18 +106,20 @@ class Server(uvicorn.Server):
         self._on_drain = on_drain
         self._leave_s = leave_s
         self._scheme = "https" if tls else "http"
-        self._is_leaving = False
+        self._leaving: threading.Timer | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On the first signal say that we leave; on the second end at once."""
         if self._on_drain is not None:
             self._on_drain()
-        if not self._leave_s or self._is_leaving:
+        if not self._leave_s or self._leaving is not None:
+            if self._leaving is not None:
+                self._leaving.cancel()
             super().handle_exit(sig, frame)
             return
-        self._is_leaving = True
         handle = functools.partial(super().handle_exit, sig, frame)
-        threading.Timer(self._leave_s, handle).start()
+        self._leaving = threading.Timer(self._leave_s, handle)
+        self._leaving.start()
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -21,11 +21,14 @@ _LIVES_S = 5.0  # a child that dies sooner than this after its start is not star
 _PAUSE_S = 1.0
 
 
-def supervise(work: Callable[[int], None], count: int) -> int:
+def supervise(
+    work: Callable[[int], None], count: int, on_end: Callable[[], None] = lambda: None
+) -> int:
     """Run `work(index)` in `count` forked processes until a signal; return the exit status.
 
-    SIGTERM and SIGINT are passed on, and the children's ends awaited. Call it before any thread or
-    event loop exists.
+    SIGTERM and SIGINT are passed on, and the children's ends awaited. `on_end` is called at the
+    first of them: the place to close what the parent holds open, such as a listening socket. Call
+    it before any thread or event loop exists.
     """
     children: dict[int, tuple[int, float]] = {}  # pid → (index, started)
     is_ending = False
@@ -33,6 +36,8 @@ def supervise(work: Callable[[int], None], count: int) -> int:
 
     def end(signum: int, _: object) -> None:
         nonlocal is_ending
+        if not is_ending:
+            on_end()
         is_ending = True
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
@@ -83,6 +88,7 @@ def _child(work: Callable[[int], None], index: int, life: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent alone, which passes it on once
         threading.Thread(target=_end_with_parent, args=(life,), daemon=True).start()
         work(index)
         status = 0

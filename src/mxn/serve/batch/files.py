@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
@@ -156,17 +156,25 @@ class FileStore:
         self._remove([file_id])
         return True
 
-    def delete_named(self, project_id: str, purpose: str, filename: str) -> int:
-        """Remove the files of a project with this name and purpose; return how many."""
-        query = select(files.c.id).where(
-            files.c.project_id == project_id,
-            files.c.purpose == purpose,
-            files.c.filename == filename,
+    def delete_named(
+        self, project_id: str, purpose: str, filename: str, may: Callable[[Connection], bool]
+    ) -> bool:
+        """Remove the files of a project with this name and purpose.
+
+        `may` is asked in the transaction that takes them away; False: nothing was done.
+        """
+        named = (
+            (files.c.project_id == project_id)
+            & (files.c.purpose == purpose)
+            & (files.c.filename == filename)
         )
-        with self._database.read() as connection:
-            found = list(connection.execute(query).scalars())
+        with self._database.begin() as connection:
+            if not may(connection):
+                return False
+            found = list(connection.execute(select(files.c.id).where(named)).scalars())
+            connection.execute(update(files).where(named).values(status=_DELETED))
         self._remove(found)
-        return len(found)
+        return True
 
     def read(self, file_id: str) -> Iterator[bytes]:
         """Yield a file's chunks in order."""

@@ -5,6 +5,7 @@ Every write names the fence of who holds the batch, see `store`.
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal
 
 import msgspec
@@ -30,6 +31,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     input_file_id: str
     output_expires_s: int | None
     expires_us: int
+    is_expired: bool  # some lines got no answer because their time was over
     has_lines: bool  # its file was checked, and its lines are in the database
 
 
@@ -82,7 +84,9 @@ class LineStore:
     def end_line(self, held: Held, line: int, state: str, result: str) -> bool:
         return self._set_line(held, line, state=state, result=result)
 
-    def fail_rest(self, held: Held, results: list[tuple[int, str]]) -> bool:
+    def fail_rest(
+        self, held: Held, results: list[tuple[int, str]], *, is_expired: bool = False
+    ) -> bool:
         """Give lines that are not done a result; False when the batch is another gateway's."""
         with self._database.begin() as connection:
             if not self.lock(connection, held):
@@ -94,6 +98,9 @@ class LineStore:
                     batch_lines.c.state.in_(OPEN),
                 )
                 connection.execute(change.values(state="failed", result=result))
+            if is_expired:
+                mine = update(batches).where(batches.c.id == held.id)
+                connection.execute(mine.values(expired_us=time.time_ns() // 1000))
         return True
 
     def results(self, held: Held, state: str, after: int, limit: int) -> list[tuple[int, str]]:

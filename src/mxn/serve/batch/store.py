@@ -145,6 +145,7 @@ class BatchStore(LineStore):
             input_file_id=row.input_file_id,
             output_expires_s=row.output_expires_s,
             expires_us=row.expires_us,
+            is_expired=row.expired_us is not None,
             has_lines=row.in_progress_us is not None,
         )
 

@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 import msgspec
 
@@ -166,10 +167,10 @@ class BatchWorker:
         return True
 
     async def _finish(self, held: Held, *, is_cancelled: bool) -> None:
-        is_expired = False
+        is_expired = held.is_expired
         if is_cancelled or now_us() > held.expires_us:
             num_left = await asyncio.to_thread(self._fail_rest, held, is_expired=not is_cancelled)
-            is_expired = num_left > 0
+            is_expired = is_expired or (num_left > 0 and not is_cancelled)
         if not await asyncio.to_thread(self._batches.to_finalizing, held):
             raise LeaseLostError  # or a line has no result, which the next attempt gives it
         output = await asyncio.to_thread(self._write, held, "completed")
@@ -186,7 +187,7 @@ class BatchWorker:
         num = 0
         while lines := self._batches.next_lines(held, 0, PAGE):
             results = [(line.line, _not_run(line.custom_id, error)) for line in lines]
-            if not self._batches.fail_rest(held, results):
+            if not self._batches.fail_rest(held, results, is_expired=is_expired):
                 raise LeaseLostError
             num += len(lines)
         return num
@@ -206,7 +207,9 @@ class BatchWorker:
             return None
         name = f"{held.id}_{'output' if state == 'completed' else 'error'}.jsonl"
         # Of an attempt that wrote them and could not enter them: nobody would find them.
-        self._files.delete_named(held.principal.project_id, "batch_output", name)
+        project, may = held.principal.project_id, partial(self._batches.lock, held=held)
+        if not self._files.delete_named(project, "batch_output", name, may):
+            raise LeaseLostError
         file = self._files.write(
             self._result_parts(held, state),
             owner=held.principal,

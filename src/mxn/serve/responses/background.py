@@ -186,6 +186,9 @@ class Background:
         except Exception as exc:
             error = from_exception(exc)
             builder.fail(error.code or "server_error", error.message, run.usage())
+        if builder.response.status in ("cancelled", "failed"):  # is not paid: cannot be read either
+            builder.response.output = []
+            builder.response.usage = None
         work.is_making = False
 
     def _mark(self, work: _Work) -> None:

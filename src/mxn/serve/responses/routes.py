@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
@@ -38,6 +40,8 @@ from mxn.serve.responses.types import (
 )
 from mxn.serve.served import ServedModel
 from mxn.serve.state import State
+
+log = logging.getLogger("mxn.serve.responses")
 
 
 class ResponseRoutes:
@@ -171,7 +175,11 @@ class ResponseRoutes:
         if body.store is False:
             return
         stored = Stored(response=response, input=items_of(body))
-        await asyncio.to_thread(self._store.put, project, stored)
+        try:
+            await asyncio.to_thread(self._store.put, project, stored)
+        except SQLAlchemyError:  # it is made and paid: whoever waits gets it, but nobody later
+            log.exception("the answer %s is delivered without being stored", response.id)
+            response.store = False
 
     async def _find(self, request: Request) -> Stored:
         response_id = path_id(request, "response_id", "response")
