@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from support.databases import database, postgres, url
+
+__all__ = ["database", "postgres", "url"]
+
 # Two cores are the smallest machine the suite must run on: workers of a parallel run must not each
 # start a thread for every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -11,11 +11,10 @@ import sqlite3
 import time
 
 import pytest
-from sqlalchemy import create_engine, select, text, update
+from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
 import mxn.serve.batch.store as store_module
-from mxn.ledger.database import Database
 from mxn.ledger.keys import import_key
 from mxn.ledger.schema import api_keys, gateways, organizations, projects, usage
 from mxn.ledger.types import Principal
@@ -23,38 +22,9 @@ from mxn.serve.batch.files import FileStore
 from mxn.serve.batch.store import BatchStore
 from mxn.serve.batch.types import BatchRequest
 from mxn.serve.batch.worker import BatchWorker
-from support.postgres import Postgres, find_binaries
 
 URL = "/v1/completions"
 OWNER = Principal(key_id="k", org_id="o", project_id="p")
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    if find_binaries() is None:
-        pytest.skip("PostgreSQL is not installed: no initdb")
-    server = Postgres()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.remove()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request, tmp_path):
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path}/ledger.db"
-    else:
-        server, name = request.getfixturevalue("postgres"), f"t{time.monotonic_ns()}"
-        engine = create_engine(server.url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-        engine.dispose()
-        url = server.url.replace("/postgres?", f"/{name}?")
-    opened = Database.open(url)
-    yield opened
-    opened.close()
 
 
 def line(custom_id):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from sqlalchemy import create_engine, insert, select, text, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.exc import OperationalError
 
 from mxn.engine.echo import EchoEngine
@@ -30,39 +30,9 @@ from mxn.serve.served import ServedModel, ServedModels
 from mxn.serve.server import running
 from support.gateways import gateway
 from support.ledgers import make_tenant, row_of
-from support.postgres import Postgres, find_binaries
 from support.server import gateway_process
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    if find_binaries() is None:
-        pytest.skip("PostgreSQL is not installed: no initdb")
-    server = Postgres()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.remove()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request, tmp_path):
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path}/ledger.db"
-    else:
-        server = request.getfixturevalue("postgres")
-        name = f"background_{next(_numbers)}"
-        engine = create_engine(server.url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-        engine.dispose()
-        url = server.url.replace("/postgres?", f"/{name}?")
-    opened = Database.open(url)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
