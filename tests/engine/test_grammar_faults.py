@@ -124,7 +124,8 @@ def test_what_fails_later_ends_one_request_only(core, grammar, sampling, monkeyp
     assert failed.is_user_error
     assert failed.code == FAILED_CODE
     assert len(steps) == core.stats().steps_total - before  # nobody's work was done twice
-    assert not caplog.text
+    said = [record for record in caplog.records if record.name.startswith("mxn.engine")]
+    assert not said  # threads that other tests left may say something too
     assert core._runner.num_sequences == 0
 
 
