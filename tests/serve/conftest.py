@@ -85,7 +85,7 @@ def api(make_api: MakeApi) -> Api:
     return make_api()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # "broken" dies for good, so no two modules share it
 def server_url() -> Iterator[str]:
     models = ServedModels(
         [

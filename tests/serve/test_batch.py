@@ -174,7 +174,7 @@ def test_too_many_lines_are_refused():
 
 
 def test_a_cancelled_batch_keeps_what_was_done(client):
-    batch = run(client, [line(str(i), model="slow", max_tokens=8) for i in range(60)], wait=False)
+    batch = run(client, [line(str(i), model="slow", max_tokens=8) for i in range(400)], wait=False)
     while not client.batches.retrieve(batch.id).request_counts.completed:
         time.sleep(0.05)
     assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
@@ -182,7 +182,7 @@ def test_a_cancelled_batch_keeps_what_was_done(client):
     assert batch.status == "cancelled"
     done = results(client, batch.output_file_id)
     left = results(client, batch.error_file_id)
-    assert len(done) + len(left) == 60
+    assert len(done) + len(left) == 400
     assert left
     assert next(iter(left.values()))["error"]["code"] == "batch_cancelled"
 
