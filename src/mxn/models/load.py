@@ -17,6 +17,7 @@ from mxn.models.checkpoint import Checkpoint, read_json
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
+    from mxn.kernels.native.formats import ModelFormat
     from mxn.models.base import CausalLM, TextEncoder
 
 log = logging.getLogger("mxn.models")
@@ -49,16 +50,21 @@ def load_model(
     allow_fallback: bool = True,
     prefer_fallback: bool = False,
     max_context: int | None = None,
+    format: ModelFormat | None = None,
+    num_threads: int = 1,
 ) -> LoadedModel:
     """Load the model in `directory` onto `device`, computing in `dtype` ("float32", "bfloat16", …).
 
     `max_context`: the context somebody asked for; models whose positions depend on it adapt.
+    `format`: pack the weights for the native kernels of a processor, with `num_threads` threads.
     Raises: UnsupportedError, with the reason, for an architecture that can be served neither by a
     native spec nor through transformers, and for quantized weights that mxn does not read;
     NotFoundError for missing files or tensors.
     """
     checkpoint = Checkpoint(directory, on_progress=on_progress)
     refuse_quantization(checkpoint.config_json)
+    if format is not None:
+        return _load_packed(checkpoint, device, format, num_threads, max_context)
     loaded = _load(
         checkpoint, device, dtype, allow_fallback, prefer_fallback, max_context=max_context
     )
@@ -191,5 +197,53 @@ def _load_native(
         max_context=spec.max_positions,
         eos_ids=eos_ids(checkpoint.directory, checkpoint.config_json),
         kernels=ops.chosen(),
+        unused_tensors=tuple(checkpoint.unread),
+    )
+
+
+def _load_packed(
+    checkpoint: Checkpoint,
+    device: Device,
+    format: ModelFormat,
+    num_threads: int,
+    max_context: int | None,
+) -> LoadedModel:
+    """Load a decoder onto the native kernels. Raises: UnsupportedError with the reason."""
+    import torch
+
+    from mxn.kernels.native import library
+    from mxn.models.families import find_decoder, why_not_native
+    from mxn.models.families.config import fix_long_rope, load_config
+    from mxn.models.native.decoder import NativeDecoder
+
+    if device.torch_device != "cpu":
+        raise UnsupportedError(
+            f"packed weights ({format.weights}) run on processors, not on {device.id}",
+            hint="--device cpu, or leave out --weights",
+        )
+    family = find_decoder(checkpoint.config_json)
+    if family is None:
+        name = architecture(checkpoint.config_json)
+        reason = why_not_native(checkpoint.config_json) or "no native spec"
+        raise UnsupportedError(
+            f"packed weights need a native decoder; {name!r} has none: {reason}",
+            hint="leave out --weights",
+        )
+    config = load_config(checkpoint.directory, checkpoint.config_json)
+    fix_long_rope(config, max_context)
+    spec = family.spec(config)
+    with torch.inference_mode():
+        model = NativeDecoder.load(spec, family.names, checkpoint, format, num_threads)
+    _refuse_unused(family, len(spec.layers), checkpoint.unread)
+    return LoadedModel(
+        model=model,
+        kind="decoder",
+        family=spec.family,
+        is_native=True,
+        num_parameters=checkpoint.num_parameters,
+        dtype=str(format.weights),
+        max_context=spec.max_positions,
+        eos_ids=eos_ids(checkpoint.directory, checkpoint.config_json),
+        kernels={"step": f"native {library().variant()}: {format}"},
         unused_tensors=tuple(checkpoint.unread),
     )
