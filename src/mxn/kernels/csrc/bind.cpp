@@ -179,6 +179,25 @@ void bind_ops(nb::module_& m) {
         multiply_glu(pool, w, made, rows, at<float>(y), ldy, act);
       },
       nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "pack",
+      [](Pool& pool, uintptr_t rows, int64_t ld, uintptr_t order, int64_t num_blocks, int64_t k, int64_t k_padded,
+         int64_t group, int bits, uintptr_t data, uintptr_t scales, uintptr_t mins) {
+        const float* from = at<const float>(rows);
+        const int64_t* source = at<const int64_t>(order);
+        const int64_t block_bytes = k_padded * kLanes * bits / 8, per_block = k_padded / group * kLanes;
+        pool.run(num_blocks, [&](int64_t block, int) {
+          const float* sixteen[kLanes];
+          for (int i = 0; i < kLanes; ++i) {
+            const int64_t row = source[block * kLanes + i];
+            sixteen[i] = row < 0 ? nullptr : from + row * ld;
+          }
+          kernels().pack_block(sixteen, k, k_padded, group, bits, at<uint8_t>(data) + block * block_bytes,
+                               at<float>(scales) + block * per_block,
+                               mins ? at<float>(mins) + block * per_block : nullptr);
+        });
+      },
+      nb::call_guard<nb::gil_scoped_release>());
   m.def("rms_norm", [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t rows, int64_t n, float eps) {
     for (int64_t i = 0; i < rows; ++i) kernels().rms_norm(at<const float>(x) + i * n, at<const float>(w), at<float>(y) + i * n, n, eps);
   });

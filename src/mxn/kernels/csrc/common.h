@@ -115,6 +115,8 @@ struct Kernels {
   void (*attend)(const Attend&);
   void (*softcap)(float* x, int64_t n, float cap);
   float (*max)(const float* x, int64_t n);
+  void (*pack_block)(const float* const* rows, int64_t k, int64_t k_padded, int64_t group, int bits,
+                     uint8_t* data, float* scales, float* mins);
 };
 
 inline int64_t attend_scratch(int k_dim, int v_dim) {

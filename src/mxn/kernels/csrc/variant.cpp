@@ -16,6 +16,7 @@ void cache_write(const CacheShape&, uint8_t*, const int64_t*, int64_t, int, cons
 void attend(const Attend&);
 void softcap_row(float*, int64_t, float);
 float max_row(const float*, int64_t);
+void pack_block(const float* const*, int64_t, int64_t, int64_t, int, uint8_t*, float*, float*);
 }  // namespace MXN_NS
 
 #define MXN_JOIN(a, b) a##b
@@ -27,7 +28,7 @@ const Kernels& MXN_TABLE(MXN_NS)() {
   namespace v = MXN_NS;
   static const Kernels table{MXN_NAME(MXN_NS), v::tile_rows(), v::gemm, v::gemm_glu, v::rms_norm,
                              v::quantize, v::activate_row, v::add_row, v::rope, v::cache_write,
-                             v::attend, v::softcap_row, v::max_row};
+                             v::attend, v::softcap_row, v::max_row, v::pack_block};
   return table;
 }
 

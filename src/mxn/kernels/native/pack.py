@@ -6,21 +6,19 @@ features, G groups of D. Start at `pack`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mxn.kernels.native.formats import WeightFormat
-from mxn.kernels.native.library import library
+from mxn.kernels.native.library import library, pool
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LANES = 16
-_ROWS_AT_ONCE = 2048  # quantized in pieces that a cache holds
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range; the one with the least error is kept
 
 
 @dataclass(slots=True)
@@ -107,22 +105,27 @@ def pack(weight_FD: Tensor, wanted: WeightFormat, bias_F: Tensor | None = None) 
         return PackedWeight(
             wanted, out_features, in_features, data.view(torch.uint8).view(-1), bias=bias
         )
+    order = torch.full((blocks * LANES,), -1, dtype=torch.int64)
+    order[:out_features] = torch.arange(out_features)
+    return _quantize(weight_FD, order, out_features, wanted, bias)
+
+
+def _quantize(
+    weight_FD: Tensor, order: Tensor, out_features: int, wanted: WeightFormat, bias: Tensor | None
+) -> PackedWeight:
+    """Quantize the rows `order` of a matrix (-1: a row of zeros), 16 to a block."""
+    in_features, blocks = weight_FD.shape[1], len(order) // LANES
     width = padded_width(in_features, wanted)
-    data = torch.empty(blocks * LANES * width * wanted.bits // 8, dtype=torch.uint8)
-    num_groups = width // (wanted.group or width)
-    scales = torch.empty(blocks * LANES, num_groups)
-    mins = None if wanted.is_symmetric else torch.empty(blocks * LANES, num_groups)
-    row_bytes = width * wanted.bits // 8
-    for start in range(0, blocks * LANES, _ROWS_AT_ONCE):
-        end = min(start + _ROWS_AT_ONCE, blocks * LANES)
-        part = torch.zeros(end - start, width)
-        here = weight_FD[start:end]
-        part[: len(here), :in_features] = here
-        values, part_scales, part_mins = _quantize(part, wanted, num_groups)
-        scales[start:end] = part_scales
-        if mins is not None:
-            mins[start:end] = part_mins
-        data[start * row_bytes : end * row_bytes] = interleave(values, wanted.bits)
+    group = wanted.group or width
+    data = torch.empty(len(order) * width * wanted.bits // 8, dtype=torch.uint8)
+    scales = torch.empty(blocks, width // group, LANES)
+    mins = None if wanted.is_symmetric else torch.empty_like(scales)
+    rows = weight_FD.float().contiguous()
+    library().pack(
+        pool(torch.get_num_threads()),
+        rows.data_ptr(), rows.stride(0), order.data_ptr(), blocks, in_features, width, group,
+        wanted.bits, data.data_ptr(), scales.data_ptr(), 0 if mins is None else mins.data_ptr(),
+    )  # fmt: skip
     return assemble(wanted, out_features, in_features, data, scales, mins, bias)
 
 
@@ -131,49 +134,53 @@ def assemble(
     out_features: int,
     in_features: int,
     data: Tensor,
-    scales_FG: Tensor,
-    mins_FG: Tensor | None,
+    scales: Tensor,
+    mins: Tensor | None,
     bias: Tensor | None,
 ) -> PackedWeight:
-    """Return a weight from interleaved values and float32 scales of rows padded to 16.
+    """Return a weight from interleaved values and float32 scales and minima [F / 16, G, 16].
 
     Scales are kept as float16 times a common power of two, so that none leaves its range.
     """
-    top = float(scales_FG.abs().max()) if scales_FG.numel() else 0.0
-    if mins_FG is not None and mins_FG.numel():
-        top = max(top, float(mins_FG.abs().max()) / 2**6)
-    gain = 2.0 ** torch.tensor(top).log2().ceil().item() if 0 < top < float("inf") else 1.0
+    top = float(scales.abs().max()) if scales.numel() else 0.0
+    if mins is not None and mins.numel():
+        top = max(top, float(mins.abs().max()) / 2**6)
+    gain = 2.0 ** math.ceil(math.log2(top)) if 0 < top < math.inf else 1.0
     return PackedWeight(
         wanted,
         out_features,
         in_features,
         data,
-        _by_block(scales_FG / gain),
-        None if mins_FG is None else _by_block(mins_FG / gain),
+        (scales / gain).half(),
+        None if mins is None else (mins / gain).half(),
         bias,
         gain,
     )
 
 
 def pack_glu(
-    gate_FD: Tensor, up_FD: Tensor, wanted: WeightFormat, bias_2F: Tensor | None = None
+    gate_up_2FD: Tensor, wanted: WeightFormat, bias_2F: Tensor | None = None
 ) -> PackedWeight:
     """Return gate and up as one matrix in which blocks of 16 rows of each take turns."""
-    rows = glu_rows(gate_FD, up_FD)
-    bias = None if bias_2F is None else glu_rows(*bias_2F.unsqueeze(1).chunk(2)).squeeze(1)
-    return pack(rows, wanted, bias)
+    order = glu_order(len(gate_up_2FD) // 2)
+    bias = None if bias_2F is None else _taken(bias_2F, order)
+    if wanted.is_quantized:
+        return _quantize(gate_up_2FD, order, len(order), wanted, bias)
+    return pack(_taken(gate_up_2FD, order), wanted, bias)
 
 
-def glu_rows(gate_FX: Tensor, up_FX: Tensor) -> Tensor:
-    """Return [2 * F padded to 16, X]: 16 rows of gate, 16 of up, and so on."""
-    blocks = -(-len(gate_FX) // LANES)
-    rows = gate_FX.new_zeros(blocks, 2, LANES, gate_FX.shape[1])
-    for i, part in enumerate((gate_FX, up_FX)):
-        whole, rest = divmod(len(part), LANES)
-        rows[:whole, i] = part[: whole * LANES].view(whole, LANES, -1)
-        if rest:
-            rows[whole, i, :rest] = part[whole * LANES :]
-    return rows.view(2 * blocks * LANES, -1)
+def glu_order(width: int) -> Tensor:
+    """Return which row of [gate, up] stands where: 16 of gate, 16 of up, …; -1 is padding."""
+    blocks = -(-width // LANES)
+    at = torch.arange(blocks * LANES).view(blocks, LANES)
+    at = torch.where(at < width, at, -1)
+    return torch.stack((at, torch.where(at < 0, -1, at + width)), dim=1).view(-1)
+
+
+def _taken(rows: Tensor, order: Tensor) -> Tensor:
+    taken = rows[order.clamp(min=0)]
+    taken[order < 0] = 0
+    return taken
 
 
 def _padded_bias(bias_F: Tensor | None, length: int) -> Tensor | None:
@@ -182,58 +189,6 @@ def _padded_bias(bias_F: Tensor | None, length: int) -> Tensor | None:
     bias = torch.zeros(length)
     bias[: len(bias_F)] = bias_F
     return bias
-
-
-def _quantize(
-    part_FD: Tensor, wanted: WeightFormat, num_groups: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return uint8 values [F, D], scales [F, G] and minima [F, G] (None when symmetric)."""
-    grouped = part_FD.view(len(part_FD), num_groups, -1)
-    if wanted.bits == 8:
-        scale = grouped.abs().amax(-1) / 127
-        values = (grouped / _nonzero(scale).unsqueeze(-1)).round_().clamp_(-127, 127) + 128
-        return values.view_as(part_FD).to(torch.uint8), scale, None
-    best = _search(grouped, _symmetric4 if wanted.is_symmetric else _asymmetric4)
-    return best[0].view_as(part_FD).to(torch.uint8), best[1], best[2]
-
-
-def _search(grouped: Tensor, quantize: Any) -> Sequence[Any]:
-    """Return the values, scales and minima with the least squared error over some clippings."""
-    best_error: Tensor | None = None
-    best: list[Any] = []
-    for shrink in _SHRINK:
-        values, scale, low, restored = quantize(grouped, shrink)
-        error = restored.sub_(grouped).square_().sum(-1)
-        if best_error is None:
-            best_error, best = error, [values, scale, low]
-            continue
-        is_better = error < best_error
-        best_error = torch.where(is_better, error, best_error)
-        best[0] = torch.where(is_better.unsqueeze(-1), values, best[0])
-        best[1] = torch.where(is_better, scale, best[1])
-        if low is not None:
-            best[2] = torch.where(is_better, low, best[2])
-    return best
-
-
-def _symmetric4(grouped: Tensor, shrink: float) -> tuple[Tensor, Tensor, None, Tensor]:
-    """The value of largest size becomes -8, so that the scale may be negative."""
-    at = grouped.abs().argmax(-1, keepdim=True)
-    scale = (grouped.gather(-1, at) * (shrink / -8)).half().float()
-    values = (grouped / _nonzero(scale)).round_().clamp_(-8, 7)
-    return values + 8, scale.squeeze(-1), None, values * scale
-
-
-def _asymmetric4(grouped: Tensor, shrink: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low = grouped.amin(-1, keepdim=True).clamp_(max=0) * shrink
-    high = grouped.amax(-1, keepdim=True).clamp_(min=0) * shrink
-    scale = (high - low) / 15
-    values = ((grouped - low) / _nonzero(scale)).round_().clamp_(0, 15)
-    return values, scale.squeeze(-1), -low.squeeze(-1), values * scale + low
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def interleave(values_FD: Tensor, bits: int) -> Tensor:
@@ -251,10 +206,6 @@ def _unpack(data: Tensor, blocks: int, bits: int) -> Tensor:
     if bits == 4:
         parts = torch.stack((parts & 15, parts >> 4), dim=2).flatten(1, 2)
     return parts.transpose(1, 2).reshape(blocks * LANES, -1)
-
-
-def _by_block(scales_FG: Tensor) -> Tensor:
-    return scales_FG.view(-1, LANES, scales_FG.shape[1]).transpose(1, 2).half().contiguous()
 
 
 def _by_row(scales: Tensor) -> Tensor:

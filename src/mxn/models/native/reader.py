@@ -98,7 +98,7 @@ class NativeReader(WeightReader):
     def _mlp(self, spec: MlpSpec, gate_up: tuple[str, ...], down: str) -> MlpWeights:
         weight, bias = self.matrix(gate_up)
         if spec.is_gated:
-            up = pack_glu(*weight.chunk(2), self.format.weights, bias)
+            up = pack_glu(weight, self.format.weights, bias)
         else:
             up = pack(weight, self.format.weights, bias)
         return MlpWeights(gate_up=up, down=self.linear(down))
