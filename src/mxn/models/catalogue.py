@@ -12,6 +12,7 @@ from pathlib import Path
 from mxn.errors import MxnError
 from mxn.models.checkpoint import read_json
 from mxn.models.load import architecture, refuse_quantization
+from mxn.models.native.files import WEIGHTS
 
 _BEST_SHIPPED = "mxn-shakespeare-llama"
 
@@ -80,7 +81,9 @@ def _entry(name: str, path: Path, source: str) -> CatalogueEntry:
         architecture=architecture(config_json),
         support=supported,
         source=source,
-        num_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        num_bytes=sum(
+            file.stat().st_size for part in ("*.safetensors", WEIGHTS) for file in path.glob(part)
+        ),
     )
 
 

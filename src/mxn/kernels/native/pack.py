@@ -14,11 +14,13 @@ import torch
 
 from mxn.kernels.native.formats import WeightFormat
 from mxn.kernels.native.library import library, pool
+from mxn.kernels.native.memory import Arena
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LANES = 16
+_arena = Arena()
 
 
 @dataclass(slots=True)
@@ -101,10 +103,10 @@ def pack(weight_FD: Tensor, wanted: WeightFormat, bias_F: Tensor | None = None) 
         dtype = torch.bfloat16 if wanted.bits == 16 else torch.float32
         wide = torch.zeros(blocks * LANES, in_features, dtype=dtype)
         wide[:out_features] = weight_FD
-        data = wide.view(blocks, LANES, in_features).transpose(1, 2).contiguous()
-        return PackedWeight(
-            wanted, out_features, in_features, data.view(torch.uint8).view(-1), bias=bias
-        )
+        data = _arena.empty(wide.nbytes)
+        turned = wide.view(blocks, LANES, in_features).transpose(1, 2)
+        data.view(dtype).view(blocks, in_features, LANES).copy_(turned)
+        return PackedWeight(wanted, out_features, in_features, data, bias=bias)
     order = torch.full((blocks * LANES,), -1, dtype=torch.int64)
     order[:out_features] = torch.arange(out_features)
     return _quantize(weight_FD, order, out_features, wanted, bias)
@@ -117,7 +119,7 @@ def _quantize(
     in_features, blocks = weight_FD.shape[1], len(order) // LANES
     width = padded_width(in_features, wanted)
     group = wanted.group or width
-    data = torch.empty(len(order) * width * wanted.bits // 8, dtype=torch.uint8)
+    data = _arena.empty(len(order) * width * wanted.bits // 8)
     scales = torch.empty(blocks, width // group, LANES)
     mins = None if wanted.is_symmetric else torch.empty_like(scales)
     rows = weight_FD.float().contiguous()
@@ -151,11 +153,16 @@ def assemble(
         out_features,
         in_features,
         data,
-        (scales / gain).half(),
-        None if mins is None else (mins / gain).half(),
+        _kept_half(scales / gain),
+        None if mins is None else _kept_half(mins / gain),
         bias,
         gain,
     )
+
+
+def _kept_half(values: Tensor) -> Tensor:
+    kept = _arena.empty(2 * values.numel()).view(torch.float16).view(values.shape)
+    return kept.copy_(values)
 
 
 def pack_glu(

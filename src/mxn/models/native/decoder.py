@@ -6,6 +6,7 @@ Knows specs, packed weights and cache pages; knows nothing of requests. Start at
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,25 +44,48 @@ def why_not(spec: DecoderSpec) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeParts:
+    """All weights of a decoder, packed."""
+
+    format: ModelFormat
+    num_parameters: int
+    table_VD: Tensor | None  # embedding; None: rows of the packed head
+    head: PackedWeight
+    layers: list[LayerWeights]
+    final_norm: Tensor
+
+
+def read_parts(
+    spec: DecoderSpec, names: Names, checkpoint: Checkpoint, format: ModelFormat
+) -> NativeParts:
+    """Read and pack all weights of `spec`. Raises: UnsupportedError for what cannot run."""
+    refuse(spec)
+    reader = NativeReader(spec, names, checkpoint, format)
+    table, head = reader.packed_embedding()
+    layers = [reader.layer(i) for i in range(len(spec.layers))]
+    final_norm = reader.norm(names.final_norm)
+    return NativeParts(
+        format=format, num_parameters=checkpoint.num_parameters, table_VD=table, head=head,
+        layers=layers, final_norm=final_norm,
+    )  # fmt: skip
+
+
+def refuse(spec: DecoderSpec) -> None:
+    """Raises: UnsupportedError with the reason when native kernels cannot run `spec`."""
+    reason = why_not(spec)
+    if reason is not None:
+        raise UnsupportedError(f"{spec.family} cannot run on native kernels: {reason}")
+
+
 class NativeDecoder:
     """A decoder-only model on packed weights, computing in float32 and int8 on the processor."""
 
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        format: ModelFormat,
-        *,
-        num_threads: int,
-        table_VD: Tensor | None,
-        head: PackedWeight,
-        layers: list[LayerWeights],
-        final_norm: Tensor,
-    ) -> None:
-        reason = why_not(spec)
-        if reason is not None:
-            raise UnsupportedError(f"{spec.family} cannot run on native kernels: {reason}")
+    def __init__(self, spec: DecoderSpec, parts: NativeParts, *, num_threads: int) -> None:
+        refuse(spec)
         self.spec = spec
-        self.format = format
+        self.parts = parts  # the native side has addresses of its memory
+        self.format = parts.format
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
         self.kv_shapes = tuple(layer.attention.kv_shape for layer in spec.layers)
@@ -69,39 +93,13 @@ class NativeDecoder:
         self.device = torch.device("cpu")
         self._lib = library()
         self._pool = pool(num_threads)
-        self._kept: list[Any] = [table_VD, head, layers, final_norm]  # the native side has addresses
         self._ropes = _Ropes(spec)
         self._native = self._lib.Decoder()
-        self._fill(table_VD, head, final_norm)
-        for layer, weights in zip(spec.layers, layers, strict=True):
+        self._fill(parts.table_VD, parts.head, parts.final_norm)
+        for layer, weights in zip(spec.layers, parts.layers, strict=True):
             self._native.add_layer(self._layer(layer, weights))
         self._page_tokens = 0
         self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
-
-    @classmethod
-    def load(
-        cls,
-        spec: DecoderSpec,
-        names: Names,
-        checkpoint: Checkpoint,
-        format: ModelFormat,
-        num_threads: int,
-    ) -> NativeDecoder:
-        """Read and pack all weights of `spec`. Raises: UnsupportedError for what cannot run."""
-        reason = why_not(spec)
-        if reason is not None:
-            raise UnsupportedError(f"{spec.family} cannot run on native kernels: {reason}")
-        reader = NativeReader(spec, names, checkpoint, format)
-        table, head = reader.packed_embedding()
-        return cls(
-            spec,
-            format,
-            num_threads=num_threads,
-            table_VD=table,
-            head=head,
-            layers=[reader.layer(i) for i in range(len(spec.layers))],
-            final_norm=reader.norm(names.final_norm),
-        )
 
     def page_bytes(self, page_tokens: int) -> int:
         """Return the bytes of one page over all layers. Raises: UnsupportedError: not 16, 32, …"""
