@@ -42,6 +42,7 @@ void bind_weight(nb::module_& m) {
       .def_rw("k", &Weight::k)
       .def_rw("k_padded", &Weight::k_padded)
       .def_rw("group", &Weight::group)
+      .def_rw("tiled_from", &Weight::tiled_from)
       .def_rw("gain", &Weight::gain) MXN_POINTER(Weight, data) MXN_POINTER(Weight, scales)
           MXN_POINTER(Weight, mins) MXN_POINTER(Weight, bias);
   nb::class_<CacheShape>(m, "CacheShape")
@@ -151,6 +152,17 @@ void bind_decoder(nb::module_& m) {
       .def_rw("is_table", &Decoder::is_table) MXN_POINTER(Decoder, final_norm)
       .def_rw("head", &Decoder::head)
       .def_prop_ro("num_recomputed", &Decoder::num_recomputed)
+      .def("begin_calibration", &Decoder::begin_calibration)
+      .def("end_calibration", &Decoder::end_calibration)
+      .def("ranges", [](const Decoder& d) {
+        nb::list found;
+        for (const auto& r : d.ranges()) found.append(nb::make_tuple(r.low, r.high, r.rows));
+        return found;
+      })
+      .def("set_maximum", [](Decoder& d, size_t layer, float phi, float margin) {
+        d.layers.at(layer).attention.phi = phi;
+        d.layers.at(layer).attention.margin = margin;
+      })
       .def("add_rope", [](Decoder& d, const Rope& r) { d.ropes.push_back(r); })
       .def("set_rope", [](Decoder& d, size_t i, const Rope& r) { d.ropes.at(i) = r; })
       .def("add_layer", [](Decoder& d, const Layer& l) { d.layers.push_back(l); })

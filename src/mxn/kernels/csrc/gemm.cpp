@@ -9,25 +9,33 @@ namespace {
 using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, float* y, int64_t ldy);
 
 // One group of K for MR rows: sums += scale * (dot - offset * sum of activations).
-template <int MR, bool IS_U4>
-inline void dot_group(const uint8_t*& w, const int8_t* const (&a)[MR], int64_t k, int64_t length,
-                      I (&sum)[MR]) {
+// Rows of a tile where they lie, or interleaved as one stream, which the processor fetches ahead.
+template <int MR, bool IS_TILED>
+struct Values {
+  const int8_t* a[IS_TILED ? 1 : MR];
+  int32_t at(int m, int64_t k) const {
+    return IS_TILED ? four_bytes(a[0] + k * MR + 4 * m) : four_bytes(a[IS_TILED ? 0 : m] + k);
+  }
+};
+
+template <int MR, bool IS_U4, bool IS_TILED>
+inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length, I (&sum)[MR]) {
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
   for (int64_t i = k; i < k + length; i += kStep, w += 64) {
     const B packed = b_load(w);
     if constexpr (IS_U4) {
       const B low = b_low(packed), high = b_high(packed);
-      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], low, four_bytes(a[m] + i));
-      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], high, four_bytes(a[m] + i + 4));
+      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], low, a.at(m, i));
+      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], high, a.at(m, i + 4));
     } else {
-      for (int m = 0; m < MR; ++m) sum[m] = dot_u8(sum[m], packed, four_bytes(a[m] + i));
+      for (int m = 0; m < MR; ++m) sum[m] = dot_u8(sum[m], packed, a.at(m, i));
     }
   }
 }
 
 // A few rows leave room for independent sums over K, which hide the latency of the dot product.
-template <int MR, bool IS_U4>
-inline void dot_group_deep(const uint8_t*& w, const int8_t* const (&a)[MR], int64_t k, int64_t length,
+template <int MR, bool IS_U4, bool IS_TILED>
+inline void dot_group_deep(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length,
                            I (&sum)[MR]) {
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
   I other[MR];
@@ -38,23 +46,23 @@ inline void dot_group_deep(const uint8_t*& w, const int8_t* const (&a)[MR], int6
     if constexpr (IS_U4) {
       const B l0 = b_low(first), h0 = b_high(first), l1 = b_low(second), h1 = b_high(second);
       for (int m = 0; m < MR; ++m) {
-        sum[m] = dot_u4(sum[m], l0, four_bytes(a[m] + i));
-        other[m] = dot_u4(other[m], h0, four_bytes(a[m] + i + 4));
-        sum[m] = dot_u4(sum[m], l1, four_bytes(a[m] + i + 8));
-        other[m] = dot_u4(other[m], h1, four_bytes(a[m] + i + 12));
+        sum[m] = dot_u4(sum[m], l0, a.at(m, i));
+        other[m] = dot_u4(other[m], h0, a.at(m, i + 4));
+        sum[m] = dot_u4(sum[m], l1, a.at(m, i + 8));
+        other[m] = dot_u4(other[m], h1, a.at(m, i + 12));
       }
     } else {
       for (int m = 0; m < MR; ++m) {
-        sum[m] = dot_u8(sum[m], first, four_bytes(a[m] + i));
-        other[m] = dot_u8(other[m], second, four_bytes(a[m] + i + 4));
+        sum[m] = dot_u8(sum[m], first, a.at(m, i));
+        other[m] = dot_u8(other[m], second, a.at(m, i + 4));
       }
     }
   }
-  dot_group<MR, IS_U4>(w, a, i, k + length - i, sum);
+  dot_group<MR, IS_U4, IS_TILED>(w, a, i, k + length - i, sum);
   for (int m = 0; m < MR; ++m) sum[m] = i_add(sum[m], other[m]);
 }
 
-template <int MR, bool IS_U4, bool HAS_MIN>
+template <int MR, bool IS_U4, bool HAS_MIN, bool IS_TILED>
 void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, float* y, int64_t ldy) {
   // A scale for each feature (group = all of K) is applied once, behind the activations' own groups.
   const bool is_grouped = w.group < w.k_padded;
@@ -64,10 +72,11 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
   const uint16_t* mins = HAS_MIN ? w.mins + block * w.num_groups() * kLanes : nullptr;
   const uint8_t* data = w.data + block * w.block_bytes();
   const int32_t offset = HAS_MIN ? 0 : IS_U4 ? -8 : -128;
-  const int8_t* a[MR];
+  Values<MR, IS_TILED> a;
   F total[MR];
+  if constexpr (IS_TILED) a.a[0] = rows.tiled + m0 * rows.k_padded;
   for (int m = 0; m < MR; ++m) {
-    a[m] = rows.q + (m0 + m) * rows.k_padded;
+    if constexpr (!IS_TILED) a.a[m] = rows.q + (m0 + m) * rows.k_padded;
     total[m] = f_zero();
   }
   const F ones = f_set(1.0f);
@@ -77,8 +86,8 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
     for (int m = 0; m < MR; ++m) {
       sum[m] = HAS_MIN ? i_zero() : i_set(offset * rows.isums[at + m * rows.num_groups]);
     }
-    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4>(data, a, g * length, length, sum);
-    else dot_group<MR, IS_U4>(data, a, g * length, length, sum);
+    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4, IS_TILED>(data, a, g * length, length, sum);
+    else dot_group<MR, IS_U4, IS_TILED>(data, a, g * length, length, sum);
     const F scale = is_grouped ? f_half(scales + g * kLanes) : ones;
     for (int m = 0; m < MR; ++m) {
       const F factor = f_mul(scale, f_set(rows.scales[at + m * rows.num_groups]));
@@ -143,10 +152,10 @@ struct Table {
   static constexpr Tile tiles[] = {Maker<MR>::tile...};
 };
 
-template <bool IS_U4, bool HAS_MIN>
+template <bool IS_U4, bool HAS_MIN, bool IS_TILED>
 struct Quantized {
   template <int MR>
-  struct Maker { static constexpr Tile tile = quantized_tile<MR, IS_U4, HAS_MIN>; };
+  struct Maker { static constexpr Tile tile = quantized_tile<MR, IS_U4, HAS_MIN, IS_TILED>; };
 };
 template <bool IS_BF16>
 struct Plain {
@@ -168,15 +177,21 @@ struct Choice {
   int most;  // rows of the largest tile
 };
 
-Choice choose(const Weight& w) {
+template <bool IS_TILED>
+Choice choose_quantized(const Weight& w) {
+  constexpr int n = kTileRows;
+  if (w.format == Format::u8) {
+    return {w.mins ? upto<Quantized<false, true, IS_TILED>::template Maker>(n) : upto<Quantized<false, false, IS_TILED>::template Maker>(n), n};
+  }
+  return {w.mins ? upto<Quantized<true, true, IS_TILED>::template Maker>(n) : upto<Quantized<true, false, IS_TILED>::template Maker>(n), n};
+}
+
+Choice choose(const Weight& w, const Rows& rows) {
   switch (w.format) {
     case Format::f32: return {upto<Plain<false>::Maker>(kPlainRows), kPlainRows};
     case Format::bf16: return {upto<Plain<true>::Maker>(kPlainRows), kPlainRows};
-    case Format::u8:
-      return {w.mins ? upto<Quantized<false, true>::Maker>(kTileRows) : upto<Quantized<false, false>::Maker>(kTileRows), kTileRows};
-    case Format::u4: break;
+    default: return rows.tiled ? choose_quantized<true>(w) : choose_quantized<false>(w);
   }
-  return {w.mins ? upto<Quantized<true, true>::Maker>(kTileRows) : upto<Quantized<true, false>::Maker>(kTileRows), kTileRows};
 }
 
 // Calls fn(first row, count) for tiles of nearly equal size: 9 rows are 5 and 4, never 8 and 1.
@@ -210,7 +225,7 @@ inline void prefetch_block(const Weight& w, int64_t block) {
 
 void gemm(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t b0, int64_t b1, float* y,
           int64_t ldy, bool is_added) {
-  const Choice choice = choose(w);
+  const Choice choice = choose(w, rows);
   alignas(64) float tile[12 * kLanes];
   for (int64_t block = b0; block < b1; ++block) {
     if (block + 1 < b1) prefetch_block(w, block + 1);
@@ -235,7 +250,7 @@ inline F activate(F x, Act act) {
 
 void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t p0, int64_t p1, float* y,
               int64_t ldy, Act act) {
-  const Choice choice = choose(w);
+  const Choice choice = choose(w, rows);
   alignas(64) float gate[12 * kLanes], up[12 * kLanes];
   const int64_t n = ldy;  // rows of the result lie side by side; w.n counts padding
   for (int64_t pair = p0; pair < p1; ++pair) {
@@ -257,5 +272,17 @@ void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t
 }  // namespace mxn::MXN_NS
 
 namespace mxn::MXN_NS {
+
+void tile_rows_of(const Rows& rows, int64_t m0, int64_t m1, int8_t* tiled) {
+  each_tile(m0, m1, kTileRows, [&](int64_t m, int count) {
+    int32_t* to = reinterpret_cast<int32_t*>(tiled + m * rows.k_padded);
+    const int64_t quads = rows.k_padded / 4;
+    for (int r = 0; r < count; ++r) {
+      const int8_t* from = rows.q + (m + r) * rows.k_padded;
+      for (int64_t k = 0; k < quads; ++k) to[k * count + r] = four_bytes(from + 4 * k);
+    }
+  });
+}
+
 int tile_rows() { return kTileRows; }
 }  // namespace mxn::MXN_NS
