@@ -255,7 +255,8 @@ NB_MODULE(_C, m) {
   m.attr("MAX_QUERY_ROWS") = kMaxQueryRows;
   nb::class_<Pool>(m, "Pool")
       .def(nb::init<int, int, bool>(), "num_threads"_a, "spin_us"_a = 200, "is_pinned"_a = false)
-      .def_prop_ro("num_threads", &Pool::num_threads);
+      .def_prop_ro("num_threads", &Pool::num_threads)
+      .def_prop_ro("num_rests", &Pool::num_rests);
   bind_weight(m);
   bind_layers(m);
   bind_decoder(m);
