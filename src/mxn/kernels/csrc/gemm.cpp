@@ -2,6 +2,9 @@
 // weights are unpacked once for all rows, and its sums stay in registers over the whole of K.
 #include "common.h"
 #include "vec.h"
+#if defined(MXN_AMX)
+#include "amx.h"
+#endif
 
 namespace mxn::MXN_NS {
 namespace {
@@ -216,6 +219,88 @@ void finish(const Weight& w, int64_t block, const float* tile, int count, float*
   }
 }
 
+#if defined(MXN_AMX)
+
+bool fits_tiles(const Weight& w, const Rows& rows) {
+  if (!w.is_quantized() || w.k_padded % kTileK) return false;
+  const int64_t length = w.group < w.k_padded ? w.group : rows.group;
+  return length % kTileK == 0;
+}
+
+// 64 columns of a block of 4 bits as bytes, [16 quads][16 features][4].
+inline void widen_u4(const uint8_t* packed, uint8_t* wide) {
+  for (int i = 0; i < kTileK / 8; ++i) {
+    const B v = b_load(packed + 64 * i);
+    b_store(wide + 128 * i, b_low(v));
+    b_store(wide + 128 * i + 64, b_high(v));
+  }
+}
+
+// 16 rows of one block, into tile [16][16].
+void amx_tile(Tiles& tiles, const Weight& w, const Rows& rows, int64_t m0, int64_t block, float* tile) {
+  const bool is_grouped = w.group < w.k_padded, is_u4 = w.format == Format::u4;
+  const int64_t length = is_grouped ? w.group : rows.group, num_groups = w.k_padded / length;
+  const int64_t act_step = rows.num_groups == num_groups ? 1 : 0;
+  const uint16_t* scales = w.scales + block * w.num_groups() * kLanes;
+  const uint16_t* mins = w.mins ? w.mins + block * w.num_groups() * kLanes : nullptr;
+  const uint8_t* data = w.data + block * w.block_bytes();
+  const int32_t offset = w.mins ? 0 : is_u4 ? -8 : -128;
+  alignas(64) int32_t sums[kTileM * kLanes];
+  alignas(64) uint8_t wide[kTileK * kLanes];
+  for (int m = 0; m < kTileM; ++m) f_store(tile + m * kLanes, f_zero());
+  for (int64_t g = 0; g < num_groups; ++g) {
+    tiles.zero(0);
+    for (int64_t k = g * length; k < (g + 1) * length; k += kTileK) {
+      const uint8_t* b = data + k * kLanes;
+      if (is_u4) {
+        widen_u4(data + k * kLanes / 2, wide);
+        b = wide;
+      }
+      tiles.multiply<0>(rows.q + m0 * rows.k_padded + k, rows.k_padded, b);
+    }
+    tiles.store<0>(sums);
+    const F scale = is_grouped ? f_half(scales + g * kLanes) : f_set(1.0f);
+    for (int m = 0; m < kTileM; ++m) {
+      const int64_t at = (m0 + m) * rows.num_groups + g * act_step;
+      const F dot = f_int(i_add(i_load(sums + m * kLanes), i_set(offset * rows.isums[at])));
+      F total = f_fma(dot, f_mul(scale, f_set(rows.scales[at])), f_load(tile + m * kLanes));
+      if (mins && is_grouped) total = f_fnma(f_half(mins + g * kLanes), f_set(rows.sums[at]), total);
+      f_store(tile + m * kLanes, total);
+    }
+  }
+  for (int m = 0; m < kTileM; ++m) {
+    F total = f_load(tile + m * kLanes);
+    if (!is_grouped) {
+      total = f_mul(total, f_half(scales));
+      if (mins) {
+        float all = 0.0f;
+        for (int64_t g = 0; g < rows.num_groups; ++g) all += rows.sums[(m0 + m) * rows.num_groups + g];
+        total = f_fnma(f_half(mins), f_set(all), total);
+      }
+    }
+    f_store(tile + m * kLanes, f_mul(total, f_set(w.gain)));
+  }
+}
+
+#endif
+
+// Calls fn(first row, count, compute) for the tiles of rows [m0, m1); compute(block, tile) fills one.
+template <typename Fn>
+void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, Fn fn) {
+  const Choice choice = choose(w, rows);
+#if defined(MXN_AMX)
+  if (m1 - m0 >= kTileM && !rows.tiled && fits_tiles(w, rows)) {
+    Tiles tiles;
+    for (; m1 - m0 >= kTileM; m0 += kTileM) {
+      fn(m0, kTileM, [&](int64_t block, float* tile) { amx_tile(tiles, w, rows, m0, block, tile); });
+    }
+  }
+#endif
+  each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
+    fn(m, count, [&](int64_t block, float* tile) { choice.tiles[count - 1](w, rows, m, block, tile, kLanes); });
+  });
+}
+
 inline void prefetch_block(const Weight& w, int64_t block) {
   const uint8_t* p = w.data + block * w.block_bytes();
   for (int i = 0; i < 8; ++i) prefetch(p + 64 * i);
@@ -225,12 +310,11 @@ inline void prefetch_block(const Weight& w, int64_t block) {
 
 void gemm(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t b0, int64_t b1, float* y,
           int64_t ldy, bool is_added) {
-  const Choice choice = choose(w, rows);
-  alignas(64) float tile[12 * kLanes];
+  alignas(64) float tile[16 * kLanes];
   for (int64_t block = b0; block < b1; ++block) {
     if (block + 1 < b1) prefetch_block(w, block + 1);
-    each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
-      choice.tiles[count - 1](w, rows, m, block, tile, kLanes);
+    each_product(w, rows, m0, m1, [&](int64_t m, int count, const auto& compute) {
+      compute(block, tile);
       finish(w, block, tile, count, y + m * ldy, ldy, is_added);
     });
   }
@@ -250,16 +334,15 @@ inline F activate(F x, Act act) {
 
 void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t p0, int64_t p1, float* y,
               int64_t ldy, Act act) {
-  const Choice choice = choose(w, rows);
-  alignas(64) float gate[12 * kLanes], up[12 * kLanes];
+  alignas(64) float gate[16 * kLanes], up[16 * kLanes];
   const int64_t n = ldy;  // rows of the result lie side by side; w.n counts padding
   for (int64_t pair = p0; pair < p1; ++pair) {
     const int64_t width = n - pair * kLanes < kLanes ? n - pair * kLanes : kLanes;
     const F gate_bias = w.bias ? f_load(w.bias + 2 * pair * kLanes) : f_zero();
     const F up_bias = w.bias ? f_load(w.bias + (2 * pair + 1) * kLanes) : f_zero();
-    each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
-      choice.tiles[count - 1](w, rows, m, 2 * pair, gate, kLanes);
-      choice.tiles[count - 1](w, rows, m, 2 * pair + 1, up, kLanes);
+    each_product(w, rows, m0, m1, [&](int64_t m, int count, const auto& compute) {
+      compute(2 * pair, gate);
+      compute(2 * pair + 1, up);
       for (int i = 0; i < count; ++i) {
         const F g = activate(f_add(f_load(gate + i * kLanes), gate_bias), act);
         const F u = f_add(f_load(up + i * kLanes), up_bias);

@@ -54,6 +54,8 @@ inline I i_nearest(F a) { return _mm512_cvtps_epi32(a); }
 inline void i_store_s8(int8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
 }
+inline void b_store(uint8_t* p, B v) { _mm512_storeu_si512(p, v); }
+inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline I i_zero() { return _mm512_setzero_si512(); }
 inline I i_set(int32_t v) { return _mm512_set1_epi32(v); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
