@@ -35,9 +35,7 @@ def measure(threads: int, seconds: float = 0.4, mib: int = READ_MIB) -> Limits:
     command = [str(_program()), str(threads), str(mib), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     read, int8, fp32 = map(float, done.stdout.split())
-    return Limits(
-        threads=threads, read_gb_per_s=read, int8_tops=int8 or None, fp32_tflops=fp32
-    )
+    return Limits(threads=threads, read_gb_per_s=read, int8_tops=int8 or None, fp32_tflops=fp32)
 
 
 def _program() -> Path:

@@ -203,7 +203,7 @@ def _random(name: str, shape: tuple[int, ...]) -> Any:
 
 
 def write_tokenizer(config: dict[str, Any], folder: Path) -> None:
-    """Write a byte-level BPE: all bytes, then pairs of them, then triples, to fill the vocabulary."""
+    """Write a byte-level BPE: bytes, then pairs, then triples, to fill the vocabulary."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     special = {config["bos_token_id"]: "<|bos|>", config["eos_token_id"]: "<|eos|>"}

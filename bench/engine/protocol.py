@@ -34,6 +34,7 @@ class Load:
     threads: int
     max_context: int  # of one sequence, new tokens included
     max_sequences: int
+    kv_tokens: int  # room of the cache: what all columns together keep, and some more
 
 
 class Runner(Protocol):

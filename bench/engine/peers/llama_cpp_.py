@@ -1,7 +1,7 @@
 """llama.cpp through its C interface (`llama.h`) and the ctypes declarations of llama-cpp-python.
 
 Runs in the peers' `llama` environment; LLAMA_CPP_LIB_PATH names the library that `setup_peers.py`
-built. Flash attention is left on automatic and the cache in f16, as its tools do. Knows tokens only.
+built. Flash attention stays on automatic and the cache in f16, as in its tools. Knows tokens only.
 """
 
 from __future__ import annotations

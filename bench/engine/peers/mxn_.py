@@ -32,7 +32,6 @@ class Mxn:
             fields[_SETTING] = load.weights
         else:
             raise Refused(f"EngineConfig has no setting {_SETTING!r} for {load.weights}")
-        pages = -(-load.max_context // 16) * load.max_sequences
         config = EngineConfig(
             model=load.built, device="cpu", threads=load.threads, max_context=load.max_context,
             max_sequences=load.max_sequences, **fields,
@@ -43,7 +42,7 @@ class Mxn:
         import mxn
 
         return {
-            "version": mxn.__version__, "flags": f"{fields} {pages} pages",
+            "version": mxn.__version__, "flags": f"{fields}, prefix caching",
             "kernels": self._core.info.kernels,
         }  # fmt: skip
 
@@ -97,9 +96,7 @@ class Mxn:
     def _submit(self, prompt: list[int], new_tokens: int, **more: Any) -> str:
         self._number += 1
         name = f"bench-{self._number}"
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=new_tokens, ignore_eos=True, **more
-        )
+        sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, **more)
         message = Generate(request_id=name, prompt_ids=prompt, sampling=sampling)
         for reply in self._core.handle(message):
             if isinstance(reply, Failed):

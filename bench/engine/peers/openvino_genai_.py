@@ -25,9 +25,8 @@ class OpenVino:
 
     def load(self, load: Load) -> dict[str, Any]:
         self._load = load
-        tokens = load.max_context * load.max_sequences
         scheduler = genai.SchedulerConfig()
-        scheduler.num_kv_blocks = -(-tokens // 32) + 2 * load.max_sequences
+        scheduler.num_kv_blocks = -(-load.kv_tokens // 32) + 2 * load.max_sequences
         scheduler.max_num_seqs = max(load.max_sequences, 1)
         scheduler.max_num_batched_tokens = 2048
         scheduler.dynamic_split_fuse = True

@@ -6,6 +6,7 @@ earlier round are there, new ones are not.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -21,7 +22,8 @@ class Vllm:
         if load.weights != "bf16":
             raise Refused(f"{load.weights}: vLLM quantizes no plain checkpoint on a CPU")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")  # GiB
+        gib = -(-load.kv_tokens * _kv_bytes(Path(load.model)) // 2**30)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(gib))
         os.environ.setdefault(
             "VLLM_CPU_OMP_THREADS_BIND", f"0-{load.threads - 1}" if load.threads > 1 else "0"
         )
@@ -35,7 +37,7 @@ class Vllm:
         self._engine = vllm.LLMEngine.from_engine_args(engine_args)
         self._params = vllm.SamplingParams
         self._number = 0
-        return {"version": vllm.__version__, "flags": "bf16, defaults, kv cache 3 GiB"}
+        return {"version": vllm.__version__, "flags": f"bf16, defaults, kv cache {gib} GiB"}
 
     def prefill(self, prompt: list[int]) -> float:
         started_s = time.perf_counter()
@@ -77,6 +79,13 @@ class Vllm:
         while self._engine.has_unfinished_requests():
             outputs += self._engine.step()
         return outputs
+
+
+def _kv_bytes(folder: Path) -> int:
+    """Return the bytes of one token in a bfloat16 cache; MLA counts as if it were expanded."""
+    config = json.loads((folder / "config.json").read_text())
+    heads, dim = config["num_key_value_heads"], config.get("head_dim", 192)
+    return 2 * 2 * config["num_hidden_layers"] * heads * dim
 
 
 if __name__ == "__main__":
