@@ -5,6 +5,7 @@ A contender is written ENGINE:FORMAT, such as openvino:int4. Knows no measuremen
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,21 +17,20 @@ from setup_peers import llama_env, llama_source
 
 HERE = Path(__file__).parent
 FORMATS = {
-    "mxn": ("bf16", "f32", "int8", "int4"),
+    "mxn": ("plain", "bf16", "f32", "int8", "int4", "int4-g128"),
     "openvino": ("int8", "int4"),
     "llama.cpp": ("q4_0", "q8_0", "q4_k_m", "bf16"),
     "vllm": ("bf16",),
     "transformers": ("bf16", "f32"),
 }
 DEFAULT = (
-    "mxn:int4", "mxn:int8", "mxn:bf16", "openvino:int8", "openvino:int4", "llama.cpp:q4_0",
+    "mxn:int4-g128", "mxn:int8", "mxn:bf16", "openvino:int8", "openvino:int4", "llama.cpp:q4_0",
     "llama.cpp:q8_0", "vllm:bf16", "transformers:bf16",
 )  # fmt: skip
-# What one value of the key-value cache takes with the settings used here.
-KV_BYTES = {"openvino": 1}
+
 _OPENVINO_EXPORT = {
     "int8": ("--weight-format", "int8"),
-    "int4": ("--weight-format", "int4", "--group-size", "128", "--ratio", "1.0"),
+    "int4": ("--weight-format", "int4", "--ratio", "1.0"),
 }
 
 
@@ -47,11 +47,20 @@ class Contender:
     def is_ours(self) -> bool:
         return self.engine == "mxn"
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one value of the key-value cache with the settings used here."""
+        weights, _, cache = self.weights.partition("/")
+        if self.engine == "openvino" or cache == "int8":
+            return 1
+        return 1 if self.is_ours and weights.startswith("int") and not cache else 2
+
 
 def find(name: str) -> Contender:
     """Return a contender by its name. Raises: SystemExit with the choices."""
     engine, _, weights = name.partition(":")
-    if weights not in FORMATS.get(engine, ()):
+    # The formats of mxn are checked by mxn itself: WEIGHTS or WEIGHTS/CACHE.
+    if not weights or (engine != "mxn" and weights not in FORMATS.get(engine, ())):
         known = [f"{one}:{each}" for one, formats in FORMATS.items() for each in formats]
         raise SystemExit(f"no contender {name!r}; there are {', '.join(known)}")
     return Contender(engine, weights)
@@ -69,7 +78,8 @@ def built(contender: Contender, model: Path, peers: Path) -> Path:
         if not (out / "openvino_config.json").is_file():
             _run(
                 peers / "openvino/bin/optimum-cli", "export", "openvino", "-m", model, "--task",
-                "text-generation-with-past", *_OPENVINO_EXPORT[contender.weights], out,
+                "text-generation-with-past", *_OPENVINO_EXPORT[contender.weights],
+                *(("--group-size", _group(model)) if contender.weights == "int4" else ()), out,
             )  # fmt: skip
         return out
     if contender.engine == "llama.cpp":
@@ -84,6 +94,12 @@ def built(contender: Contender, model: Path, peers: Path) -> Path:
     return model
 
 
+def _group(model: Path) -> str:
+    """Return 128, or the widest group below it that fits a small model's rows."""
+    hidden = json.loads((model / "config.json").read_text())["hidden_size"]
+    return next(str(group) for group in (128, 64, 32) if hidden % group == 0)
+
+
 def peer(contender: Contender, peers: Path, threads: int, log: Path | None) -> Peer:
     """Return the process of a contender, not started yet."""
     name, folder, env = {
@@ -91,7 +107,7 @@ def peer(contender: Contender, peers: Path, threads: int, log: Path | None) -> P
         "transformers": ("transformers_.py", None, {"OMP_NUM_THREADS": str(threads)}),
         "openvino": ("openvino_genai_.py", "openvino", {}),
         "llama.cpp": ("llama_cpp_.py", "llama", llama_env(peers)),
-        "vllm": ("vllm_.py", "vllm", {}),
+        "vllm": ("vllm_.py", "vllm", {"OMP_NUM_THREADS": str(threads)}),
     }[contender.engine]
     python = peers / folder / "bin/python" if folder else Path(sys.executable)
     script = HERE / "peers" / name

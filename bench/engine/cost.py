@@ -7,15 +7,23 @@ rotary angles are not counted. Start at `bytes_per_step` and `prefill_flop`.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models import tensors
 
-# Bits of one weight with its share of scales, where no file tells: int4 in groups of 128 with a
-# 16-bit scale, int8 with a scale per channel.
-BITS = {"f32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.125}
+_GROUPED = re.compile(r"int4(?:-g(\d+))?(-sym)?")
+_MXN_GROUP = 64  # of int4 where none is named
+
+
+def bits(weights: str) -> float:
+    """Return the bits of one weight with its share of scales, where no file tells."""
+    name = weights.partition("/")[0]
+    if found := _GROUPED.fullmatch(name):
+        return 4 + (16 if found[2] else 32) / int(found[1] or _MXN_GROUP)
+    return {"f32": 32.0, "bf16": 16.0, "plain": 16.0, "int8": 8.0}[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,9 @@ def weight_bytes(built: Path, weights: str, shape: Shape) -> float:
     files = [built] if built.suffix == ".gguf" else list(built.glob("openvino_model.bin"))
     if files:
         return float(sum(file.stat().st_size for file in files))
-    return shape.stored * BITS[weights] / 8
+    width = bits(weights)
+    head = max(8.0, width)  # mxn keeps the head in 8 bits where the rest has 4
+    return ((shape.stored - shape.head) * width + shape.head * head) / 8
 
 
 def bytes_per_step(

@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import contenders
 import cost
 
 if TYPE_CHECKING:
@@ -55,8 +54,9 @@ def fractions(
             rate = _quantile(found, 0.5)
             if column.steps:
                 stored = cost.weight_bytes(session.built[contender], contender.weights, shape)
-                kv_bytes = contenders.KV_BYTES.get(contender.engine, 2)
-                step = cost.bytes_per_step(shape, stored, kv_bytes, column.context, column.batch)
+                step = cost.bytes_per_step(
+                    shape, stored, contender.kv_bytes, column.context, column.batch
+                )
                 part = rate / column.batch * step / 1e9 / middle["read_gb_per_s"]
             elif "int8_tops" in middle:
                 flop = cost.prefill_flop(shape, column.context)
@@ -135,7 +135,8 @@ def _git() -> dict[str, Any]:
 
 def _machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = dict(line.split("\t: ", 1) for line in map(str.strip, lines) if "\t: " in line)
+    pairs = (line.partition(":") for line in lines)
+    named = {name.strip(): value.strip() for name, _, value in pairs}
     flags = named.get("flags", "").split()
     isa = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if flag in flags]
     return {"cpu": named.get("model name"), "isa": isa, "os": platform.platform()}

@@ -19,19 +19,25 @@ from mxn.engine.config import EngineConfig
 from mxn.engine.local import LocalEngine
 from mxn.engine.protocol import Delta, Failed, Generate, SamplingParams
 
-_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
-_SETTING = "weights"  # the engine's setting for quantized weights
+_SETTING = "weights"  # the engine's setting for the formats of its native kernels
+
+
+def settings(weights: str) -> dict[str, Any]:
+    """Return the engine's settings for WEIGHTS or WEIGHTS/CACHE, such as int4-g128/int8.
+
+    plain is the path without the native kernels. Raises: Refused where the engine has none.
+    """
+    name, _, cache = weights.partition("/")
+    if name == "plain":
+        return {}
+    if _SETTING not in {field.name for field in dataclasses.fields(EngineConfig)}:
+        raise Refused(f"EngineConfig has no setting {_SETTING!r} for {weights}")
+    return {_SETTING: name} | ({"kv": cache} if cache else {})
 
 
 class Mxn:
     def load(self, load: Load) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        if load.weights in _DTYPES:
-            fields["dtype"] = _DTYPES[load.weights]
-        elif _SETTING in {field.name for field in dataclasses.fields(EngineConfig)}:
-            fields[_SETTING] = load.weights
-        else:
-            raise Refused(f"EngineConfig has no setting {_SETTING!r} for {load.weights}")
+        fields = settings(load.weights)
         config = EngineConfig(
             model=load.built, device="cpu", threads=load.threads, max_context=load.max_context,
             max_sequences=load.max_sequences, **fields,
