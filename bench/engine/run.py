@@ -140,8 +140,10 @@ def turn(session: Session, contender: Contender, column: Column, round_number: i
         return
     finally:
         peer.pause(signal.SIGSTOP)
+    rate = amount / answer["seconds"]
+    note(f"round {round_number}, {column.name}: {contender.name} {rate:.4g} tok/s")
     if round_number:
-        session.values[column.name][contender.name].append(amount / answer["seconds"])
+        session.values[column.name][contender.name].append(rate)
 
 
 def start_turn(session: Session, contender: Contender) -> None:
@@ -166,29 +168,33 @@ def start_turn(session: Session, contender: Contender) -> None:
         session.values[name][contender.name].append(value)
 
 
-def rounds(session: Session, count: int) -> list[limits.Limits]:
-    """Run all rounds; returns the limits of each."""
+def rounds(session: Session, count: int, until_s: float) -> list[limits.Limits]:
+    """Run all rounds, or those that begin before `until_s`; returns the limits of each."""
     found = []
     for number in range(count + 1):
+        if number > 1 and time.monotonic() > until_s:
+            note(f"no time for round {number}")
+            break
         if number:
             found.append(limits.measure(session.threads))
             note(f"round {number} of {count}: {found[-1]}")
         for column in session.columns:
             for contender in list(session.running):
                 turn(session, contender, column, number)
-            note(f"round {number}: {column.name} done")
         if number and session.wants_start:
             for contender in list(session.running):
                 start_turn(session, contender)
     return found
 
 
-def measure(session: Session, wanted: list[Contender], count: int) -> dict[str, Any]:
+def measure(
+    session: Session, wanted: list[Contender], count: int, until_s: float
+) -> dict[str, Any]:
     """Measure one model and return its part of the result."""
     truth = Truth.make(session.model, session.peers, session.threads, session.shape_name)
     try:
         prepare(session, wanted, truth)
-        found = rounds(session, count) if session.running else []
+        found = rounds(session, count, until_s) if session.running else []
     finally:
         for peer in session.running.values():
             peer.pause(signal.SIGCONT)
@@ -218,6 +224,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--columns", help=f"some of {', '.join((*names, *START))}")
     parser.add_argument("--weights", help="formats of mxn, such as int4,bf16; in place of its own")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=600, help="no new round of a model after")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--peers", type=Path, help="folder of setup_peers.py; MXN_HOME/peers")
@@ -252,7 +259,9 @@ def main() -> None:
             threads=arguments.threads, columns=columns,
             wants_start=bool(set(names) & set(START)), logs=logs,
         )  # fmt: skip
-        results.append(measure(session, wanted_contenders(arguments), arguments.rounds))
+        until_s = time.monotonic() + 60 * arguments.minutes
+        wanted = wanted_contenders(arguments)
+        results.append(measure(session, wanted, arguments.rounds, until_s))
         report.show(results[-1])
     params = {"rounds": arguments.rounds, "threads": arguments.threads, "columns": list(names)}
     document = json.dumps(report.document(results, params))
