@@ -84,7 +84,9 @@ def measure(
     return rows
 
 
-def start(names: list[str], model: Path, peers: Path, threads: int) -> dict[Contender, Peer]:
+def start(
+    names: list[str], model: Path, peers: Path, threads: int, vocab_size: int, steps: int
+) -> dict[Contender, Peer]:
     """Load all contenders; one that cannot is named and left out."""
     running = {}
     for name in names:
@@ -97,6 +99,7 @@ def start(names: list[str], model: Path, peers: Path, threads: int) -> dict[Cont
         )  # fmt: skip
         try:
             peer.load(load)
+            decode(peer, vocab_size, steps)  # fills the prompt in and warms up
         except (Failed, Refused) as error:
             print(f"{name}: no: {error}", file=sys.stderr)
             peer.stop()
@@ -119,10 +122,11 @@ def main() -> None:
     peers = (arguments.peers or default_folder()).resolve()
     cache = (arguments.cache or models.default_cache()).resolve()
     model = models.ensure(arguments.model, cache)
-    running = start(arguments.contenders.split(","), model, peers, arguments.threads)
     vocab_size = models.SHAPES[arguments.model]["vocab_size"]
+    names, steps = arguments.contenders.split(","), arguments.steps
+    running = start(names, model, peers, arguments.threads, vocab_size, steps)
     try:
-        rows = measure(running, vocab_size, arguments.rounds, arguments.steps, arguments.threads)
+        rows = measure(running, vocab_size, arguments.rounds, steps, arguments.threads)
     finally:
         for peer in running.values():
             peer.pause(signal.SIGCONT)
