@@ -21,10 +21,11 @@ inline int32_t four_bytes(const int8_t* p) {
   return v;
 }
 
-// exp for x <= 88: 2^round(x / ln 2) times a polynomial of the rest; 0 below -87.3.
+// 2^round(x / ln 2) times a polynomial of the rest; 0 below -87.3, infinite above 88.7. NaN stays NaN:
+// of a minimum or maximum with a NaN, f_min and f_max return the second operand.
 inline F f_exp(F x) {
   const F low = f_set(-87.3f);
-  const F clamped = f_min(f_max(x, low), f_set(88.3f));
+  const F clamped = f_min(f_set(88.73f), f_max(low, x));
   const F n = f_round(f_mul(clamped, f_set(1.44269504088896341f)));
   F r = f_fma(n, f_set(-0.693359375f), clamped);
   r = f_fma(n, f_set(2.12194440e-4f), r);

@@ -52,7 +52,7 @@ inline F f_round(F v) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(v.a, mode), _mm256_round_ps(v.b, mode)};
 }
-inline __m256 scale2(__m256 v, __m256 n) {  // n in [-126, 127]
+inline __m256 scale2(__m256 v, __m256 n) {  // n in [-126, 128]; 2^128 is infinite
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(v, _mm256_castsi256_ps(bits));
 }
