@@ -248,7 +248,9 @@ def test_softcap_equals_the_naive_one_and_keeps_nan(variant, n):
 
 
 @pytest.mark.parametrize("is_interleaved", [False, True])
-@pytest.mark.parametrize(("dim", "half"), [(4, 2), (20, 10), (64, 32), (80, 16), (128, 64), (34, 17)])
+@pytest.mark.parametrize(
+    ("dim", "half"), [(4, 2), (20, 10), (64, 32), (80, 16), (128, 64), (34, 17)]
+)
 def test_rope_equals_the_naive_one_and_leaves_the_rest(variant, dim, half, is_interleaved):
     x, angles = normal(1, 1, dim), normal(1, half, seed=1)
     cos, sin = angles.cos(), angles.sin()
@@ -261,7 +263,9 @@ def test_rope_equals_the_naive_one_and_leaves_the_rest(variant, dim, half, is_in
     assert torch.equal(out.value[0, 2 * half :], x[0, 0, 2 * half :])
 
 
-@pytest.mark.parametrize(("group", "padded"), [(16, 144), (32, 160), (48, 144), (64, 192), (144, 144)])
+@pytest.mark.parametrize(
+    ("group", "padded"), [(16, 144), (32, 160), (48, 144), (64, 192), (144, 144)]
+)
 def test_quantize_rounds_to_nearest_and_pads_with_zeros(variant, group, padded):
     k = 130
     x = normal(5, k) * 3

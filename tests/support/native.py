@@ -95,7 +95,9 @@ def magnitude(weight: PackedWeight) -> Tensor:
     plain = weight.dequantize().double().abs()
     if weight.mins is None:
         return plain
-    mins = weight.mins.double().abs().transpose(1, 2).reshape(-1, weight.mins.shape[1]) * weight.gain
+    mins = (
+        weight.mins.double().abs().transpose(1, 2).reshape(-1, weight.mins.shape[1]) * weight.gain
+    )
     wide = mins.repeat_interleave(act_group(weight), 1)
     return plain + 2 * wide[: weight.out_features, : weight.in_features]
 
