@@ -1,8 +1,8 @@
 """Native kernels against the plain arithmetic they stand for, on every variant this processor runs.
 
-Products are compared in float64 with `PackedWeight.dequantize()` and with the exact int8 rounding of
-activations, so that tolerances are those of float32 sums and not those of quantization. Results lie
-between guards. Attention is in `test_native_attention.py`.
+Products are compared in float64 with `PackedWeight.dequantize()` and with the exact int8 rounding
+of activations, so that tolerances are those of float32 sums and not those of quantization. Results
+lie between guards. Attention is in `test_native_attention.py`.
 """
 
 from __future__ import annotations
