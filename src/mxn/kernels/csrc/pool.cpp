@@ -1,9 +1,14 @@
 #include "pool.h"
 
 #include <chrono>
+#include <memory>
+#include <utility>
 
 #if defined(__linux__)
 #include <sched.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -42,9 +47,17 @@ void pin(int n) {
 #endif
 }
 
+int64_t this_process() {
+#if defined(__unix__) || defined(__APPLE__)
+  return getpid();
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
-Pool::Pool(int num_threads, int spin_us, bool is_pinned) : spin_us_(spin_us) {
+Pool::Pool(int num_threads, int spin_us, bool is_pinned) : spin_us_(spin_us), process_(this_process()) {
   for (int thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread, is_pinned] {
       if (is_pinned) pin(thread);
@@ -54,6 +67,11 @@ Pool::Pool(int num_threads, int spin_us, bool is_pinned) : spin_us_(spin_us) {
 }
 
 Pool::~Pool() {
+  if (this_process() != process_) {
+    // Threads do not survive a fork; joining what is left of them would end the process.
+    static_cast<void>(std::make_unique<std::vector<std::thread>>(std::move(workers_)).release());
+    return;
+  }
   is_ending_.store(true);
   wake_.fetch_add(1);
   wake_.notify_all();
@@ -83,6 +101,10 @@ void Pool::take_all(uint32_t round, int thread) {
 }
 
 void Pool::run_items(int64_t num_items, Call call, const void* fn) {
+  if (is_taken_.exchange(true, std::memory_order_acquire)) {
+    for (int64_t i = 0; i < num_items; ++i) call(fn, i, 0);
+    return;
+  }
   const uint32_t round = static_cast<uint32_t>(state_.load(std::memory_order_relaxed) >> 32) + 1;
   // Close the old loop before its facts change: a late thread must find no item under its number.
   state_.store((uint64_t{round} << 32) | kClosed, std::memory_order_seq_cst);
@@ -97,6 +119,7 @@ void Pool::run_items(int64_t num_items, Call call, const void* fn) {
   }
   take_all(round, 0);
   while (num_done_.load(std::memory_order_acquire) < num_items) relax();
+  is_taken_.store(false, std::memory_order_release);
 }
 
 void Pool::work(int thread) {

@@ -18,7 +18,9 @@ class Pool {
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls fn(item, thread) for every item in [0, num_items) and returns when all have returned.
+  // Calls fn(item, thread) for every item in [0, num_items) and returns when all have returned. A call
+  // while another one runs does its items alone, as thread 0; so does the child of a fork, whose
+  // workers do not exist.
   template <typename Fn>
   void run(int64_t num_items, const Fn& fn) {
     if (num_items == 1 || workers_.empty()) {
@@ -49,7 +51,9 @@ class Pool {
   alignas(64) std::atomic<uint32_t> wake_{0};
   std::atomic<int> num_asleep_{0};
   std::atomic<bool> is_ending_{false};
+  std::atomic<bool> is_taken_{false};
   int spin_us_;
+  int64_t process_;
   std::vector<std::thread> workers_;
 };
 
