@@ -1,9 +1,14 @@
 #include "pool.h"
 
 #include <chrono>
+#include <memory>
+#include <utility>
 
 #if defined(__linux__)
 #include <sched.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -54,10 +59,18 @@ void pin(int n) {
 #endif
 }
 
+int64_t this_process() {
+#if defined(__unix__) || defined(__APPLE__)
+  return getpid();
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 Pool::Pool(int num_threads, int spin_us, bool is_pinned)
-    : spin_us_(spin_us), seats_(new Seat[static_cast<size_t>(num_threads > 0 ? num_threads : 1)]) {
+    : spin_us_(spin_us), process_(this_process()), seats_(new Seat[static_cast<size_t>(num_threads > 0 ? num_threads : 1)]) {
   for (int thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread, is_pinned] {
       if (is_pinned) pin(thread);
@@ -67,6 +80,11 @@ Pool::Pool(int num_threads, int spin_us, bool is_pinned)
 }
 
 Pool::~Pool() {
+  if (this_process() != process_) {
+    // Threads do not survive a fork; joining what is left of them would end the process.
+    static_cast<void>(std::make_unique<std::vector<std::thread>>(std::move(workers_)).release());
+    return;
+  }
   is_ending_.store(true);
   wake_.fetch_add(1);
   wake_.notify_all();
@@ -127,6 +145,10 @@ void Pool::wait_for_others(uint32_t round, int64_t num_items, int64_t item_ns) {
 }
 
 void Pool::run_items(int64_t num_items, Call call, const void* fn) {
+  if (is_taken_.exchange(true, std::memory_order_acquire)) {
+    for (int64_t i = 0; i < num_items; ++i) call(fn, i, 0);
+    return;
+  }
   const uint32_t round = static_cast<uint32_t>(state_.load(std::memory_order_relaxed) >> 32) + 1;
   // Close the old loop before its facts change: a late thread must find no item under its number.
   state_.store((uint64_t{round} << 32) | kClosed, std::memory_order_seq_cst);
@@ -141,8 +163,10 @@ void Pool::run_items(int64_t num_items, Call call, const void* fn) {
   }
   const int64_t began = now_ns();
   const int64_t count = take_all(round, 0);
-  if (num_done_.load(std::memory_order_acquire) == num_items) return;
-  wait_for_others(round, num_items, count ? (now_ns() - began) / count : 0);
+  if (num_done_.load(std::memory_order_acquire) < num_items) {
+    wait_for_others(round, num_items, count ? (now_ns() - began) / count : 0);
+  }
+  is_taken_.store(false, std::memory_order_release);
 }
 
 void Pool::work(int thread) {

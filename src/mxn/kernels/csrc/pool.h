@@ -23,7 +23,9 @@ class Pool {
   int64_t num_rests() const { return num_rests_.load(std::memory_order_relaxed); }
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls fn(item, thread) for every item in [0, num_items) and returns when all have returned.
+  // Calls fn(item, thread) for every item in [0, num_items) and returns when all have returned. A call
+  // while another one runs does its items alone, as thread 0; so does the child of a fork, whose
+  // workers do not exist.
   template <typename Fn>
   void run(int64_t num_items, const Fn& fn) {
     if (num_items == 1 || workers_.empty()) {
@@ -56,8 +58,10 @@ class Pool {
   alignas(64) std::atomic<uint32_t> wake_{0};
   std::atomic<int> num_asleep_{0};
   std::atomic<bool> is_ending_{false};
+  std::atomic<bool> is_taken_{false};
   std::atomic<int64_t> num_rests_{0};
   int spin_us_;
+  int64_t process_;
   struct alignas(64) Seat {
     std::atomic<uint32_t> round{0};     // of the loop whose item it holds; 0: none
     std::atomic<int64_t> rests_until{0};  // ns
