@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxn.errors import MxnError
-from mxn.models.checkpoint import read_json
 from mxn.models.load import architecture, refuse_quantization
+from mxn.models.storage import read_config
 
 _BEST_SHIPPED = "mxn-shakespeare-llama"
 
@@ -51,6 +51,8 @@ def find_models(directories: tuple[Path, ...] = ()) -> list[CatalogueEntry]:
     for directory in directories:
         configs = sorted([*directory.glob("config.json"), *directory.glob("*/config.json")])
         found += [_entry(str(path.parent), path.parent, "directory") for path in configs]
+        files = sorted([*directory.glob("*.gguf"), *directory.glob("*/*.gguf")])
+        found += [_entry(str(path), path, "directory") for path in files]
     return found
 
 
@@ -70,17 +72,18 @@ def _cached_hub_models() -> list[tuple[str, Path]]:
 
 def _entry(name: str, path: Path, source: str) -> CatalogueEntry:
     try:
-        config_json = read_json(path / "config.json")
+        config_json = read_config(path)
         supported = support(config_json)
     except MxnError as error:  # one broken directory must not hide the others
         config_json, supported = {}, f"refused: {error.message}"
+    files = [path] if path.is_file() else path.glob("*.safetensors")
     return CatalogueEntry(
         name=name,
         path=path,
         architecture=architecture(config_json),
         support=supported,
         source=source,
-        num_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        num_bytes=sum(file.stat().st_size for file in files),
     )
 
 

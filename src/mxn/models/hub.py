@@ -1,4 +1,4 @@
-"""From what a user types to a directory on disk: a local path, or a Hugging Face hub id.
+"""From what a user types to a model on disk: a directory, a GGUF file, or a Hugging Face hub id.
 
 `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to `huggingface_hub`.
 """
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from mxn.errors import NotFoundError
+from mxn.models.quantized.gguf_storage import find_gguf
 
 # Weights in pickle files are left out on purpose: loading one can run any code.
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "**/config.json")
@@ -18,16 +19,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve(model: str, *, revision: str | None = None) -> Path:
-    """Return the directory of `model`, downloading a hub id if it is not in the cache yet.
+    """Return the directory or GGUF file of `model`; a hub id not in the cache is downloaded.
 
-    Raises: NotFoundError when it is neither a model directory nor a reachable hub id.
+    Raises: NotFoundError when it is neither a model nor a reachable hub id.
     """
     path = Path(model).expanduser()
+    gguf = find_gguf(path)
+    if gguf is not None and gguf.is_file():
+        return gguf.resolve()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise NotFoundError(
-                f"{str(path)!r} has no config.json",
-                hint="name a Hugging Face model directory, or a hub id such as Qwen/Qwen3-0.6B",
+                f"{str(path)!r} has no config.json and no GGUF file",
+                hint="name a model directory, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B",
             )
         return path.resolve()
     if not _HUB_ID.fullmatch(model) or path.suffix == ".gguf":
