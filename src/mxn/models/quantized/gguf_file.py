@@ -109,12 +109,10 @@ class _Cursor:
 
     def _array(self, what: str) -> list[Any]:
         code, count = self.scalar("I", what), self.scalar("Q", what)
+        if code == _STRING:
+            return self._strings(count, what)
         if code not in _SCALARS:
-            if count > len(self.data) - self.at:  # each element takes a byte at least
-                raise broken(self.path, f"{what} claims {count} elements")
-            if code == _STRING:
-                return self._strings(count, what)
-            return [self.value(code, what) for _ in range(count)]
+            raise broken(self.path, f"{what} is a list of the unknown value type {code}")
         size = struct.calcsize(f"<{_SCALARS[code]}")
         return list(struct.unpack(f"<{count}{_SCALARS[code]}", self.take(count * size, what)))
 

@@ -66,6 +66,11 @@ class _Vocabulary:
                 hint=_BESIDE,
             )
 
+        try:
+            "".join(self.tokens).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UnsupportedError(f"{path}: a token is no UTF-8: {error}", hint=_BESIDE) from error
+
     def field(self, name: str, default: Any = None) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{name}", default)
 
