@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxn.errors import MxnError
-from mxn.models.load import architecture, refuse_quantization
+from mxn.models.load import architecture
+from mxn.models.quantized import find_format
 from mxn.models.storage import read_config
 
 _BEST_SHIPPED = "mxn-shakespeare-llama"
@@ -94,7 +95,9 @@ def support(config_json: dict) -> str:
     """
     from mxn.models.families import find_decoder, find_encoder
 
-    refuse_quantization(config_json)
+    form = find_format(config_json)
     if find_encoder(config_json):
         return "encoder"
-    return "native" if find_decoder(config_json) else "fallback"
+    if find_decoder(config_json):
+        return "native"
+    return "fallback" if form is None else f"refused: {form.name} weights need a native family"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from mxn.errors import NotFoundError
@@ -16,6 +17,9 @@ _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken
 # The same weights once more, under their maker's names.
 _UNWANTED = ("consolidated*", "original/*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+# One file of a repository: those of GGUF hold the same model many times.
+_HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.-]+\.gguf)")
 
 
 def resolve(model: str, *, revision: str | None = None) -> Path:
@@ -34,6 +38,9 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
                 hint="name a model directory, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B",
             )
         return path.resolve()
+    file = _HUB_FILE.fullmatch(model)
+    if file is not None:
+        return _download_file(file[1], file[2], revision)
     if not _HUB_ID.fullmatch(model) or path.suffix == ".gguf":
         raise NotFoundError(
             f"no model directory at {model!r}, and it is not a hub id",
@@ -43,18 +50,32 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    return _fetched(
+        hub_id,
+        lambda: snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
+        ),
+    )
+
+
+def _download_file(hub_id: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return _fetched(hub_id, lambda: hf_hub_download(hub_id, name, revision=revision))
+
+
+def _fetched(hub_id: str, fetch: Callable[[], str]) -> Path:
+    """Return where `fetch` put it. Raises: NotFoundError, saying why it cannot come."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                allow_patterns=list(_WANTED),
-                ignore_patterns=list(_UNWANTED),
-            )
-        )
+        return Path(fetch())
     except LocalEntryNotFoundError as error:
         reason = (
             "HF_HUB_OFFLINE is set"

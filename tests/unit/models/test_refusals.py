@@ -28,14 +28,24 @@ def with_tensors(directory, **changes: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "fbgemm_fp8", "modelopt"],
+    ("method", "fields"),
+    [
+        ("gptq", {"bits": 3}),
+        ("gptq", {"bits": 4, "checkpoint_format": "marlin"}),
+        ("awq", {"bits": 4, "version": "gemv"}),
+        ("awq", {"bits": 4, "zero_point": False}),
+        ("compressed-tensors", {"format": "float-quantized"}),
+        ("bitsandbytes", {}),
+        ("mxfp4", {}),
+        ("fbgemm_fp8", {}),
+        ("modelopt", {}),
+    ],
 )
 @pytest.mark.parametrize("place", ["top", "text_config"])
 def test_weights_of_other_quantizations_are_refused_before_anything_is_read(
-    tmp_path, device, method, place
+    tmp_path, device, method, fields, place
 ):
-    fields = {"quantization_config": {"quant_method": method, "bits": 4}}
+    fields = {"quantization_config": {"quant_method": method, **fields}}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     config |= fields if place == "top" else {"text_config": fields}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -35,14 +35,40 @@ ARCHITECTURES = {
 
 
 class Fields:
-    """Metadata of one file; a missing key is an error that names the file."""
+    """Metadata of one file; a missing key or a value of another kind is an error that names both."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path, self.metadata = path, metadata
         self.architecture = metadata.get("general.architecture", "unnamed")
 
-    def get(self, key: str, default: Any = _MISSING) -> Any:
-        """Return "<architecture>.<key>". Raises: UnsupportedError when it is not there."""
+    def count(self, key: str, default: Any = _MISSING) -> int:
+        """Return a positive whole number, "<architecture>.<key>".
+
+        Newer files may give one for each layer; all must be equal. Raises: UnsupportedError.
+        """
+        value = self._get(key, default)
+        if isinstance(value, list) and value:
+            if len(set(map(str, value))) != 1:
+                raise UnsupportedError(f"{self.path}: {key} differs among layers: {value[:6]}")
+            value = value[0]
+        return self._checked(key, value, int)
+
+    def number(self, key: str, default: Any = _MISSING) -> float:
+        """Return a positive number. Raises: UnsupportedError."""
+        return self._checked(key, self._get(key, default), (int, float))
+
+    def _checked(self, key: str, value: Any, kind: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+            raise UnsupportedError(f"{self.path}: {key} is {value!r}, not a positive number")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        return str(self._get(key, default))
+
+    def has(self, key: str) -> bool:
+        return bool(self.metadata.get(f"{self.architecture}.{key}"))
+
+    def _get(self, key: str, default: Any) -> Any:
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if value is _MISSING:
             raise UnsupportedError(
@@ -51,19 +77,10 @@ class Fields:
             )
         return value
 
-    def one(self, key: str, default: Any = _MISSING) -> Any:
-        """Return a number that newer files may give for each layer; all must be equal."""
-        value = self.get(key, default)
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise UnsupportedError(f"{self.path}: {key} differs among layers: {value[:6]}")
-            return value[0]
-        return value
-
 
 def architecture_of(path: Path, metadata: Mapping[str, Any]) -> Architecture:
     """Raises: UnsupportedError for an architecture whose tensor names are not known."""
-    name = metadata.get("general.architecture", "unnamed")
+    name = str(metadata.get("general.architecture", "unnamed"))
     if name not in ARCHITECTURES:
         raise UnsupportedError(
             f"{path} holds the architecture {name!r}; GGUF files of"
@@ -81,11 +98,11 @@ def config_json(file: GgufFile, *, shapes: Mapping[str, tuple[int, ...]]) -> dic
     """
     architecture = architecture_of(file.path, file.metadata)
     fields = Fields(file.path, file.metadata)
-    heads = fields.one("attention.head_count")
-    hidden = fields.get("embedding_length")
-    if not architecture.has_experts and fields.get("expert_count", 0):
+    heads = fields.count("attention.head_count")
+    hidden = fields.count("embedding_length")
+    if not architecture.has_experts and fields.has("expert_count"):
         raise UnsupportedError(
-            f"{file.path} is a {fields.architecture} with {fields.get('expert_count')} experts",
+            f"{file.path} is a {fields.architecture} with experts",
             hint="serve the safetensors checkpoint of this model",
         )
     config = {
@@ -93,13 +110,13 @@ def config_json(file: GgufFile, *, shapes: Mapping[str, tuple[int, ...]]) -> dic
         "model_type": architecture.model_type,
         "vocab_size": _rows(file.path, shapes, "token_embd.weight"),
         "hidden_size": hidden,
-        "intermediate_size": fields.one("feed_forward_length"),
-        "num_hidden_layers": fields.get("block_count"),
+        "intermediate_size": fields.count("feed_forward_length"),
+        "num_hidden_layers": fields.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.one("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.count("attention.head_count_kv", heads),
         "head_dim": _head_dim(fields, hidden // heads),
-        "max_position_embeddings": fields.get("context_length"),
-        "rms_norm_eps": fields.get("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": fields.count("context_length"),
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in shapes,
         "rope_parameters": _rope(file, fields, "rope_freqs.weight" in shapes),
@@ -124,8 +141,8 @@ def _rows(path: Path, shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
 
 
 def _head_dim(fields: Fields, default: int) -> int:
-    dim = fields.get("attention.key_length", default)
-    rotary = fields.get("rope.dimension_count", dim)
+    dim = fields.count("attention.key_length", default)
+    rotary = fields.count("rope.dimension_count", dim)
     if rotary != dim:
         raise UnsupportedError(f"{fields.path} rotates {rotary} of {dim} dims of a head")
     return dim
@@ -133,9 +150,9 @@ def _head_dim(fields: Fields, default: int) -> int:
 
 def _experts(fields: Fields) -> dict[str, Any]:
     return {
-        "num_experts": fields.get("expert_count"),
-        "num_experts_per_tok": fields.get("expert_used_count"),
-        "moe_intermediate_size": fields.get("expert_feed_forward_length"),
+        "num_experts": fields.count("expert_count"),
+        "num_experts_per_tok": fields.count("expert_used_count"),
+        "moe_intermediate_size": fields.count("expert_feed_forward_length"),
         "norm_topk_prob": True,  # llama.cpp always does for this architecture
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -144,8 +161,8 @@ def _experts(fields: Fields) -> dict[str, Any]:
 
 def _rope(file: GgufFile, fields: Fields, has_factors: bool) -> dict[str, Any]:
     """Return `rope_parameters`. Llama 3's scaling is stored as a divisor of each frequency."""
-    theta = fields.get("rope.freq_base", 10000.0)
-    kind = fields.get("rope.scaling.type", "none")
+    theta = fields.number("rope.freq_base", 10000.0)
+    kind = fields.text("rope.scaling.type", "none")
     if has_factors:
         from mxn.models.quantized.gguf_blocks import to_plain
 
@@ -154,7 +171,7 @@ def _rope(file: GgufFile, fields: Fields, has_factors: bool) -> dict[str, Any]:
         return {
             "rope_type": "longrope", "rope_theta": theta, "attention_factor": 1.0,
             "short_factor": factors, "long_factor": factors,
-            "original_max_position_embeddings": fields.get("context_length"),
+            "original_max_position_embeddings": fields.count("context_length"),
         }  # fmt: skip
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
@@ -162,9 +179,13 @@ def _rope(file: GgufFile, fields: Fields, has_factors: bool) -> dict[str, Any]:
         raise UnsupportedError(
             f"{file.path}: rope scaling {kind!r} is not one of none, linear, yarn"
         )
-    scaling = {"rope_type": kind, "rope_theta": theta, "factor": fields.get("rope.scaling.factor")}
+    scaling = {
+        "rope_type": kind,
+        "rope_theta": theta,
+        "factor": fields.number("rope.scaling.factor"),
+    }
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = fields.get(
+        scaling["original_max_position_embeddings"] = fields.count(
             "rope.scaling.original_context_length"
         )
     return scaling
@@ -173,7 +194,7 @@ def _rope(file: GgufFile, fields: Fields, has_factors: bool) -> dict[str, Any]:
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return bos and eos ids; the end of a turn ends an answer like the end of a text."""
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    ends = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
     return {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": ends[0] if len(ends) == 1 else (ends or None),

@@ -21,7 +21,7 @@ def unpack_words(words: Tensor, bits: int, dim: int) -> Tensor:
     if dim == 0:
         return unpack_words(words.t(), bits, 1).t().contiguous()
     # Words lie in the file and here with their lowest byte first.
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.contiguous().view(-1).view(torch.uint8).view(words.shape[0], -1)
     if bits == 8:
         return octets
     return torch.stack((octets & 15, octets >> 4), dim=-1).view(words.shape[0], -1)
