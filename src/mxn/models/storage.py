@@ -49,7 +49,8 @@ def open_storage(path: Path) -> tuple[Storage, dict[str, Any]]:
     if gguf is not None:
         storage = GgufStorage(gguf)
         return storage, storage.config_json
-    return SafetensorsStorage(path), read_config(path)
+    config_json = read_config(path)
+    return SafetensorsStorage(path), config_json
 
 
 def read_config(path: Path) -> dict[str, Any]:

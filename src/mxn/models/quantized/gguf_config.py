@@ -35,7 +35,7 @@ ARCHITECTURES = {
 
 
 class Fields:
-    """Metadata of one file; a missing key or a value of another kind is an error that names both."""
+    """Metadata of one file; a missing key or a value of another kind is an error."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path, self.metadata = path, metadata
