@@ -43,10 +43,12 @@ _LLAMA3 = _Split(
 _QWEN2 = _Split(
     pattern=rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}", is_nfc=True
 )
+_DIGITS = _Split(is_digit_split=True)
 _SPLITS = {
     "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3,
     "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2,
-    "gpt-2": _Split(), "smollm": _Split(is_digit_split=True),
+    "gpt-2": _Split(), "smollm": _DIGITS, "starcoder": _DIGITS,
+    "refact": _DIGITS, "command-r": _DIGITS,
 }  # fmt: skip
 
 
