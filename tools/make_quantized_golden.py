@@ -34,6 +34,13 @@ def version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
+# name, bytes of a block, where its half floats are
+RANDOM_BLOCKS = (
+    ("Q4_K", 144, (0, 2)), ("Q5_K", 176, (0, 2)), ("Q6_K", 210, (208,)), ("Q2_K", 84, (80, 82)),
+    ("Q3_K", 110, (108,)), ("IQ4_NL", 18, (0,)), ("IQ4_XS", 136, (0,)),
+)  # fmt: skip
+
+
 def make_gguf_blocks() -> None:
     """ggml's block types. The K types are random bytes: the package only takes those apart."""
     import numpy as np
@@ -44,12 +51,12 @@ def make_gguf_blocks() -> None:
     for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
         weight = rng.normal(size=(5, 96)).astype(np.float32)
         out[f"{name}.raw"] = quants.quantize(weight, GGMLQuantizationType[name])
-    for name, size, halves in (("Q4_K", 144, (0, 2)), ("Q5_K", 176, (0, 2)), ("Q6_K", 210, (208,))):
+    for name, size, halves in RANDOM_BLOCKS:
         blocks = rng.integers(0, 256, size=(6, size), dtype=np.uint8)
         for start in halves:
             scale = rng.normal(scale=0.01, size=6).astype(np.float16)
             blocks[:, start : start + 2] = scale.view(np.uint8).reshape(-1, 2)
-        if name != "Q6_K":  # one sub-block without a scale: it is constant
+        if name in ("Q4_K", "Q5_K"):  # one sub-block without a scale: it is constant
             blocks[0, 4] &= 0xC0
         out[f"{name}.raw"] = blocks.reshape(3, 2 * size)
     for key in list(out):

@@ -97,7 +97,7 @@ def test_other_files_are_told_apart(tmp_path, options, said):
 @pytest.mark.parametrize(
     ("stored", "said"),
     [
-        (gguf.Stored((4, 256), 10, bytes(84 * 4)), r"token_embd\.weight is of type Q2_K \(10\)"),
+        (gguf.Stored((4, 256), 16, bytes(66 * 4)), r"token_embd\.weight is of type IQ2_XXS \(16\)"),
         (gguf.Stored((4, 256), 99, bytes(4)), r"token_embd\.weight is of type unknown \(99\)"),
         (gguf.Stored((4, 100), gguf.Q4_K, bytes(144)), r"token_embd\.weight has 100 columns"),
         (gguf.Stored((), gguf.F32, bytes(4)), r"token_embd\.weight has 0 dimensions"),

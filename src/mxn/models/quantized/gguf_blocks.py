@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # values uint8 [out, blocks, n], scales and zeros [out, blocks, groups of the block]
 Parts = tuple["Tensor", "Tensor", "Tensor"]
 
+# What the nibbles of IQ4_NL and IQ4_XS stand for: unevenly spaced, so 8 bits hold them.
+_IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 PLAIN = ("F32", "F16", "BF16")
 
 
@@ -103,6 +106,60 @@ def _q8_0(raw: Tensor) -> Parts:
     return raw[..., 2:] ^ 128, scales, _constant(scales, 128)  # int8 + 128, as uint8
 
 
+def _q2_k(raw: Tensor) -> Parts:
+    scales = _half(raw, 80) * (raw[..., :16] & 15).float()
+    minima = _half(raw, 82) * (raw[..., :16] >> 4).float()
+    return _affine(_crumbs(raw[..., 16:80]), scales, minima)
+
+
+def _q3_k(raw: Tensor) -> Parts:
+    import torch
+
+    high = _bit_rows(raw[..., :32], 8).flatten(-2) << 2
+    a, b, c = raw[..., 96:108].split(4, dim=-1)  # low 4 bits in a and b, high 2 bits in c
+    low = (a & 15, b & 15, a >> 4, b >> 4)
+    parts = [part | (((c >> (2 * i)) & 3) << 4) for i, part in enumerate(low)]
+    scales = _half(raw, 108) * (torch.cat(parts, dim=-1).float() - 32)
+    return _crumbs(raw[..., 32:96]) | high, scales, _constant(scales, 4)
+
+
+def _iq4_nl(raw: Tensor) -> Parts:
+    scales = _half(raw, 0)
+    return _levels(_nibbles(raw[..., 2:])), scales, _constant(scales, 128)
+
+
+def _iq4_xs(raw: Tensor) -> Parts:
+    low = _nibbles(raw[..., 4:8].unsqueeze(-1)).flatten(-2)  # two scales in a byte
+    high = _pairs(raw[..., 2:4])
+    scales = _half(raw, 0) * ((low | (high << 4)).float() - 32)
+    values = _nibbles(raw[..., 8:].unflatten(-1, (8, 16))).flatten(-2)
+    return _levels(values), scales, _constant(scales, 128)
+
+
+def _levels(nibbles: Tensor) -> Tensor:
+    """Return the 8-bit levels that the nibbles of the IQ4 types stand for, plus 128."""
+    import torch
+
+    table = torch.tensor([level + 128 for level in _IQ4_LEVELS], dtype=torch.uint8)
+    return table[nibbles.int()]
+
+
+def _pairs(raw: Tensor) -> Tensor:
+    """Return [..., n] bytes as [..., 4 n] values of two bits, lowest first."""
+    import torch
+
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    return ((raw.unsqueeze(-1) >> shifts) & 3).flatten(-2)
+
+
+def _crumbs(raw: Tensor) -> Tensor:
+    """Return 64 bytes as 256 values of two bits: of each 32 bytes, bits 0-1 of all, then 2-3, …"""
+    import torch
+
+    halves = raw.unflatten(-1, (2, 32))
+    return torch.cat([(halves >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+
+
 def _q4_k(raw: Tensor) -> Parts:
     scales, minima = _k_scales(raw)
     return _affine(_k_nibbles(raw[..., 16:]), scales, minima)
@@ -119,9 +176,7 @@ def _q6_k(raw: Tensor) -> Parts:
 
     low = raw[..., :128].unflatten(-1, (2, 64))
     low = torch.cat((low & 15, low >> 4), dim=-1)  # two halves of 128 values
-    high = raw[..., 128:192].unflatten(-1, (2, 32))
-    high = torch.cat([(high >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)
-    values = (low | (high << 4)).flatten(-2)
+    values = low.flatten(-2) | (_crumbs(raw[..., 128:192]) << 4)
     scales = _half(raw, 208) * raw[..., 192:208].contiguous().view(torch.int8).float()
     return values, scales, _constant(scales, 32)
 
@@ -167,7 +222,11 @@ _UNPACK: dict[str, tuple[int, Callable[[Tensor], Parts]]] = {
     "Q5_0": (8, _q5_0),
     "Q5_1": (8, _q5_1),
     "Q8_0": (8, _q8_0),
+    "Q2_K": (4, _q2_k),
+    "Q3_K": (4, _q3_k),
     "Q4_K": (4, _q4_k),
     "Q5_K": (8, _q5_k),
     "Q6_K": (8, _q6_k),
+    "IQ4_NL": (8, _iq4_nl),
+    "IQ4_XS": (8, _iq4_xs),
 }
