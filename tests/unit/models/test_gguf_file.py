@@ -18,6 +18,9 @@ from mxn.models.storage import read_config
 from mxn.models.tokenizer import Tokenizer
 from support import gguf_writer as gguf
 
+TOKENS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "ab"],
+          "tokenizer.ggml.token_type": [1, 1, 1], "tokenizer.ggml.merges": ["a b"]}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
@@ -27,7 +30,7 @@ def good(tmp_path_factory):
         "token_embd.weight": gguf.Stored.plain(torch.randn(5, 8)),
         "blk.0.attn_norm.weight": gguf.Stored.plain(torch.ones(8)),
     }
-    metadata = gguf.llama(**{"tokenizer.ggml.tokens": ["a", "b"], "general.name": "good"})
+    metadata = gguf.llama(**TOKENS, **{"tokenizer.ggml.pre": "gpt-2", "general.name": "good"})
     return path, gguf.write(path, metadata, tensors)
 
 
@@ -36,7 +39,7 @@ def test_what_is_written_is_read(good):
     assert storage.names == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
     assert storage.shape("model.embed_tokens.weight") == (5, 8)
     assert torch.equal(storage.read("model.layers.0.input_layernorm.weight"), torch.ones(8))
-    assert storage.metadata["tokenizer.ggml.tokens"] == ["a", "b"]
+    assert storage.metadata["tokenizer.ggml.tokens"] == ["a", "b", "ab"]
     assert storage.config_json["vocab_size"] == 5
     assert storage.config_json["dtype"] == "float32"
 
@@ -64,6 +67,7 @@ def test_a_damaged_header_is_read_or_refused_but_never_crashes(good, tmp_path, d
     said = str(path)
     try:
         GgufStorage(path)
+        Tokenizer.load(path).encode("abba")
     except MxnError as error:
         said = str(error)
     assert "damaged.gguf" in said
@@ -191,6 +195,7 @@ def test_a_directory_means_its_one_gguf_file(tmp_path):
     with pytest.raises(NotFoundError, match=r"2 GGUF models: a\.gguf, b\.gguf"):
         resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
     assert resolve(str(tmp_path)) == tmp_path
 
 
@@ -202,10 +207,6 @@ def test_gguf_files_are_listed_with_what_they_hold(tmp_path):
     assert entries[0].support == "native"
     assert entries[0].num_bytes == (tmp_path / "a.gguf").stat().st_size
     assert entries[1].support.startswith("refused: ")
-
-
-TOKENS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "ab"],
-          "tokenizer.ggml.token_type": [1, 1, 1], "tokenizer.ggml.merges": ["a b"]}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -243,11 +244,13 @@ def test_llama_3_takes_a_whole_word_that_is_a_token_and_begins_with_bos(tmp_path
         "tokenizer.ggml.bos_token_id": 5, "tokenizer.ggml.eos_token_id": 6,
         "tokenizer.ggml.eot_token_id": 3,
     }  # fmt: skip
-    tensors = {"token_embd.weight": gguf.Stored.plain(torch.ones(7, 256))}
+    vocabulary["tokenizer.ggml.tokens"].append("<|endoftext|>")
+    vocabulary["tokenizer.ggml.token_type"].append(3)
+    tensors = {"token_embd.weight": gguf.Stored.plain(torch.ones(8, 256))}
     gguf.write(tmp_path / "x.gguf", gguf.llama(**vocabulary), tensors)
     tokenizer = Tokenizer.load(tmp_path / "x.gguf")
     assert tokenizer.encode("abc") == [5, 4]
     assert tokenizer.encode("abc</s>", add_special_tokens=False) == [4, 6]
     config = Checkpoint(tmp_path / "x.gguf").config_json
-    assert config["eos_token_id"] == [6, 3]
+    assert config["eos_token_id"] == [6, 3, 7]
     assert json.loads(json.dumps(config)) == config

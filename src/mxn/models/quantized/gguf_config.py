@@ -14,6 +14,7 @@ from mxn.errors import UnsupportedError
 from mxn.models.quantized.gguf_file import GgufFile
 
 _MISSING = object()
+_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +193,14 @@ def _rope(file: GgufFile, fields: Fields, has_factors: bool) -> dict[str, Any]:
 
 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return bos and eos ids; the end of a turn ends an answer like the end of a text."""
+    """Return bos and eos ids; the end of a turn ends an answer like the end of a text.
+
+    Files name one or two of them; llama.cpp, too, adds those it knows by their text.
+    """
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list):
+        ends += [i for i, token in enumerate(tokens) if token in _ENDS]
     ends = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
     return {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),

@@ -176,12 +176,12 @@ def detect(quantization: dict[str, Any]) -> GgufFormat | None:
 def find_gguf(path: Path) -> Path | None:
     """Return the GGUF file that `path` means: itself, or the one model of a directory.
 
-    A directory with safetensors or config.json is read as such. Raises: NotFoundError when a
-    directory holds several GGUF models.
+    A directory with safetensors is read as such. Raises: NotFoundError when a directory holds
+    several GGUF models and nothing else.
     """
     if path.suffix == ".gguf" and not path.is_dir():
         return path
-    if not path.is_dir() or (path / "config.json").is_file() or any(path.glob("*.safetensors")):
+    if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
     found = [file for file in sorted(path.glob("*.gguf")) if not file.name.startswith("mmproj")]
     firsts = [

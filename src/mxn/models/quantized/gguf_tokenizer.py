@@ -57,9 +57,10 @@ class _Vocabulary:
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path, self.metadata = path, metadata
-        self.tokens: list[str] = self.field("tokens", [])
-        self.types: list[int] = self.field("token_type", [1] * len(self.tokens))
-        self.scores: list[float] = self.field("scores", [0.0] * len(self.tokens))
+        self.tokens: list[str] = self._list("tokens", str, None)
+        self.types: list[int] = self._list("token_type", int, 1)
+        self.scores: list[float] = self._list("scores", (int, float), 0.0)
+        self.merges: list[str] = self._list("merges", str, None)
         lengths = {len(self.tokens), len(self.types), len(self.scores)}
         if not self.tokens or len(lengths) > 1:
             raise UnsupportedError(
@@ -72,6 +73,15 @@ class _Vocabulary:
             "".join(self.tokens).encode("utf-8")
         except UnicodeEncodeError as error:
             raise UnsupportedError(f"{path}: a token is no UTF-8: {error}", hint=_BESIDE) from error
+
+    def _list(self, name: str, kind: Any, default: Any) -> list[Any]:
+        """Return a list of the metadata; without it, `default` for each token, or nothing."""
+        found = self.field(name)
+        if found is None:
+            return [] if default is None else [default] * len(self.tokens)
+        if not isinstance(found, list) or not all(isinstance(item, kind) for item in found):
+            raise UnsupportedError(f"{self.path}: its {name} are no list of {kind}", hint=_BESIDE)
+        return found
 
     def field(self, name: str, default: Any = None) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{name}", default)
@@ -126,7 +136,7 @@ def read_tokenizer(
 
 
 def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
-    name = vocabulary.field("pre", "unnamed")
+    name = str(vocabulary.field("pre", "unnamed"))
     if name not in _SPLITS:
         raise UnsupportedError(
             f"{vocabulary.path}: its tokenizer cuts words by the rule {name!r}; known are"
@@ -134,9 +144,10 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
             hint=_BESIDE,
         )
     split = _SPLITS[name]
-    merges = [_merge(vocabulary, line) for line in vocabulary.field("merges", [])]
+    ids = vocabulary.ids()
+    merges = [_merge(vocabulary.path, line, ids) for line in vocabulary.merges]
     raw = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary.ids(), merges=merges, ignore_merges=split.ignores_merges)
+        models.BPE(vocab=ids, merges=merges, ignore_merges=split.ignores_merges)
     )
     if split.is_nfc:
         raw.normalizer = normalizers.NFC()
@@ -151,10 +162,10 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
     return raw, split.adds_bos
 
 
-def _merge(vocabulary: _Vocabulary, line: str) -> tuple[str, str]:
+def _merge(path: Path, line: str, ids: Mapping[str, int]) -> tuple[str, str]:
     left, _, right = line.partition(" ")
-    if not left or not right:
-        raise UnsupportedError(f"{vocabulary.path}: {line!r} is no merge of two", hint=_BESIDE)
+    if left not in ids or right not in ids or left + right not in ids:
+        raise UnsupportedError(f"{path}: {line!r} is no merge of two tokens", hint=_BESIDE)
     return left, right
 
 
