@@ -129,7 +129,7 @@ def _index(directory: Path) -> dict[str, Path]:
             + (f" (pickle files such as {pickled[0]} are not loaded)" if pickled else ""),
             hint="convert the checkpoint with `save_pretrained(..., safe_serialization=True)`"
             if pickled
-            else None,
+            else "of a hub repository of GGUF files name one, as in owner/name/file.gguf",
         )
     names: dict[str, Path] = {}
     for file in files:
