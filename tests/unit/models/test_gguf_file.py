@@ -44,7 +44,9 @@ def test_what_is_written_is_read(good):
     assert storage.config_json["dtype"] == "float32"
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_a_file_cut_anywhere_says_so_and_names_the_file(good, tmp_path, data):
     cut = data.draw(st.integers(0, len(good[1]) - 1))

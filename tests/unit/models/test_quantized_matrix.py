@@ -40,6 +40,7 @@ def matrix(seed: int, rows: int, columns: int, group: int, bits: int = 4) -> Qua
     )
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(1, 9), st.integers(1, 41), st.sampled_from([4, 8]))
 def test_words_unpack_to_what_was_packed_along_either_dim(seed, rows, columns, bits):
     values = integers(seed, (rows, columns), bits)
@@ -50,6 +51,7 @@ def test_words_unpack_to_what_was_packed_along_either_dim(seed, rows, columns, b
     assert along[:, columns:].sum() + down[rows:].sum() == 0
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(1, 9), st.integers(1, 6))
 def test_awq_words_unpack_to_what_was_packed(seed, rows, num_words):
     values = integers(seed, (8 * num_words, rows), 4)
@@ -104,6 +106,7 @@ def test_every_format_reads_back_the_integers_it_stores(seed, kind, eights, grou
     assert torch.equal(got.dequantize(), rounded.weight)
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(1, 4), st.integers(1, 4))
 def test_joining_mixed_groups_and_bits_changes_no_number(seed, first_rows, second_rows):
     first = matrix(seed, first_rows, 48, 16, bits=4)

@@ -43,12 +43,28 @@ def find_format(config_json: dict[str, Any]) -> Format | None:
         found = source.get("quantization_config") or source.get("compression_config")
         if not found:
             continue
+        found = _layout_of_auto_round(found)
         for reader in (gptq, awq, compressed, gguf_storage):
             form = reader.detect(found)
             if form is not None:
                 return form
         _refuse_unless_fp8(found)
     return None
+
+
+def _layout_of_auto_round(quantization: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the layout that AutoRound packed its weights in: GPTQ's or AWQ's.
+
+    Source: the readers of vLLM and SGLang, which hand them to those two.
+    """
+    if quantization.get("quant_method") not in ("auto-round", "auto_round"):
+        return quantization
+    layout = quantization.get("packing_format", "auto_round:auto_gptq")
+    if layout == "auto_round:auto_gptq":
+        return quantization | {"quant_method": "gptq", "checkpoint_format": "gptq"}
+    if layout == "auto_round:auto_awq":
+        return quantization | {"quant_method": "awq", "version": "gemm", "zero_point": True}
+    return quantization
 
 
 def _refuse_unless_fp8(quantization: dict[str, Any]) -> None:
