@@ -61,7 +61,7 @@ def test_batches_chunks_and_the_prefix_cache_keep_the_tokens(directory, prompts,
 def test_preemption_keeps_the_tokens(directory, prompts, alone):
 
     model = load(directory).core._runner._model
-    size = page_bytes(model.kv_shapes, 4, model.dtype.itemsize)
+    size = page_bytes(model, 4)
     engine = load(directory, page_tokens=4, kv_bytes=24 * size, max_context=80)
     answers = engine.generate(prompts, GREEDY)
     assert engine.stats().preemptions_total > 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mxn.kernels.batch import AttentionBatch, StepBatch
-from mxn.models.base import CausalLM, LayerCache
+from mxn.models.base import CausalLM, LayerCache, OwnsCache
 
 
 @dataclass
@@ -22,7 +22,13 @@ class Session:
     pages: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.cache = [self._layer_cache(shape) for shape in self.model.kv_shapes]
+        if isinstance(self.model, OwnsCache):
+            self.page_tokens = 16
+            self.cache = self.model.make_cache(self.num_pages, self.page_tokens)
+            for layer in self.cache:
+                layer.k.fill_(0xFF)  # NaN as float32, as bfloat16 and as a scale
+        else:
+            self.cache = [self._layer_cache(shape) for shape in self.model.kv_shapes]
         order = torch.randperm(self.num_pages, generator=torch.Generator().manual_seed(3))
         self._free = order.tolist()
 

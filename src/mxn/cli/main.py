@@ -17,6 +17,7 @@ from mxn.cli import (
     keys,
     limits,
     models,
+    pack,
     prices,
     ps,
     run,
@@ -45,6 +46,7 @@ app.command("top")(top.top)
 app.command("models")(models.models)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.command("pack")(pack.pack)
 app.add_typer(chips.app, name="chips")
 app.add_typer(kernels.app, name="kernels")
 app.add_typer(keys.app, name="keys")

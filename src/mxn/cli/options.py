@@ -18,6 +18,15 @@ Dtype = Annotated[
         help="float32, bfloat16, float16; auto: the checkpoint's if the chip computes it."
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights on a CPU: plain (as --dtype says), f32, bf16, int8, int4, int4-g32, int4-g128."
+    ),
+]
+Kv = Annotated[
+    str | None, typer.Option(help="Cache beside packed weights: f32, bf16, int8; auto: by weights.")
+]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0: all cores this process may use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 MaxContext = Annotated[

@@ -39,6 +39,10 @@ def config_for(model: str, **settings: Any) -> EngineConfig:
         given["device"] = env.get("MXN_DEVICE")
     if given.get("dtype", "auto") == "auto":
         given["dtype"] = env.get("MXN_DTYPE")
+    if given.get("weights") is None:
+        given["weights"] = env.get("MXN_WEIGHTS")
+    if given.get("kv") is None:
+        given["kv"] = env.get("MXN_KV")
     if not given.get("threads"):
         given["threads"] = env.get_int("MXN_THREADS")
     return EngineConfig(model=str(resolve_model(model)), **given)

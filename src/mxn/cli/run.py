@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mxn.cli.options import Device, Dtype, Json, MaxContext, Model, Threads
+from mxn.cli.options import Device, Dtype, Json, Kv, MaxContext, Model, Threads, Weights
 
 
 def run(
@@ -28,6 +28,8 @@ def run(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    weights: Weights = None,
+    kv: Kv = None,
     threads: Threads = 0,
     max_context: MaxContext = None,
     as_json: Json = False,
@@ -36,7 +38,10 @@ def run(
     text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
     from mxn.cli.replica import config_for
 
-    config = config_for(model, device=device, dtype=dtype, threads=threads, max_context=max_context)
+    config = config_for(
+        model, device=device, dtype=dtype, weights=weights, kv=kv, threads=threads,
+        max_context=max_context,
+    )  # fmt: skip
     asyncio.run(_run(config, text, max_tokens, temperature, seed, is_chat=chat, as_json=as_json))
 
 

@@ -10,12 +10,14 @@ import typer
 from mxn.cli.options import (
     Dtype,
     Host,
+    Kv,
     MaxContext,
     Otlp,
     Port,
     ReasoningParser,
     Threads,
     ToolParser,
+    Weights,
 )
 from mxn.errors import ConfigError, MxnError
 
@@ -54,6 +56,8 @@ def serve(
         ),
     ] = None,
     dtype: Dtype = "auto",
+    weights: Weights = None,
+    kv: Kv = None,
     threads: Threads = 0,
     max_context: MaxContext = None,
     max_sequences: Annotated[
@@ -119,7 +123,8 @@ def serve(
             adapters=adapters,
             aliases=aliases(model, served_name) if models.count(model) == 1 else (),
             config=config_for(
-                model, device=devices[0], dtype=dtype, threads=threads, max_context=max_context,
+                model, device=devices[0], dtype=dtype, weights=weights, kv=kv, threads=threads,
+                max_context=max_context,
                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
                 kv_bytes=parse_bytes(kv_memory) if kv_memory else None,
                 prefix_caching=prefix_caching, allow_fallback=fallback,

@@ -25,6 +25,8 @@ class EngineConfig:
     model: str  # a directory or a hub id
     device: str = "auto"
     dtype: str = "auto"
+    weights: str = "plain"  # plain: as `dtype` says; or a format of the native CPU kernels
+    kv: str = "auto"  # format of the cache, where `weights` is not plain
     threads: int = 0  # CPU threads; 0 = OMP_NUM_THREADS, or all cores this process may use
     page_tokens: int = 16
     kv_bytes: int | None = None  # memory of the page pool; None = kv_fraction of what is free
@@ -53,11 +55,23 @@ class EngineConfig:
             raise ConfigError(f"max_context must be at least 1, got {self.max_context!r}")
         if self.kv_bytes is not None and self.kv_bytes < 1:
             raise ConfigError(f"kv_bytes must be at least 1, got {self.kv_bytes!r}")
+        self._check_formats()
         if self.max_batch_tokens < self.max_sequences:
             raise ConfigError(
                 f"max_batch_tokens {self.max_batch_tokens!r} is less than max_sequences "
                 f"{self.max_sequences!r}: each running sequence needs one token of a step",
                 hint="raise max_batch_tokens or lower max_sequences",
+            )
+
+    def _check_formats(self) -> None:
+        from mxn.kernels.native import formats
+
+        if self.weights != "plain":
+            formats.parse(self.weights, self.kv)
+        elif self.kv != "auto":
+            raise ConfigError(
+                f"the cache format {self.kv!r} needs weights that the native kernels read",
+                hint="--weights bf16, int8 or int4",
             )
 
     def to_json(self) -> str:

@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mxn.errors import CapacityError
-from mxn.models.base import LayerCache
+from mxn.models.base import LayerCache, OwnsCache
 from mxn.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
+    from mxn.models.base import CausalLM
     from mxn.models.spec import KvShape
 
 
 _ALIGN = 64  # a cache line, and the widest vector of any CPU
 
 
-def page_bytes(kv_shapes: Sequence[KvShape], page_tokens: int, item_bytes: int) -> int:
-    """Return the bytes of one page over all layers; `item_bytes` is the size of one number."""
-    numbers = sum(shape.num_heads * (shape.k_dim + shape.v_dim) for shape in kv_shapes)
-    return numbers * page_tokens * item_bytes
+def page_bytes(model: CausalLM, page_tokens: int) -> int:
+    """Return the bytes of one page over all layers of `model`."""
+    if isinstance(model, OwnsCache):
+        return model.page_bytes(page_tokens)
+    numbers = sum(shape.num_heads * (shape.k_dim + shape.v_dim) for shape in model.kv_shapes)
+    return numbers * page_tokens * model.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,20 +79,15 @@ def plan_pages(
     return PagePlan(num_pages=fits, page_bytes=page_bytes, limited_by=limited_by)
 
 
-def allocate(
-    kv_shapes: Sequence[KvShape],
-    *,
-    num_pages: int,
-    page_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[LayerCache]:
-    """Return the zeroed cache of each layer, shaped as `LayerCache` says.
+def allocate(model: CausalLM, *, num_pages: int, page_tokens: int) -> list[LayerCache]:
+    """Return the zeroed cache of each layer, shaped as `LayerCache` says or as the model wants it.
 
     Zeroed, not empty: a masked position is multiplied by an exact 0, and 0 × NaN would be NaN.
     Raises: CapacityError when the device refuses.
     """
     import torch
+
+    dtype, device = model.dtype, model.device
 
     def tensor(shape: KvShape, dim: int) -> torch.Tensor:
         size = (num_pages, page_tokens, shape.num_heads, dim)
@@ -100,14 +96,16 @@ def allocate(
         return torch.zeros(size, dtype=dtype, device=device)
 
     try:
+        if isinstance(model, OwnsCache):
+            return model.make_cache(num_pages, page_tokens)
         return [
             LayerCache(
                 tensor(shape, shape.k_dim), tensor(shape, shape.v_dim) if shape.v_dim else None
             )
-            for shape in kv_shapes
+            for shape in model.kv_shapes
         ]
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        wanted = num_pages * page_bytes(kv_shapes, page_tokens, dtype.itemsize)
+        wanted = num_pages * page_bytes(model, page_tokens)
         raise CapacityError(
             f"{device} refused {format_bytes(wanted)} for the cache: {str(error).splitlines()[0]}",
             hint="set a smaller --kv-memory or --max-context",

@@ -83,6 +83,7 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
     import torch
 
     from mxn.chips import default_dtype, find_device, free_memory
+    from mxn.kernels.native import formats
     from mxn.models.hub import resolve
     from mxn.models.load import checkpoint_dtype, load_model
     from mxn.models.storage import read_config
@@ -94,7 +95,12 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
     if dtype == "auto":
         stored = checkpoint_dtype(read_config(directory))
         dtype, reason = default_dtype(device, stored)
-    log.info("%s on %s in %s: %s", directory.name, device.id, dtype, reason)
+    format = None
+    if config.weights != "plain":
+        format = formats.parse(config.weights, config.kv)
+        log.info("%s on %s: %s", directory.name, device.id, format)
+    else:
+        log.info("%s on %s in %s: %s", directory.name, device.id, dtype, reason)
     loaded = load_model(
         directory,
         device,
@@ -103,6 +109,8 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
         allow_fallback=config.allow_fallback,
         prefer_fallback=config.prefer_fallback,
         max_context=config.max_context,
+        format=format,
+        num_threads=config.num_threads,
     )
     torch_device = torch.device(device.torch_device)
     return LoadedReplica(
@@ -139,7 +147,7 @@ def context_of(config: EngineConfig, model_context: int, page_bytes: int, fits_t
 def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
     """Return the page pool and the context it can serve."""
     model = replica.decoder
-    size = page_bytes(model.kv_shapes, config.page_tokens, model.dtype.itemsize)
+    size = page_bytes(model, config.page_tokens)
     available = config.kv_bytes
     if available is None and replica.free_bytes is not None:
         default = KV_FRACTION_HOST if replica.is_host_memory else KV_FRACTION
@@ -171,13 +179,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
     plan, max_context = _plan(config, replica)
     report("cache", 0, plan.total_bytes)
     model = replica.decoder
-    cache = allocate(
-        model.kv_shapes,
-        num_pages=plan.num_pages,
-        page_tokens=config.page_tokens,
-        dtype=model.dtype,
-        device=replica.device,
-    )
+    cache = allocate(model, num_pages=plan.num_pages, page_tokens=config.page_tokens)
     report("cache", plan.total_bytes, plan.total_bytes)
     log.info(
         "cache: %d pages of %d tokens, %s, limited by %s",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype
@@ -35,6 +35,19 @@ class CausalLM(Protocol):
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Write the step's keys and values into `cache` and return logits [R, V], float32."""
+        ...
+
+
+@runtime_checkable
+class OwnsCache(Protocol):
+    """A decoder whose cache has a layout of its own; others get tensors shaped by `kv_shapes`."""
+
+    def page_bytes(self, page_tokens: int) -> int:
+        """Return the bytes of one page over all layers."""
+        ...
+
+    def make_cache(self, num_pages: int, page_tokens: int) -> list[LayerCache]:
+        """Return the zeroed cache of each layer."""
         ...
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mxn.errors import MxnError
 from mxn.models.load import architecture
+from mxn.models.native.files import WEIGHTS
 from mxn.models.quantized import find_format
 from mxn.models.storage import read_config
 
@@ -77,7 +78,7 @@ def _entry(name: str, path: Path, source: str) -> CatalogueEntry:
         supported = support(config_json)
     except MxnError as error:  # one broken directory must not hide the others
         config_json, supported = {}, f"refused: {error.message}"
-    files = [path] if path.is_file() else path.glob("*.safetensors")
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob(WEIGHTS)]
     return CatalogueEntry(
         name=name,
         path=path,

@@ -5,21 +5,26 @@ Start at `load_model`.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mxn.errors import UnsupportedError
 from mxn.models.checkpoint import Checkpoint
+from mxn.models.native.files import is_artifact
 from mxn.models.quantized import find_format
 from mxn.models.storage import read_json
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
+    from mxn.kernels.native.formats import ModelFormat
     from mxn.models.base import CausalLM, TextEncoder
+    from mxn.models.native.decoder import NativeParts
+    from mxn.models.spec import DecoderSpec
 
 log = logging.getLogger("mxn.models")
 
@@ -51,16 +56,23 @@ def load_model(
     allow_fallback: bool = True,
     prefer_fallback: bool = False,
     max_context: int | None = None,
+    format: ModelFormat | None = None,
+    num_threads: int = 1,
 ) -> LoadedModel:
     """Load the model in `directory` onto `device`, computing in `dtype` ("float32", "bfloat16", …).
 
     `directory` may be a GGUF file.
     `max_context`: the context somebody asked for; models whose positions depend on it adapt.
+    `format`: pack the weights for the native kernels of a processor, with `num_threads` threads.
     Raises: UnsupportedError, with the reason, for an architecture that can be served neither by a
     native spec nor through transformers, and for quantized weights that mxn does not read;
     NotFoundError for missing files or tensors.
     """
+    if is_artifact(directory):
+        return _load_artifact(directory, device, format, num_threads, max_context)
     checkpoint = Checkpoint(directory, on_progress=on_progress)
+    if format is not None:
+        return _load_packed(checkpoint, device, format, num_threads, max_context)
     loaded = _load(
         checkpoint, device, dtype, allow_fallback, prefer_fallback, max_context=max_context
     )
@@ -193,3 +205,123 @@ def _load_native(
         kernels=ops.chosen(),
         unused_tensors=tuple(checkpoint.unread),
     )
+
+
+def pack_model(directory: Path, format: ModelFormat, out: Path) -> int:
+    """Write the model in `directory` as an artifact with weights in `format`; return its bytes.
+
+    Raises: UnsupportedError when native kernels cannot run it; ConfigError when `out` exists.
+    """
+    import torch
+
+    from mxn.models.native import artifact
+    from mxn.models.native.decoder import read_parts
+
+    checkpoint = Checkpoint(directory)
+    refuse_quantization(checkpoint.config_json)
+    family, spec = _native_spec(directory, checkpoint.config_json, None)
+    with torch.inference_mode():
+        parts = read_parts(spec, family.names, checkpoint, format)
+    _refuse_unused(family, len(spec.layers), checkpoint.unread)
+    # The frequencies of LongRoPE depend on the context that is asked for at load.
+    is_fixed = "longrope" not in json.dumps(checkpoint.config_json)
+    return artifact.save(parts, spec if is_fixed else None, directory, out)
+
+
+def _load_artifact(
+    directory: Path,
+    device: Device,
+    format: ModelFormat | None,
+    num_threads: int,
+    max_context: int | None,
+) -> LoadedModel:
+    from mxn.models.native import artifact
+
+    _refuse_device(device, "an artifact")
+    config_json = read_json(directory / "config.json")
+    parts, stored = artifact.load(directory)
+    spec = stored or _native_spec(directory, config_json, max_context)[1]
+    if format is not None and format.weights != parts.format.weights:
+        raise UnsupportedError(
+            f"{directory.name} is packed as {parts.format.weights}, not {format.weights}",
+            hint="leave out --weights, or pack the original again",
+        )
+    if format is not None:
+        parts = replace(parts, format=replace(parts.format, cache=format.cache))
+    return _packed_model(spec, parts, directory, config_json, num_threads)
+
+
+def _load_packed(
+    checkpoint: Checkpoint,
+    device: Device,
+    format: ModelFormat,
+    num_threads: int,
+    max_context: int | None,
+) -> LoadedModel:
+    """Load a decoder onto the native kernels. Raises: UnsupportedError with the reason."""
+    import torch
+
+    from mxn.models.native.decoder import read_parts
+
+    _refuse_device(device, f"weights in {format.weights}")
+    family, spec = _native_spec(checkpoint.directory, checkpoint.config_json, max_context)
+    with torch.inference_mode():
+        parts = read_parts(spec, family.names, checkpoint, format)
+    _refuse_unused(family, len(spec.layers), checkpoint.unread)
+    unused = tuple(checkpoint.unread)
+    return _packed_model(
+        spec, parts, checkpoint.directory, checkpoint.config_json, num_threads, unused
+    )
+
+
+def _packed_model(
+    spec: DecoderSpec,
+    parts: NativeParts,
+    directory: Path,
+    config_json: dict[str, Any],
+    num_threads: int,
+    unused: tuple[str, ...] = (),
+) -> LoadedModel:
+    from mxn.kernels.native import library
+    from mxn.models.native.decoder import NativeDecoder
+
+    return LoadedModel(
+        model=NativeDecoder(spec, parts, num_threads=num_threads),
+        kind="decoder",
+        family=spec.family,
+        is_native=True,
+        num_parameters=parts.num_parameters,
+        dtype=str(parts.format.weights),
+        max_context=spec.max_positions,
+        eos_ids=eos_ids(directory, config_json),
+        kernels={"step": f"native {library().variant()}: {parts.format}"},
+        unused_tensors=unused,
+    )
+
+
+def _refuse_device(device: Device, what: str) -> None:
+    if device.torch_device != "cpu":
+        raise UnsupportedError(
+            f"{what} runs on processors, not on {device.id}",
+            hint="--device cpu, or the original checkpoint without --weights",
+        )
+
+
+def _native_spec(
+    directory: Path, config_json: dict[str, Any], max_context: int | None
+) -> tuple[Any, DecoderSpec]:
+    """Return family and spec of a decoder. Raises: UnsupportedError when there is none."""
+    from mxn.models.families import find_decoder, why_not_native
+    from mxn.models.families.config import fix_long_rope, load_config
+
+    family = find_decoder(config_json)
+    if family is None:
+        reason = why_not_native(config_json) or "no native spec"
+        raise UnsupportedError(
+            f"packed weights need a native decoder; {architecture(config_json)!r} has none:"
+            f" {reason}",
+            hint="leave out --weights",
+        )
+    config = load_config(directory, config_json)
+    fix_long_rope(config, max_context)
+    return family, family.spec(config)

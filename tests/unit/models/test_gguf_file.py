@@ -13,6 +13,7 @@ from mxn.errors import MxnError, NotFoundError, UnsupportedError
 from mxn.models.catalogue import find_models
 from mxn.models.checkpoint import Checkpoint
 from mxn.models.hub import resolve
+from mxn.models.quantized.gguf_export import write_files
 from mxn.models.quantized.gguf_storage import GgufStorage
 from mxn.models.storage import read_config
 from mxn.models.tokenizer import Tokenizer
@@ -236,6 +237,26 @@ def test_a_tokenizer_beside_the_file_takes_the_place_of_one_that_is_not_known(tm
     want, got = Tokenizer.load(shipped), Tokenizer.load(tmp_path / "x.gguf")
     assert got.encode("Romeo, Romeo") == want.encode("Romeo, Romeo")
     assert got.has_chat_template
+
+
+def test_what_the_file_says_beside_weights_can_be_written_as_a_directory(tmp_path):
+    tensors = {"token_embd.weight": gguf.Stored.plain(torch.ones(3, 256))}
+    fields = TOKENS | {
+        "tokenizer.ggml.pre": "gpt-2", "tokenizer.chat_template": "{{ messages }}",
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_eos_token": True,
+    }  # fmt: skip
+    gguf.write(tmp_path / "x.gguf", gguf.llama(**fields), tensors)
+    out = tmp_path / "out"
+    out.mkdir()
+    write_files(tmp_path / "x.gguf", out)
+    want, got = Tokenizer.load(tmp_path / "x.gguf"), Tokenizer.load(out)
+    assert got.encode("abba") == want.encode("abba")
+    assert got.encode("ab")[-1] == 2
+    assert got.special_tokens == want.special_tokens
+    assert got.has_chat_template
+    config = read_config(tmp_path / "x.gguf")
+    del config["quantization_config"]
+    assert read_config(out) == config
 
 
 def test_llama_3_takes_a_whole_word_that_is_a_token_and_begins_with_bos(tmp_path):

@@ -1,0 +1,406 @@
+// Attention of some query rows over one head of the paged cache, 64 tokens at a time.
+//
+// With a unified maximum (margin > 0) every row subtracts the same phi, so that ranges of tokens never
+// have to be rescaled or compared; a row whose maximum leaves phi +- margin is flagged and computed
+// again with its own. Source: FlashDecoding++, arXiv 2311.01282, section 3. The rows of a call are the
+// query heads that share a key/value head, times some tokens of a prompt: keys are read once for all.
+#include "common.h"
+#include "vec.h"
+
+namespace mxn::MXN_NS {
+namespace {
+
+constexpr float kNothing = -3.0e38f;  // score of what a row must not see; exp of it is 0
+
+struct Chunk {
+  int64_t begin = 0, end = 0;  // tokens; begin is a multiple of 16
+  int blocks() const { return static_cast<int>((end - begin + kLanes - 1) / kLanes); }
+};
+
+const uint8_t* block_at(const Attend& c, int64_t token) {
+  const CacheShape& s = c.shape;
+  const int64_t page = c.pages[token / s.page_tokens];
+  const int64_t part = (token % s.page_tokens) / kLanes, parts = s.page_tokens / kLanes;
+  return c.cache + ((page * s.heads + c.head) * parts + part) * s.block_bytes();
+}
+
+struct Query {
+  const int8_t* q;       // [rows, k_dim]
+  const float* scales;   // [rows] of q, times the softmax scale
+  const int32_t* isums;  // [rows]
+};
+
+template <int MR>
+void score_i8(const Attend& c, const Query& q, int r0, const uint8_t* block, float* out) {
+  const int dim = c.shape.k_dim;
+  I sum[MR];
+  for (int r = 0; r < MR; ++r) sum[r] = i_set(-128 * q.isums[r0 + r]);
+  for (int h = 0; h < dim; h += 4) {
+    const B keys = b_load(block + h * kLanes);
+    for (int r = 0; r < MR; ++r) sum[r] = dot_u8(sum[r], keys, four_bytes(q.q + (r0 + r) * dim + h));
+  }
+  const F scale = f_load(reinterpret_cast<const float*>(block + c.shape.scale_offset()));
+  for (int r = 0; r < MR; ++r) {
+    f_store(out + r * kChunk, f_mul(f_mul(f_int(sum[r]), scale), f_set(q.scales[r0 + r])));
+  }
+}
+
+template <int MR, bool IS_BF16>
+void score_plain(const Attend& c, int r0, const uint8_t* block, float* out) {
+  const int dim = c.shape.k_dim;
+  F sum[MR];
+  for (int r = 0; r < MR; ++r) sum[r] = f_zero();
+  for (int h = 0; h < dim; ++h) {
+    const F keys = IS_BF16 ? f_bf16(reinterpret_cast<const uint16_t*>(block) + h * kLanes)
+                           : f_load(reinterpret_cast<const float*>(block) + h * kLanes);
+    for (int r = 0; r < MR; ++r) sum[r] = f_fma(keys, f_set(c.q[(r0 + r) * dim + h]), sum[r]);
+  }
+  for (int r = 0; r < MR; ++r) f_store(out + r * kChunk, f_mul(sum[r], f_set(c.scale)));
+}
+
+template <int MR>
+void score_rows(const Attend& c, const Query& q, int r0, const uint8_t* block, float* out) {
+  switch (c.shape.type) {
+    case CacheType::i8: return score_i8<MR>(c, q, r0, block, out);
+    case CacheType::bf16: return score_plain<MR, true>(c, r0, block, out);
+    case CacheType::f32: return score_plain<MR, false>(c, r0, block, out);
+  }
+}
+
+void score_block(const Attend& c, const Query& q, const uint8_t* block, float* out) {
+  int r = 0;
+  if constexpr (kTileRows >= 8) {
+    for (; r + 8 <= c.num_rows; r += 8) score_rows<8>(c, q, r, block, out + r * kChunk);
+    for (; r + 4 <= c.num_rows; r += 4) score_rows<4>(c, q, r, block, out + r * kChunk);
+  }
+  for (; r + 2 <= c.num_rows; r += 2) score_rows<2>(c, q, r, block, out + r * kChunk);
+  if (r < c.num_rows) score_rows<1>(c, q, r, block, out + r * kChunk);
+}
+
+// Hides what row r must not see, so that even a NaN in a slot nobody owns cannot reach a result.
+void mask(const Attend& c, const Chunk& chunk, int r, float* row) {
+  const int64_t limit = c.limits[r] < chunk.end ? c.limits[r] : chunk.end;
+  const int64_t low = c.window ? c.limits[r] - c.window : 0;
+  const int64_t num = int64_t{chunk.blocks()} * kLanes;
+  if (low <= chunk.begin && limit >= chunk.begin + num) return;
+  for (int64_t i = 0; i < num; ++i) {
+    const int64_t token = chunk.begin + i;
+    if (token >= limit || token < low) row[i] = kNothing;
+  }
+}
+
+void soften(const Attend& c, int num, float* row) {
+  if (c.softcap == 0.0f) return;
+  const F inverse = f_set(1.0f / c.softcap), cap = f_set(c.softcap);
+  for (int i = 0; i < num; i += kLanes) f_store(row + i, f_mul(cap, f_tanh(f_mul(f_load(row + i), inverse))));
+}
+
+float top_of(const float* row, int num) {
+  F top = f_load(row);
+  for (int i = kLanes; i < num; i += kLanes) top = f_max(top, f_load(row + i));
+  return f_top(top);
+}
+
+bool has_nan(const float* row, int num) {
+  F all = f_zero();
+  for (int i = 0; i < num; i += kLanes) {
+    const F v = f_load(row + i);
+    all = f_add(all, f_sub(v, v));
+  }
+  return f_sum(all) != 0.0f;
+}
+
+// Turns scores into weights exp(score - reference); returns their sum.
+float weigh(float reference, int num, float* row) {
+  const F ref = f_set(reference);
+  F sum = f_zero();
+  for (int i = 0; i < num; i += kLanes) {
+    const F p = f_exp(f_sub(f_load(row + i), ref));
+    sum = f_add(sum, p);
+    f_store(row + i, p);
+  }
+  return f_sum(sum);
+}
+
+inline F value_at(CacheType type, const uint8_t* p, int64_t i) {
+  if (type == CacheType::i8) return f_s8(reinterpret_cast<const int8_t*>(p) + i);
+  if (type == CacheType::bf16) return f_bf16(reinterpret_cast<const uint16_t*>(p) + i);
+  return f_load(reinterpret_cast<const float*>(p) + i);
+}
+
+// sums[r][v] += weight * value over the tokens of one block. `n` of its 16 tokens exist.
+template <int MR, int NV>
+void mix(CacheType type, const uint8_t* values, int dim, int j, const float* weights, int n, float* out) {
+  F sum[MR][NV];
+  for (int r = 0; r < MR; ++r) {
+    for (int v = 0; v < NV; ++v) sum[r][v] = f_load(out + r * dim + j + v * kLanes);
+  }
+  for (int t = 0; t < n; ++t) {
+    F row[NV];
+    for (int v = 0; v < NV; ++v) row[v] = value_at(type, values, int64_t{t} * dim + j + v * kLanes);
+    for (int r = 0; r < MR; ++r) {
+      const F weight = f_set(weights[r * kChunk + t]);
+      for (int v = 0; v < NV; ++v) sum[r][v] = f_fma(row[v], weight, sum[r][v]);
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int v = 0; v < NV; ++v) f_store(out + r * dim + j + v * kLanes, sum[r][v]);
+  }
+}
+
+// The last dims of a head whose size is no multiple of 16.
+void mix_tail(CacheType type, const uint8_t* values, int dim, int j, int rows, const float* weights, int n, float* out) {
+  for (int t = 0; t < n; ++t) {
+    for (int i = j; i < dim; ++i) {
+      const int64_t at = int64_t{t} * dim + i;
+      float value;
+      if (type == CacheType::i8) {
+        value = reinterpret_cast<const int8_t*>(values)[at];
+      } else if (type == CacheType::bf16) {
+        const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(values)[at]) << 16;
+        std::memcpy(&value, &bits, 4);
+      } else {
+        value = reinterpret_cast<const float*>(values)[at];
+      }
+      for (int r = 0; r < rows; ++r) out[r * dim + i] += weights[r * kChunk + t] * value;
+    }
+  }
+}
+
+template <int MR>
+void mix_rows(CacheType type, const uint8_t* values, int dim, const float* weights, int n, float* out) {
+  constexpr int kWide = kMixVectors / MR >= 8 ? 8 : kMixVectors / MR >= 4 ? 4 : kMixVectors / MR >= 2 ? 2 : 1;
+  int j = 0;
+  for (; j + kWide * kLanes <= dim; j += kWide * kLanes) mix<MR, kWide>(type, values, dim, j, weights, n, out);
+  for (; j + kLanes <= dim; j += kLanes) mix<MR, 1>(type, values, dim, j, weights, n, out);
+  if (j < dim) mix_tail(type, values, dim, j, MR, weights, n, out);
+}
+
+void mix_all(CacheType type, const uint8_t* values, int dim, int rows, const float* weights, int n, float* out) {
+  int r = 0;
+  if constexpr (kMixVectors >= 16) {
+    for (; r + 4 <= rows; r += 4) mix_rows<4>(type, values, dim, weights + r * kChunk, n, out + r * dim);
+  }
+  for (; r + 2 <= rows; r += 2) mix_rows<2>(type, values, dim, weights + r * kChunk, n, out + r * dim);
+  if (r < rows) mix_rows<1>(type, values, dim, weights + r * kChunk, n, out + r * dim);
+}
+
+// The values of a block as float, for rows that would convert them again and again.
+void widen(CacheType type, const uint8_t* values, int dim, int n, float* out) {
+  for (int i = 0; i < n * dim; i += kLanes) f_store(out + i, value_at(type, values, i));
+}
+
+// Values are the first `latent` dims of the keys, which lie as [dim / 4][16 tokens][4].
+void mix_latent_i8(const uint8_t* keys, const float* weights, int rows, int latent, const float* sums, float* out) {
+  for (int r = 0; r < rows; ++r) {
+    F weight[4];
+    for (int i = 0; i < 4; ++i) weight[i] = f_repeat4(weights + r * kChunk + 4 * i);
+    const float offset = -128.0f * sums[r];
+    for (int h = 0; h < latent; h += 4) {
+      const uint8_t* p = keys + h * kLanes;
+      F sum = f_mul(f_u8(p), weight[0]);
+      for (int i = 1; i < 4; ++i) sum = f_fma(f_u8(p + 16 * i), weight[i], sum);
+      float four[4];
+      f_sum4(four, sum);
+      for (int i = 0; i < 4; ++i) out[r * latent + h + i] += four[i] + offset;
+    }
+  }
+}
+
+void mix_latent_plain(CacheType type, const uint8_t* keys, const float* weights, int n, int rows, int latent,
+                      float* out) {
+  alignas(64) float lanes[kLanes];
+  for (int h = 0; h < latent; ++h) {
+    f_store(lanes, value_at(type, keys, int64_t{h} * kLanes));
+    const F tokens = f_load_n(lanes, n);  // a slot nobody wrote may hold NaN, and 0 * NaN is NaN
+    for (int r = 0; r < rows; ++r) out[r * latent + h] += f_sum(f_mul(tokens, f_load(weights + r * kChunk)));
+  }
+}
+
+struct Work {
+  float* scores;   // [rows][kChunk]
+  float* values;   // [16][v_dim] of one block, widened
+  int8_t* q;       // [rows][k_dim]
+  float* q_scales; // [rows]
+  int32_t* q_isums;
+};
+
+Work carve(const Attend& c) {
+  Work w;
+  float* p = c.scratch;
+  w.scores = p, p += kMaxQueryRows * kChunk;
+  w.values = p, p += kLanes * (c.shape.v_dim + kLanes);
+  w.q_scales = p, p += kMaxQueryRows;
+  w.q_isums = reinterpret_cast<int32_t*>(p), p += kMaxQueryRows;
+  w.q = reinterpret_cast<int8_t*>(p);
+  return w;
+}
+
+void quantize_queries(const Attend& c, const Work& w) {
+  const int dim = c.shape.k_dim;
+  for (int r = 0; r < c.num_rows; ++r) {
+    F top = f_zero();
+    const float* q = c.q + int64_t{r} * dim;
+    for (int i = 0; i < dim; i += kLanes) top = f_max(top, f_abs(f_load_n(q + i, dim - i)));
+    const float most = f_top(top);
+    const F factor = f_set(most > 0.0f ? 127.0f / most : 0.0f);
+    I sum = i_zero();
+    int8_t lanes[kLanes];
+    for (int i = 0; i < dim; i += kLanes) {
+      const I v = i_nearest(f_mul(f_load_n(q + i, dim - i), factor));
+      sum = i_add(sum, v);
+      i_store_s8(lanes, v);
+      std::memcpy(w.q + r * dim + i, lanes, static_cast<size_t>(dim - i < kLanes ? dim - i : kLanes));
+    }
+    w.q_isums[r] = i_sum(sum);
+    w.q_scales[r] = most / 127.0f * c.scale;
+  }
+}
+
+void mix_chunk(const Attend& c, const Work& w, const Chunk& chunk) {
+  const CacheShape& s = c.shape;
+  const bool is_i8 = s.type == CacheType::i8;
+  for (int b = 0; b < chunk.blocks(); ++b) {
+    const int64_t token = chunk.begin + b * kLanes;
+    const uint8_t* block = block_at(c, token);
+    const int n = static_cast<int>(chunk.end - token < kLanes ? chunk.end - token : kLanes);
+    float* weights = w.scores + b * kLanes;
+    if (s.v_dim == 0) {
+      if (!is_i8) {
+        mix_latent_plain(s.type, block, weights, n, c.num_rows, s.latent, c.out);
+        continue;
+      }
+      const F scale = f_load_n(reinterpret_cast<const float*>(block + s.scale_offset()), n);
+      float sums[kMaxQueryRows];
+      for (int r = 0; r < c.num_rows; ++r) {
+        const F v = f_mul(f_load(weights + r * kChunk), scale);
+        sums[r] = f_sum(v);
+        f_store(weights + r * kChunk, v);
+      }
+      mix_latent_i8(block, weights, c.num_rows, s.latent, sums, c.out);
+      continue;
+    }
+    if (is_i8) {
+      const F scale = f_load(reinterpret_cast<const float*>(block + s.scale_offset()) + kLanes);
+      for (int r = 0; r < c.num_rows; ++r) {
+        f_store(weights + r * kChunk, f_mul(f_load(weights + r * kChunk), scale));
+      }
+    }
+    const uint8_t* values = block + s.value_offset();
+    if (c.num_rows > 4 && s.type != CacheType::f32) {
+      widen(s.type, values, s.v_dim, n, w.values);
+      mix_all(CacheType::f32, reinterpret_cast<const uint8_t*>(w.values), s.v_dim, c.num_rows, weights, n, c.out);
+    } else {
+      mix_all(s.type, values, s.v_dim, c.num_rows, weights, n, c.out);
+    }
+  }
+}
+
+}  // namespace
+
+void attend(const Attend& c) {
+  const Work w = carve(c);
+  const CacheShape& s = c.shape;
+  const int out_dim = s.v_dim ? s.v_dim : s.latent;
+  const bool is_unified = c.margin > 0.0f;
+  if (s.type == CacheType::i8) quantize_queries(c, w);
+  const Query q{w.q, w.q_scales, w.q_isums};
+  float top[kMaxQueryRows];
+  for (int r = 0; r < c.num_rows; ++r) {
+    c.den[r] = 0.0f;
+    c.ref[r] = is_unified ? c.phi : kNothing;
+    c.flag[r] = 0;
+    top[r] = kNothing;
+  }
+  for (int64_t i = 0; i < int64_t{c.num_rows} * out_dim; ++i) c.out[i] = 0.0f;
+  for (Chunk chunk{c.begin, 0}; chunk.begin < c.end; chunk.begin = chunk.end) {
+    chunk.end = chunk.begin + kChunk < c.end ? chunk.begin + kChunk : c.end;
+    const int num = chunk.blocks() * kLanes;
+    for (int b = 0; b < chunk.blocks(); ++b) {
+      score_block(c, q, block_at(c, chunk.begin + b * kLanes), w.scores + b * kLanes);
+    }
+    for (int r = 0; r < c.num_rows; ++r) {
+      float* row = w.scores + r * kChunk;
+      soften(c, num, row);
+      mask(c, chunk, r, row);
+      const float most = top_of(row, num);
+      top[r] = most > top[r] ? most : top[r];
+      if (has_nan(row, num)) c.den[r] = NAN;  // a maximum can lose a NaN; the result must not
+      if (!is_unified && top[r] > c.ref[r]) {
+        const float shrink = c.ref[r] == kNothing ? 0.0f : std::exp(c.ref[r] - top[r]);
+        c.den[r] *= shrink;
+        for (int j = 0; j < out_dim; ++j) c.out[r * out_dim + j] *= shrink;
+        c.ref[r] = top[r];
+      }
+      c.den[r] += weigh(c.ref[r] == kNothing ? 0.0f : c.ref[r], num, row);
+    }
+    mix_chunk(c, w, chunk);
+  }
+  for (int r = 0; r < c.num_rows; ++r) {
+    // A range that a row sees nothing of (top still kNothing) contributes zeros, whatever phi.
+    const bool is_out = top[r] > c.phi + c.margin || top[r] < c.phi - c.margin;
+    if (is_unified && is_out && top[r] != kNothing) c.flag[r] = 1;
+  }
+}
+
+void cache_write(const CacheShape& s, uint8_t* cache, const int64_t* pages, int64_t position, int head,
+                 const float* k, const float* v) {
+  const int64_t page = pages[position / s.page_tokens];
+  const int64_t part = (position % s.page_tokens) / kLanes, slot = position % kLanes;
+  uint8_t* block = cache + ((page * s.heads + head) * (s.page_tokens / kLanes) + part) * s.block_bytes();
+  if (s.type != CacheType::i8) {
+    for (int h = 0; h < s.k_dim; ++h) {
+      if (s.type == CacheType::f32) {
+        reinterpret_cast<float*>(block)[h * kLanes + slot] = k[h];
+      } else {
+        alignas(64) float one[kLanes] = {k[h]};
+        uint16_t bits[kLanes];
+        f_store_bf16(bits, f_load(one));
+        reinterpret_cast<uint16_t*>(block)[h * kLanes + slot] = bits[0];
+      }
+    }
+    uint8_t* values = block + s.value_offset();
+    for (int j = 0; j < s.v_dim; j += kLanes) {
+      const F x = f_load_n(v + j, s.v_dim - j);
+      const int n = s.v_dim - j < kLanes ? s.v_dim - j : kLanes;
+      if (s.type == CacheType::f32) {
+        f_store_n(reinterpret_cast<float*>(values) + slot * s.v_dim + j, x, n);
+      } else {
+        uint16_t bits[kLanes];
+        f_store_bf16(bits, x);
+        std::memcpy(values + 2 * (slot * s.v_dim + j), bits, static_cast<size_t>(2 * n));
+      }
+    }
+    return;
+  }
+  auto factor = [](const float* x, int n, float& scale) {
+    F top = f_zero(), fault = f_zero();
+    for (int i = 0; i < n; i += kLanes) {
+      const F t = f_load_n(x + i, n - i);
+      top = f_max(top, f_abs(t));
+      fault = f_add(fault, f_sub(t, t));
+    }
+    const float most = f_top(top);
+    scale = most / 127.0f + f_sum(fault);
+    return f_set(most > 0.0f ? 127.0f / most : 0.0f);
+  };
+  float* scales = reinterpret_cast<float*>(block + s.scale_offset());
+  int8_t lanes[kLanes];
+  const F key_factor = factor(k, s.k_dim, scales[slot]);
+  for (int h = 0; h < s.k_dim; h += kLanes) {
+    i_store_s8(lanes, i_nearest(f_mul(f_load_n(k + h, s.k_dim - h), key_factor)));
+    const int n = s.k_dim - h < kLanes ? s.k_dim - h : kLanes;
+    for (int i = 0; i < n; ++i) {
+      block[((h + i) / 4 * kLanes + slot) * 4 + (h + i) % 4] = static_cast<uint8_t>(lanes[i] + 128);
+    }
+  }
+  if (s.v_dim == 0) return;
+  const F value_factor = factor(v, s.v_dim, scales[kLanes + slot]);
+  uint8_t* values = block + s.value_offset();
+  for (int j = 0; j < s.v_dim; j += kLanes) {
+    i_store_s8(lanes, i_nearest(f_mul(f_load_n(v + j, s.v_dim - j), value_factor)));
+    std::memcpy(values + slot * s.v_dim + j, lanes, static_cast<size_t>(s.v_dim - j < kLanes ? s.v_dim - j : kLanes));
+  }
+}
+
+}  // namespace mxn::MXN_NS

@@ -1,0 +1,100 @@
+// Quantizes one block of 16 rows and lays it out as `Weight` says. Loops over plain arrays: the compiler
+// vectorizes them for each variant.
+#include <cmath>
+#include <cstring>
+
+#include "common.h"
+
+namespace mxn::MXN_NS {
+namespace {
+
+constexpr float kShrink[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f};  // of a group's range
+
+struct Fit {
+  float scale = 0.0f, low = 0.0f, error = INFINITY;
+};
+
+inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+
+// Squared error of values in [first, first + levels] times scale, plus low.
+float error_of(const float* w, int64_t n, float scale, float low, float first, float last) {
+  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  float error = 0.0f;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    // Adding 1.5 * 2^23 rounds to the nearest whole number, and vectorizes everywhere.
+    const float q = clamp((clamp((w[i] - low) * inverse, -16.0f, 16.0f) + 12582912.0f) - 12582912.0f, first, last);
+    const float d = q * scale + low - w[i];
+    error += d * d;
+  }
+  return error;
+}
+
+Fit fit4(const float* w, int64_t n, bool is_symmetric) {
+  float least = 0.0f, most = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    least = w[i] < least ? w[i] : least;
+    most = w[i] > most ? w[i] : most;
+  }
+  Fit best;
+  for (float shrink : kShrink) {
+    Fit fit;
+    if (is_symmetric) {  // the value of largest size becomes -8, so the scale may be negative
+      fit.scale = (most > -least ? most : least) * shrink / -8.0f;
+    } else {
+      fit.scale = (most - least) * shrink / 15.0f;
+      fit.low = least * shrink;
+    }
+    const float first = is_symmetric ? -8.0f : 0.0f;
+    fit.error = error_of(w, n, fit.scale, fit.low, first, first + 15.0f);
+    if (fit.error < best.error) best = fit;
+  }
+  return best;
+}
+
+}  // namespace
+
+// rows: 16 pointers to k floats, null for padding. scales, mins: [G][16]; mins null when symmetric.
+void pack_block(const float* const* rows, int64_t k, int64_t k_padded, int64_t group, int bits, uint8_t* data,
+                float* scales, float* mins) {
+  std::memset(data, 0, static_cast<size_t>(k_padded * kLanes * bits / 8));
+  alignas(64) float w[256];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    float whole = 0.0f;  // scale of a row that has only one
+    if (group == k_padded && rows[lane]) {
+      for (int64_t i = 0; i < k; ++i) whole = std::fabs(rows[lane][i]) > whole ? std::fabs(rows[lane][i]) : whole;
+    }
+    for (int64_t begin = 0; begin < k_padded; begin += 128) {
+      const int64_t step = group < 128 ? group : 128, end = begin + 128 < k_padded ? begin + 128 : k_padded;
+      for (int64_t start = begin; start < end; start += step) {
+        const int64_t n = start + step < k_padded ? step : k_padded - start;
+        for (int64_t i = 0; i < n; ++i) w[i] = rows[lane] && start + i < k ? rows[lane][start + i] : 0.0f;
+        Fit fit;
+        if (bits == 8) {
+          float most = whole;
+          if (group != k_padded) {
+            for (int64_t i = 0; i < n; ++i) most = std::fabs(w[i]) > most ? std::fabs(w[i]) : most;
+          }
+          fit.scale = most / 127.0f;
+        } else {
+          fit = fit4(w, n, mins == nullptr);
+        }
+        const int64_t g = start / group;
+        scales[g * kLanes + lane] = fit.scale;
+        if (mins) mins[g * kLanes + lane] = -fit.low;
+        const float inverse = fit.scale == 0.0f ? 0.0f : 1.0f / fit.scale;
+        const float offset = bits == 8 ? 128.0f : mins ? 0.0f : 8.0f;
+        const float last = bits == 8 ? 255.0f : 15.0f;
+        for (int64_t i = 0; i < n; ++i) {
+          const float q = clamp(std::nearbyint((w[i] - fit.low) * inverse) + offset, 0.0f, last);
+          const uint8_t value = static_cast<uint8_t>(q);
+          const int64_t at = start + i;
+          if (bits == 8) data[(at / 4 * kLanes + lane) * 4 + at % 4] = value;
+          else data[(at / 8 * kLanes + lane) * 4 + at % 4] |= static_cast<uint8_t>(at % 8 < 4 ? value : value << 4);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace mxn::MXN_NS

@@ -1,0 +1,127 @@
+#include "pool.h"
+
+#include <chrono>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mxn {
+namespace {
+
+constexpr uint32_t kClosed = 0xFFFFFFFFu;  // next item of a loop that is being set up
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Binds the calling thread to the n-th of the cores that this process may use.
+void pin(int n) {
+#if defined(__linux__)
+  cpu_set_t allowed, one;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  const int count = CPU_COUNT(&allowed);
+  int seen = 0;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    if (seen++ != n % count) continue;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    sched_setaffinity(0, sizeof one, &one);
+    return;
+  }
+#else
+  (void)n;
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int num_threads, int spin_us, bool is_pinned) : spin_us_(spin_us) {
+  for (int thread = 1; thread < num_threads; ++thread) {
+    workers_.emplace_back([this, thread, is_pinned] {
+      if (is_pinned) pin(thread);
+      work(thread);
+    });
+  }
+}
+
+Pool::~Pool() {
+  is_ending_.store(true);
+  wake_.fetch_add(1);
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+bool Pool::take(uint32_t round, int64_t* item) {
+  uint64_t now = state_.load(std::memory_order_acquire);
+  while (static_cast<uint32_t>(now >> 32) == round) {
+    const int64_t next = static_cast<int64_t>(now & 0xFFFFFFFFu);
+    if (next >= num_items_.load(std::memory_order_relaxed)) return false;
+    if (state_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
+      *item = next;
+      return true;
+    }
+  }
+  return false;
+}
+
+void Pool::take_all(uint32_t round, int thread) {
+  // Read before the first item is taken: then the loop cannot end, so they are this loop's.
+  int64_t item;
+  while (take(round, &item)) {
+    call_.load(std::memory_order_relaxed)(fn_.load(std::memory_order_relaxed), item, thread);
+    num_done_.fetch_add(1, std::memory_order_release);
+  }
+}
+
+void Pool::run_items(int64_t num_items, Call call, const void* fn) {
+  const uint32_t round = static_cast<uint32_t>(state_.load(std::memory_order_relaxed) >> 32) + 1;
+  // Close the old loop before its facts change: a late thread must find no item under its number.
+  state_.store((uint64_t{round} << 32) | kClosed, std::memory_order_seq_cst);
+  num_items_.store(num_items, std::memory_order_relaxed);
+  call_.store(call, std::memory_order_relaxed);
+  fn_.store(fn, std::memory_order_relaxed);
+  num_done_.store(0, std::memory_order_relaxed);
+  state_.store(uint64_t{round} << 32, std::memory_order_seq_cst);
+  if (num_asleep_.load(std::memory_order_seq_cst) > 0) {
+    wake_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.notify_all();
+  }
+  take_all(round, 0);
+  while (num_done_.load(std::memory_order_acquire) < num_items) relax();
+}
+
+void Pool::work(int thread) {
+  uint32_t seen = 0;
+  while (!is_ending_.load(std::memory_order_relaxed)) {
+    const auto began = std::chrono::steady_clock::now();
+    uint32_t round = seen;
+    for (int turn = 0; round == seen; ++turn) {
+      relax();
+      const uint64_t now = state_.load(std::memory_order_acquire);
+      if (static_cast<uint32_t>(now) != kClosed) round = static_cast<uint32_t>(now >> 32);
+      if (turn % 64 == 63 && std::chrono::steady_clock::now() - began > std::chrono::microseconds(spin_us_)) break;
+    }
+    if (round != seen) {
+      seen = round;
+      take_all(round, thread);
+      continue;
+    }
+    const uint32_t ticket = wake_.load(std::memory_order_seq_cst);
+    num_asleep_.fetch_add(1, std::memory_order_seq_cst);
+    const uint64_t now = state_.load(std::memory_order_seq_cst);
+    const bool is_idle = static_cast<uint32_t>(now >> 32) == seen;
+    if (is_idle && !is_ending_.load()) wake_.wait(ticket);
+    num_asleep_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+}
+
+}  // namespace mxn

@@ -1,0 +1,100 @@
+// AVX-512 F, BW, DQ and VL; with MXN_VNNI also VNNI.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace mxn::MXN_NS {
+
+constexpr int kTileRows = 8;    // int32 and float sums of 8 rows stay in the 32 registers
+constexpr int kPlainRows = 12;
+constexpr int kMixVectors = 16; // sums of attention that stay in registers
+
+using F = __m512;
+using I = __m512i;
+using B = __m512i;
+
+inline F f_zero() { return _mm512_setzero_ps(); }
+inline F f_set(float v) { return _mm512_set1_ps(v); }
+inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void f_store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline __mmask16 first(int64_t n) { return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1); }
+inline F f_load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline void f_store_n(float* p, F v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F f_abs(F a) { return _mm512_abs_ps(a); }
+inline F f_copysign(F a, F sign) { return _mm512_or_ps(_mm512_abs_ps(a), _mm512_and_ps(sign, f_set(-0.0f))); }
+inline F f_round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F f_scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+inline F f_zero_where_below(F v, F x, F low) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), v);
+}
+inline float f_sum(F a) { return _mm512_reduce_add_ps(a); }
+inline float f_top(F a) { return _mm512_reduce_max_ps(a); }
+inline F f_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline F f_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline F f_s8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F f_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F f_int(I a) { return _mm512_cvtepi32_ps(a); }
+inline I i_nearest(F a) { return _mm512_cvtps_epi32(a); }
+inline void i_store_s8(int8_t* p, I a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
+}
+inline I i_zero() { return _mm512_setzero_si512(); }
+inline I i_set(int32_t v) { return _mm512_set1_epi32(v); }
+inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline int32_t i_sum(I a) { return _mm512_reduce_add_epi32(a); }
+inline void f_store_bf16(uint16_t* p, F v) {  // to nearest even
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+// Each of four values four times: the lanes of [4 tokens][4 dims].
+inline F f_repeat4(const float* p) {
+  const __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(index, four);
+}
+// Sum over the tokens of [4 tokens][4 dims].
+inline void f_sum4(float* p, F v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
+inline B b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline B b_low(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline B b_high(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+#if defined(MXN_VNNI)
+inline I dot_u4(I sum, B u, int32_t a) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(a)); }
+inline I dot_u8(I sum, B u, int32_t a) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(a)); }
+#else
+inline I dot_u4(I sum, B u, int32_t a) {
+  const __m512i pairs = _mm512_maddubs_epi16(u, _mm512_set1_epi32(a));
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+inline I dot_u8(I sum, B u, int32_t a) {  // in nibbles: a pair of full bytes would saturate int16
+  const __m512i v = _mm512_set1_epi32(a);
+  const __m512i low = _mm512_maddubs_epi16(b_low(u), v), high = _mm512_maddubs_epi16(b_high(u), v);
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(low, _mm512_set1_epi16(1)));
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(high, _mm512_set1_epi16(16)));
+}
+#endif
+
+}  // namespace mxn::MXN_NS

@@ -1,0 +1,50 @@
+"""Loads the compiled extension, picks its variant for this processor, and owns the threads."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+from mxn import env
+from mxn.errors import ConfigError, UnsupportedError
+
+log = logging.getLogger("mxn.kernels")
+
+
+@cache
+def library() -> Any:
+    """Return the extension, with the variant that MXN_ISA names or the best for this processor.
+
+    Raises: UnsupportedError when it was not built; ConfigError when MXN_ISA cannot be used here.
+    """
+    reason = missing_reason()
+    if reason is not None:
+        raise UnsupportedError(reason, hint="reinstall mxn with a C++ compiler at hand")
+    from mxn.kernels import _C
+
+    wanted = env.get("MXN_ISA")
+    try:
+        _C.use_variant("" if wanted == "auto" else wanted)
+    except ValueError as error:
+        raise ConfigError(str(error), hint="unset MXN_ISA, or set it to auto") from None
+    why = "MXN_ISA" if wanted != "auto" else "the best this processor runs"
+    log.info("native kernels: %s (%s)", _C.variant(), why)
+    return _C
+
+
+@cache
+def missing_reason() -> str | None:
+    """Return why there are no native kernels in this installation, or None."""
+    try:
+        from mxn.kernels import _C  # noqa: F401
+    except ImportError as error:
+        return f"the native kernels are not built: {error}"
+    return None
+
+
+@cache
+def pool(num_threads: int) -> Any:
+    """Return the threads that native kernels share in this process; the caller is one of them."""
+    spin_us = env.get_int("MXN_SPIN_US")
+    return library().Pool(num_threads, spin_us, env.get("MXN_PIN") == "on")

@@ -1,0 +1,1 @@
+"""Decoders that run as one native call a step, on packed weights. Start at `decoder`."""

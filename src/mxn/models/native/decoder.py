@@ -1,0 +1,323 @@
+"""A decoder whose whole step is one native call. Implements `CausalLM` and `OwnsCache`.
+
+Knows specs, packed weights and cache pages; knows nothing of requests. Start at
+`NativeDecoder.forward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mxn.errors import UnsupportedError
+from mxn.kernels.native.library import library, pool
+from mxn.kernels.native.pack import PackedWeight
+from mxn.models.base import LayerCache
+from mxn.models.native.reader import NativeMla, NativeMoe, NativeReader
+from mxn.models.spec import AttentionSpec, MlpSpec, MoeSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxn.kernels.batch import StepBatch
+    from mxn.kernels.native.formats import ModelFormat
+    from mxn.models.checkpoint import Checkpoint
+    from mxn.models.names import Names
+    from mxn.models.spec import DecoderSpec, LayerSpec, RopeSpec
+    from mxn.models.weights import GqaWeights, LayerWeights, MlpWeights
+
+LANES = 16
+_QK_NORMS = {"none": 0, "head": 1, "full": 2}
+
+
+def why_not(spec: DecoderSpec) -> str | None:
+    """Return why native kernels cannot run `spec`, or None."""
+    for layer in spec.layers:
+        attention = layer.attention
+        dims = (attention.mla.kv_lora_rank, attention.mla.rope_dim) if attention.mla else ()
+        for dim in dims or (attention.head_dim,):
+            if dim % 4:
+                return f"a head of {dim} dims is no multiple of 4"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeParts:
+    """All weights of a decoder, packed."""
+
+    format: ModelFormat
+    num_parameters: int
+    table_VD: Tensor | None  # embedding; None: rows of the packed head
+    head: PackedWeight
+    layers: list[LayerWeights]
+    final_norm: Tensor
+
+
+def read_parts(
+    spec: DecoderSpec, names: Names, checkpoint: Checkpoint, format: ModelFormat
+) -> NativeParts:
+    """Read and pack all weights of `spec`. Raises: UnsupportedError for what cannot run."""
+    refuse(spec)
+    reader = NativeReader(spec, names, checkpoint, format)
+    table, head = reader.packed_embedding()
+    layers = [reader.layer(i) for i in range(len(spec.layers))]
+    final_norm = reader.norm(names.final_norm)
+    return NativeParts(
+        format=format, num_parameters=checkpoint.num_parameters, table_VD=table, head=head,
+        layers=layers, final_norm=final_norm,
+    )  # fmt: skip
+
+
+def refuse(spec: DecoderSpec) -> None:
+    """Raises: UnsupportedError with the reason when native kernels cannot run `spec`."""
+    reason = why_not(spec)
+    if reason is not None:
+        raise UnsupportedError(f"{spec.family} cannot run on native kernels: {reason}")
+
+
+class NativeDecoder:
+    """A decoder-only model on packed weights, computing in float32 and int8 on the processor."""
+
+    def __init__(self, spec: DecoderSpec, parts: NativeParts, *, num_threads: int) -> None:
+        refuse(spec)
+        self.spec = spec
+        self.parts = parts  # the native side has addresses of its memory
+        self.format = parts.format
+        self.vocab_size = spec.vocab_size
+        self.max_positions = spec.max_positions
+        self.kv_shapes = tuple(layer.attention.kv_shape for layer in spec.layers)
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        self._lib = library()
+        self._pool = pool(num_threads)
+        self._ropes = _Ropes(spec)
+        self._native = self._lib.Decoder()
+        self._fill(parts.table_VD, parts.head, parts.final_norm)
+        for layer, weights in zip(spec.layers, parts.layers, strict=True):
+            self._native.add_layer(self._layer(layer, weights))
+        self._page_tokens = 0
+        self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
+
+    def page_bytes(self, page_tokens: int) -> int:
+        """Return the bytes of one page over all layers. Raises: UnsupportedError: not 16, 32, …"""
+        return sum(self._cache_shape(layer, page_tokens).page_bytes for layer in self.spec.layers)
+
+    def make_cache(self, num_pages: int, page_tokens: int) -> list[LayerCache]:
+        """Return the zeroed cache of each layer: bytes in the layout of `csrc/common.h`."""
+        from mxn.kernels.native.memory import lazy_zeros
+
+        caches = []
+        for layer in self.spec.layers:
+            size = self._cache_shape(layer, page_tokens).page_bytes
+            caches.append(LayerCache(lazy_zeros(num_pages * size).view(num_pages, size), None))
+        return caches
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
+        """Write the step's keys and values into `cache` and return logits [R, V], float32."""
+        attention = batch.attention
+        if attention.page_tokens != self._page_tokens:
+            self._set_page_tokens(attention.page_tokens)
+        num_tokens = len(batch.token_ids_T)
+        rows_R = batch.logits_rows_R
+        if rows_R is None:
+            rows_R = torch.arange(num_tokens)
+        self._grow_ropes(max(attention.context_lens, default=1))
+        logits_RV = torch.empty(len(rows_R), self.vocab_size)
+        pages_SP = attention.page_table_SP
+        self._native.forward(
+            self._pool,
+            num_tokens,
+            attention.num_sequences,
+            len(rows_R),
+            pages_SP.shape[1],
+            batch.token_ids_T.data_ptr(),
+            batch.positions_T.data_ptr(),
+            attention.query_starts_S1.data_ptr(),
+            attention.context_lens_S.data_ptr(),
+            pages_SP.data_ptr(),
+            rows_R.data_ptr(),
+            self._addresses(cache),
+            logits_RV.data_ptr(),
+        )
+        return logits_RV
+
+    @property
+    def num_recomputed(self) -> int:
+        """Query rows of attention whose maximum left the calibrated range, since the start."""
+        return self._native.num_recomputed
+
+    def _addresses(self, cache: list[LayerCache]) -> int:
+        """Return the address of the layers' addresses."""
+        key = cache[0].k.data_ptr()
+        if self._caches[0] != key:
+            array = np.array([part.k.data_ptr() for part in cache], dtype=np.uint64)
+            self._caches = (key, array)
+        return self._caches[1].ctypes.data
+
+    def _fill(self, table_VD: Tensor | None, head: PackedWeight, final_norm: Tensor) -> None:
+        native, spec, lib = self._native, self.spec, self._lib
+        native.hidden, native.vocab, native.eps = spec.hidden, spec.vocab_size, spec.norm_eps
+        native.embedding_scale = spec.embedding_scale
+        native.logit_scale = spec.logit_scale
+        native.logit_softcap = spec.logit_softcap or 0.0
+        native.act_group = self.format.act_group
+        native.final_norm = final_norm.data_ptr()
+        native.head = head.handle
+        native.is_table = table_VD is not None
+        if table_VD is None:
+            native.embedding = head.handle
+        else:
+            table = lib.Weight()
+            is_bf16 = table_VD.dtype == torch.bfloat16
+            table.format = lib.Format.bf16 if is_bf16 else lib.Format.f32
+            table.n, table.k = table_VD.shape
+            table.data = table_VD.data_ptr()
+            native.embedding = table
+        for rope in self._ropes.handles(lib):
+            native.add_rope(rope)
+
+    def _layer(self, spec: LayerSpec, weights: LayerWeights) -> Any:
+        layer = self._lib.Layer()
+        for name, part in (
+            ("pre_attn", weights.pre_attn_norm),
+            ("post_attn", weights.post_attn_norm),
+            ("pre_ffn", weights.pre_ffn_norm),
+            ("post_ffn", weights.post_ffn_norm),
+        ):
+            if part is not None:
+                setattr(layer, name, part.data_ptr())
+        layer.residual_scale = spec.residual_scale
+        layer.attention = self._attention(spec.attention, weights.attention)
+        layer.cache = self._cache_shape(spec, LANES)
+        if isinstance(spec.ffn, MoeSpec):
+            layer.is_moe = True
+            layer.moe = self._moe(spec.ffn, weights.ffn)
+        else:
+            layer.mlp = self._mlp(spec.ffn, weights.ffn)
+        return layer
+
+    def _attention(self, spec: AttentionSpec, weights: GqaWeights | NativeMla) -> Any:
+        found = self._lib.Attention()
+        found.heads, found.kv_heads = spec.num_heads, spec.num_kv_heads
+        found.head_dim, found.scale = spec.head_dim, spec.scale
+        found.softcap, found.window = spec.softcap or 0.0, spec.window or 0
+        found.rope = self._ropes.index(spec.rope)
+        found.out = weights.out.handle
+        if isinstance(weights, NativeMla):
+            self._fill_mla(found, spec, weights)
+            return found
+        found.qkv = weights.qkv.handle
+        found.qk_norm = _QK_NORMS[spec.qk_norm]
+        if weights.q_norm is not None and weights.k_norm is not None:
+            found.q_norm, found.k_norm = weights.q_norm.data_ptr(), weights.k_norm.data_ptr()
+        return found
+
+    def _fill_mla(self, found: Any, spec: AttentionSpec, weights: NativeMla) -> None:
+        mla = spec.mla
+        assert mla is not None
+        found.is_mla, found.has_q_lora = True, weights.q is None
+        found.nope_dim, found.rope_dim, found.v_dim = mla.nope_dim, mla.rope_dim, mla.v_dim
+        found.latent, found.latent_eps = mla.kv_lora_rank, mla.norm_eps
+        found.kv_a, found.kv_a_norm = weights.kv_a.handle, weights.kv_a_norm.data_ptr()
+        if weights.q is not None:
+            found.q = weights.q.handle
+        else:
+            assert weights.q_a is not None
+            assert weights.q_b is not None
+            assert weights.q_a_norm is not None
+            found.q_a, found.q_b = weights.q_a.handle, weights.q_b.handle
+            found.q_a_norm = weights.q_a_norm.data_ptr()
+            found.q_rank = mla.q_lora_rank
+        for key_up, value_up in zip(weights.key_up, weights.value_up, strict=True):
+            found.add_head(key_up.handle, value_up.handle)
+
+    def _mlp(self, spec: MlpSpec, weights: MlpWeights) -> Any:
+        mlp = self._lib.Mlp()
+        mlp.intermediate = spec.intermediate
+        mlp.act = getattr(self._lib.Act, spec.activation)
+        mlp.is_gated = spec.is_gated
+        mlp.up, mlp.down = weights.gate_up.handle, weights.down.handle
+        return mlp
+
+    def _moe(self, spec: MoeSpec, weights: NativeMoe) -> Any:
+        moe, router = self._lib.Moe(), spec.router
+        moe.num_experts, moe.top_k = router.num_experts, router.top_k
+        moe.num_groups, moe.top_groups = router.num_groups, router.top_groups
+        moe.is_sigmoid = router.scoring == "sigmoid"
+        moe.is_normalized, moe.scale = router.normalize, router.scale
+        moe.is_top2_sum = router.group_score == "top2_sum"
+        moe.router = weights.router.handle
+        if weights.router_bias_E is not None:
+            moe.bias = weights.router_bias_E.data_ptr()
+        one = MlpSpec(intermediate=spec.intermediate, activation=spec.activation)
+        for expert in weights.experts:
+            moe.add_expert(self._mlp(one, expert))
+        if weights.shared is not None and spec.shared is not None:
+            moe.has_shared, moe.shared = True, self._mlp(spec.shared, weights.shared)
+        if weights.shared_gate is not None:
+            moe.has_shared_gate, moe.shared_gate = True, weights.shared_gate.handle
+        return moe
+
+    def _cache_shape(self, layer: LayerSpec, page_tokens: int) -> Any:
+        if page_tokens % LANES:
+            raise UnsupportedError(
+                f"native kernels need pages of a multiple of {LANES} tokens, not {page_tokens}",
+                hint=f"page_tokens={LANES}",
+            )
+        shape, kv = self._lib.CacheShape(), layer.attention.kv_shape
+        types = self._lib.CacheType
+        shape.type = {"f32": types.f32, "bf16": types.bf16, "int8": types.i8}[self.format.cache]
+        shape.heads, shape.k_dim, shape.v_dim = kv.num_heads, kv.k_dim, kv.v_dim
+        shape.latent = layer.attention.mla.kv_lora_rank if layer.attention.mla else 0
+        shape.page_tokens = page_tokens
+        return shape
+
+    def _set_page_tokens(self, page_tokens: int) -> None:
+        self._cache_shape(self.spec.layers[0], page_tokens)
+        self._native.set_page_tokens(page_tokens)
+        self._page_tokens = page_tokens
+
+    def _grow_ropes(self, length: int) -> None:
+        if self._ropes.grow(length):
+            for i, rope in enumerate(self._ropes.handles(self._lib)):
+                self._native.set_rope(i, rope)
+
+
+class _Ropes:
+    """cos and sin of every rotary embedding of a model, grown on demand by doubling."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        found = {layer.attention.rope for layer in spec.layers} - {None}
+        self._specs: list[RopeSpec] = [rope for rope in found if rope is not None]
+        self._limit = spec.max_positions
+        self._length = 0
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        self.grow(min(self._limit, 4096))
+
+    def index(self, rope: RopeSpec | None) -> int:
+        return -1 if rope is None else self._specs.index(rope)
+
+    def grow(self, length: int) -> bool:
+        """Hold at least `length` positions; return whether the tables moved."""
+        if length <= self._length:
+            return False
+        self._length = max(length, min(self._limit, 2 * self._length))
+        positions = torch.arange(self._length, dtype=torch.float32)
+        self._tables = []
+        for rope in self._specs:
+            angles = torch.outer(positions, torch.tensor(rope.inv_freq, dtype=torch.float32))
+            self._tables.append((angles.cos() * rope.scale, angles.sin() * rope.scale))
+        return True
+
+    def handles(self, lib: Any) -> list[Any]:
+        made = []
+        for rope, (cos, sin) in zip(self._specs, self._tables, strict=True):
+            handle = lib.Rope()
+            handle.half, handle.is_interleaved = len(rope.inv_freq), rope.is_interleaved
+            handle.cos, handle.sin = cos.data_ptr(), sin.data_ptr()
+            made.append(handle)
+        return made

@@ -1,0 +1,144 @@
+"""Reads a checkpoint into packed weights: each matrix is packed as soon as it is read.
+
+Knows names and formats; knows nothing of steps. See `mxn.models.weights` for the plain twin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mxn.kernels.native.formats import BF16, F32, ModelFormat, WeightFormat
+from mxn.kernels.native.pack import PackedWeight, pack, pack_glu
+from mxn.models.spec import AttentionSpec, MlpSpec, MoeSpec
+from mxn.models.weights import MlpWeights, WeightReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxn.models.checkpoint import Checkpoint
+    from mxn.models.names import Names
+    from mxn.models.spec import DecoderSpec
+
+
+@dataclass(slots=True)
+class PackingOps:
+    """What `WeightReader` asks of the operators: where tensors go, and how a linear is kept."""
+
+    wanted: WeightFormat
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    def prepare_linear(self, weight_FD: Tensor, bias_F: Tensor | None = None) -> PackedWeight:
+        return pack(weight_FD, self.wanted, bias_F)
+
+
+@dataclass(slots=True)
+class NativeMla:
+    q: PackedWeight | None
+    q_a: PackedWeight | None
+    q_a_norm: Tensor | None
+    q_b: PackedWeight | None
+    kv_a: PackedWeight
+    kv_a_norm: Tensor
+    key_up: list[PackedWeight]  # a matrix for each head
+    value_up: list[PackedWeight]
+    out: PackedWeight
+
+
+@dataclass(slots=True)
+class NativeMoe:
+    router: PackedWeight
+    router_bias_E: Tensor | None
+    experts: list[MlpWeights]
+    shared: MlpWeights | None
+    shared_gate: PackedWeight | None
+
+
+class NativeReader(WeightReader):
+    """A `WeightReader` whose linears are packed."""
+
+    def __init__(
+        self, spec: DecoderSpec, names: Names, checkpoint: Checkpoint, format: ModelFormat
+    ) -> None:
+        super().__init__(spec, names, checkpoint, PackingOps(format.weights))  # type: ignore[arg-type]
+        self.format = format
+
+    def packed_embedding(self) -> tuple[Tensor | None, PackedWeight]:
+        """Return the embedding table, None when it is tied to the packed head, and the head."""
+        table = self.checkpoint.read(f"{self.names.embedding}.weight")
+        has_own = not self.spec.is_tied or self._has_own_head(table.float())
+        if has_own:
+            head = pack(*self._plain(self.names.head), self.format.head)
+        else:
+            head = pack(table.float(), self.format.head)
+        keeps_table = has_own or not self.format.head.is_quantized
+        if not keeps_table:
+            return None, head
+        is_small = self.format.weights.bits <= 16
+        dtype = torch.bfloat16 if is_small else torch.float32
+        return table.to(dtype).contiguous(), head
+
+    def _plain(self, module: str) -> tuple[Tensor]:
+        return (self.tensor(f"{module}.weight"),)
+
+    def norm(self, module: str) -> Tensor:
+        return super().norm(module).float().contiguous()
+
+    def _ffn(self, spec: MlpSpec | MoeSpec, prefix: str) -> Any:
+        if isinstance(spec, MoeSpec):
+            return self._native_moe(spec, prefix)
+        names = self.names
+        return self._mlp(spec, tuple(prefix + name for name in names.gate_up), prefix + names.down)
+
+    def _mlp(self, spec: MlpSpec, gate_up: tuple[str, ...], down: str) -> MlpWeights:
+        weight, bias = self.matrix(gate_up)
+        if spec.is_gated:
+            up = pack_glu(weight, self.format.weights, bias)
+        else:
+            up = pack(weight, self.format.weights, bias)
+        return MlpWeights(gate_up=up, down=self.linear(down))
+
+    def _native_moe(self, spec: MoeSpec, prefix: str) -> NativeMoe:
+        names, bias = self.names, prefix + self.names.router_bias
+        has_bias = spec.router.scoring == "sigmoid" or bias in self.checkpoint
+        one = MlpSpec(intermediate=spec.intermediate, activation=spec.activation)
+        experts = [
+            self._mlp(
+                one,
+                tuple(prefix + name.format(e=e) for name in names.expert_gate_up),
+                prefix + names.expert_down.format(e=e),
+            )
+            for e in range(spec.router.num_experts)
+        ]
+        gates = tuple(prefix + name for name in names.shared_gate_up)
+        shared = self._mlp(spec.shared, gates, prefix + names.shared_down) if spec.shared else None
+        gate = f"{prefix}{names.shared_gate}.weight"
+        return NativeMoe(
+            router=pack(self.tensor(f"{prefix}{names.router}.weight"), F32),
+            router_bias_E=self.tensor(bias).contiguous() if has_bias else None,
+            experts=experts,
+            shared=shared,
+            shared_gate=pack(self.tensor(gate), F32) if spec.has_shared_gate else None,
+        )
+
+    def _mla(self, spec: AttentionSpec, prefix: str) -> Any:
+        assert spec.mla is not None
+        mla, names = spec.mla, self.names
+        is_compressed = mla.q_lora_rank is not None
+        up = self.tensor(f"{prefix}{names.mla_kv_b}.weight")
+        up_NCL = up.view(spec.num_heads, mla.nope_dim + mla.v_dim, mla.kv_lora_rank)
+        heads = F32 if self.format.weights.bits == 32 else BF16
+        return NativeMla(
+            q=None if is_compressed else self.linear(prefix + names.mla_q),
+            q_a=self.linear(prefix + names.mla_q_a) if is_compressed else None,
+            q_a_norm=self.norm(prefix + names.mla_q_a_norm) if is_compressed else None,
+            q_b=self.linear(prefix + names.mla_q_b) if is_compressed else None,
+            kv_a=self.linear(prefix + names.mla_kv_a),
+            kv_a_norm=self.norm(prefix + names.mla_kv_a_norm),
+            key_up=[pack(part[: mla.nope_dim].t(), heads) for part in up_NCL],
+            value_up=[pack(part[mla.nope_dim :], heads) for part in up_NCL],
+            out=self.linear(prefix + names.attn_out),
+        )
