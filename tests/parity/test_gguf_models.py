@@ -13,9 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from mxn.kernels.native import formats, missing_reason
 from mxn.models.checkpoint import Checkpoint
 from mxn.models.hub import resolve
-from mxn.models.load import load_model
+from mxn.models.load import load_model, pack_model
 from mxn.models.quantized.gguf_storage import GgufStorage
 from mxn.models.quantized.matrix import QuantizedMatrix
 from mxn.models.tokenizer import Tokenizer
@@ -114,3 +115,18 @@ def test_special_tokens_and_the_chat_template_come_from_the_file():
     assert tokenizer.special_tokens["eos_token"] == "<|im_end|>"
     assert tokenizer.added_id("<|im_start|>") is not None
     assert tokenizer.render_chat([{"role": "user", "content": "hi"}]) == "hi"
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason()))
+@pytest.mark.parametrize("name", sorted(LOGITS))
+def test_an_artifact_of_a_gguf_file_needs_the_file_no_more(name, tmp_path):
+    from mxn.chips import find_device
+
+    out, want = tmp_path / "packed", LOGITS[name]
+    pack_model(GOLDEN / f"{name}.gguf", formats.parse("f32"), out)
+    loaded = load_model(out, find_device("cpu"), "float32")
+    got = Session(loaded.model).step({0: list(range(3, 3 + len(want)))})[0]
+    assert (got - want).abs().max() / want.abs().max() < LOGIT_TOLERANCE
+    text = "the model takes"
+    assert Tokenizer.load(out).encode(text) == Tokenizer.load(GOLDEN / f"{name}.gguf").encode(text)
