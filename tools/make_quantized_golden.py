@@ -153,6 +153,7 @@ GPTQ = (
     ("asym-channel", 4, -1, False, False),
     ("actorder-g32", 4, 32, False, True),
     ("asym-8bit", 8, 32, False, False),
+    ("zero16-g32", 4, 32, False, False),
 )
 
 
@@ -188,6 +189,8 @@ def make_gptq(source: Path) -> None:
         scales, zeros = _affine(linear.weight.data, index, bits, symmetric)
         layer = quant_linear(bits, group, width, 32, False, weight_dtype=torch.float32)
         layer.pack(linear, scales, zeros.clone(), index.int())
+        if name == "zero16-g32":
+            layer.qzeros.fill_(-1)  # every stored zero is 15
         out |= {
             f"{name}.{key}": getattr(layer, key).clone()
             for key in ("qweight", "qzeros", "scales", "g_idx")

@@ -91,7 +91,8 @@ def test_gptq_modules_are_what_autogptq_computes_with(tmp_path, case):
     assert_same(parts["want"], matrix.dequantize())
 
 
-@pytest.mark.parametrize("case", cases("gptq"))
+# Version 2 cannot store a zero of 16.
+@pytest.mark.parametrize("case", [case for case in cases("gptq") if case != "zero16-g32"])
 def test_gptq_v2_stores_the_zero_itself(tmp_path, case):
     """GPTQModel turns version 1 into 2 by adding one to each packed zero."""
     parts = golden("gptq", case)

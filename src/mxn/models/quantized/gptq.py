@@ -3,7 +3,8 @@
 Layout of a module of `in` columns and `out` rows, with p = 32 / bits values in an int32 word,
 lowest bits first: qweight [in / p, out]; qzeros [groups, out / p]; scales [groups, out];
 g_idx [in], the group of each column. Source: the packers of AutoGPTQ and GPTQModel.
-Format "gptq" stores zero - 1, "gptq_v2" the zero itself. Start at `GptqFormat.read`.
+Format "gptq" stores zero - 1 (so 15 means 16: AutoGPTQ's kernels do not wrap around), "gptq_v2" the
+zero itself. Start at `GptqFormat.read`.
 """
 
 from __future__ import annotations
