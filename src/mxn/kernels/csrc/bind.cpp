@@ -176,11 +176,12 @@ void bind_ops(nb::module_& m) {
   m.def(
       "linear",
       [](Pool& pool, const Weight& w, uintptr_t x, int64_t ldx, int64_t rows, uintptr_t y, int64_t ldy,
-         int64_t act_group) {
+         int64_t act_group, bool is_added) {
         Packed packed;
         const Rows& made = packed.make(pool, w, at<const float>(x), ldx, rows, nullptr, 0.0f, act_group);
-        multiply(pool, w, made, rows, at<float>(y), ldy, false);
+        multiply(pool, w, made, rows, at<float>(y), ldy, is_added);
       },
+      "pool"_a, "w"_a, "x"_a, "ldx"_a, "rows"_a, "y"_a, "ldy"_a, "act_group"_a, "is_added"_a = false,
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "linear_glu",

@@ -328,7 +328,7 @@ inline F activate(F x, Act act) {
     case Act::gelu_tanh: return f_gelu_tanh(x);
     case Act::relu: break;
   }
-  return f_max(x, f_zero());
+  return f_max(f_zero(), x);  // in this order NaN stays NaN
 }
 }  // namespace
 
