@@ -25,7 +25,7 @@ VARIABLES = (
     Variable("MXN_THREADS", "0", "CPU threads of an engine; 0 = all cores this process may use"),
     Variable("MXN_KERNELS", "", "pin kernels, such as `linear=torch,rms_norm=naive`"),
     Variable("MXN_KERNEL_TUNING", "on", "measure kernels at load: on, off (priority decides)"),
-    Variable("MXN_ISA", "auto", "native kernels: auto, generic, avx2, avx512, avx512vnni"),
+    Variable("MXN_ISA", "auto", "native kernels: auto, generic, avx2, avx512, avx512vnni, amx"),
     Variable("MXN_SPIN_US", "200", "native kernels: an idle thread looks for work so long"),
     Variable("MXN_PIN", "off", "native kernels: on binds each thread to a core of its own"),
     Variable("MXN_FALLBACK_CHECK", "on", "check a fallback model at load: on, off"),

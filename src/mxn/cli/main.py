@@ -24,6 +24,7 @@ from mxn.cli import (
     serve,
     tenants,
     top,
+    tune,
     up,
     usage,
 )
@@ -47,6 +48,7 @@ app.command("models")(models.models)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("pack")(pack.pack)
+app.command("tune")(tune.tune)
 app.add_typer(chips.app, name="chips")
 app.add_typer(kernels.app, name="kernels")
 app.add_typer(keys.app, name="keys")

@@ -284,9 +284,12 @@ def _packed_model(
 ) -> LoadedModel:
     from mxn.kernels.native import library
     from mxn.models.native.decoder import NativeDecoder
+    from mxn.models.native.settle import settle
 
+    model = NativeDecoder(spec, parts, num_threads=num_threads)
+    notes = settle(model, config_json, num_threads)
     return LoadedModel(
-        model=NativeDecoder(spec, parts, num_threads=num_threads),
+        model=model,
         kind="decoder",
         family=spec.family,
         is_native=True,
@@ -294,7 +297,7 @@ def _packed_model(
         dtype=str(parts.format.weights),
         max_context=spec.max_positions,
         eos_ids=eos_ids(directory, config_json),
-        kernels={"step": f"native {library().variant()}: {parts.format}"},
+        kernels={"step": f"native {library().variant()}: {parts.format}"} | notes,
         unused_tensors=unused,
     )
 

@@ -239,21 +239,19 @@ Work carve(const Attend& c) {
 void quantize_queries(const Attend& c, const Work& w) {
   const int dim = c.shape.k_dim;
   for (int r = 0; r < c.num_rows; ++r) {
-    F top = f_zero();
     const float* q = c.q + int64_t{r} * dim;
-    for (int i = 0; i < dim; i += kLanes) top = f_max(top, f_abs(f_load_n(q + i, dim - i)));
-    const float most = f_top(top);
-    const F factor = f_set(most > 0.0f ? 127.0f / most : 0.0f);
+    const Step step = int8_step(q, dim);
+    const F factor = f_set(step.factor);
     I sum = i_zero();
     int8_t lanes[kLanes];
     for (int i = 0; i < dim; i += kLanes) {
-      const I v = i_nearest(f_mul(f_load_n(q + i, dim - i), factor));
+      const I v = step.factor == 0.0f ? i_zero() : i_nearest(f_mul(f_load_n(q + i, dim - i), factor));
       sum = i_add(sum, v);
       i_store_s8(lanes, v);
       std::memcpy(w.q + r * dim + i, lanes, static_cast<size_t>(dim - i < kLanes ? dim - i : kLanes));
     }
     w.q_isums[r] = i_sum(sum);
-    w.q_scales[r] = most / 127.0f * c.scale;
+    w.q_scales[r] = step.scale * c.scale;
   }
 }
 
@@ -373,32 +371,27 @@ void cache_write(const CacheShape& s, uint8_t* cache, const int64_t* pages, int6
     }
     return;
   }
-  auto factor = [](const float* x, int n, float& scale) {
-    F top = f_zero(), fault = f_zero();
-    for (int i = 0; i < n; i += kLanes) {
-      const F t = f_load_n(x + i, n - i);
-      top = f_max(top, f_abs(t));
-      fault = f_add(fault, f_sub(t, t));
-    }
-    const float most = f_top(top);
-    scale = most / 127.0f + f_sum(fault);
-    return f_set(most > 0.0f ? 127.0f / most : 0.0f);
+  // 16 values from x as int8; what is not there reads as 0.
+  auto take = [](const float* x, int n, const Step& step, int8_t* to) {
+    i_store_s8(to, step.factor == 0.0f ? i_zero() : i_nearest(f_mul(f_load_n(x, n), f_set(step.factor))));
   };
   float* scales = reinterpret_cast<float*>(block + s.scale_offset());
   int8_t lanes[kLanes];
-  const F key_factor = factor(k, s.k_dim, scales[slot]);
+  const Step key_step = int8_step(k, s.k_dim);
+  scales[slot] = key_step.scale;
   for (int h = 0; h < s.k_dim; h += kLanes) {
-    i_store_s8(lanes, i_nearest(f_mul(f_load_n(k + h, s.k_dim - h), key_factor)));
+    take(k + h, s.k_dim - h, key_step, lanes);
     const int n = s.k_dim - h < kLanes ? s.k_dim - h : kLanes;
     for (int i = 0; i < n; ++i) {
       block[((h + i) / 4 * kLanes + slot) * 4 + (h + i) % 4] = static_cast<uint8_t>(lanes[i] + 128);
     }
   }
   if (s.v_dim == 0) return;
-  const F value_factor = factor(v, s.v_dim, scales[kLanes + slot]);
+  const Step value_step = int8_step(v, s.v_dim);
+  scales[kLanes + slot] = value_step.scale;
   uint8_t* values = block + s.value_offset();
   for (int j = 0; j < s.v_dim; j += kLanes) {
-    i_store_s8(lanes, i_nearest(f_mul(f_load_n(v + j, s.v_dim - j), value_factor)));
+    take(v + j, s.v_dim - j, value_step, lanes);
     std::memcpy(values + slot * s.v_dim + j, lanes, static_cast<size_t>(s.v_dim - j < kLanes ? s.v_dim - j : kLanes));
   }
 }

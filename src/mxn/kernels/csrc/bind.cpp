@@ -42,6 +42,7 @@ void bind_weight(nb::module_& m) {
       .def_rw("k", &Weight::k)
       .def_rw("k_padded", &Weight::k_padded)
       .def_rw("group", &Weight::group)
+      .def_rw("tiled_from", &Weight::tiled_from)
       .def_rw("gain", &Weight::gain) MXN_POINTER(Weight, data) MXN_POINTER(Weight, scales)
           MXN_POINTER(Weight, mins) MXN_POINTER(Weight, bias);
   nb::class_<CacheShape>(m, "CacheShape")
@@ -151,6 +152,17 @@ void bind_decoder(nb::module_& m) {
       .def_rw("is_table", &Decoder::is_table) MXN_POINTER(Decoder, final_norm)
       .def_rw("head", &Decoder::head)
       .def_prop_ro("num_recomputed", &Decoder::num_recomputed)
+      .def("begin_calibration", &Decoder::begin_calibration)
+      .def("end_calibration", &Decoder::end_calibration)
+      .def("ranges", [](const Decoder& d) {
+        nb::list found;
+        for (const auto& r : d.ranges()) found.append(nb::make_tuple(r.low, r.high, r.rows));
+        return found;
+      })
+      .def("set_maximum", [](Decoder& d, size_t layer, float phi, float margin) {
+        d.layers.at(layer).attention.phi = phi;
+        d.layers.at(layer).attention.margin = margin;
+      })
       .def("add_rope", [](Decoder& d, const Rope& r) { d.ropes.push_back(r); })
       .def("set_rope", [](Decoder& d, size_t i, const Rope& r) { d.ropes.at(i) = r; })
       .def("add_layer", [](Decoder& d, const Layer& l) { d.layers.push_back(l); })
@@ -164,11 +176,12 @@ void bind_ops(nb::module_& m) {
   m.def(
       "linear",
       [](Pool& pool, const Weight& w, uintptr_t x, int64_t ldx, int64_t rows, uintptr_t y, int64_t ldy,
-         int64_t act_group) {
+         int64_t act_group, bool is_added) {
         Packed packed;
         const Rows& made = packed.make(pool, w, at<const float>(x), ldx, rows, nullptr, 0.0f, act_group);
-        multiply(pool, w, made, rows, at<float>(y), ldy, false);
+        multiply(pool, w, made, rows, at<float>(y), ldy, is_added);
       },
+      "pool"_a, "w"_a, "x"_a, "ldx"_a, "rows"_a, "y"_a, "ldy"_a, "act_group"_a, "is_added"_a = false,
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "linear_glu",
@@ -243,7 +256,8 @@ NB_MODULE(_C, m) {
   m.attr("MAX_QUERY_ROWS") = kMaxQueryRows;
   nb::class_<Pool>(m, "Pool")
       .def(nb::init<int, int, bool>(), "num_threads"_a, "spin_us"_a = 200, "is_pinned"_a = false)
-      .def_prop_ro("num_threads", &Pool::num_threads);
+      .def_prop_ro("num_threads", &Pool::num_threads)
+      .def_prop_ro("num_rests", &Pool::num_rests);
   bind_weight(m);
   bind_layers(m);
   bind_decoder(m);

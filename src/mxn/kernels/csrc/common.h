@@ -24,6 +24,7 @@ struct Weight {
   const uint16_t* mins = nullptr;    // fp16 [N/16][G][16], or null: symmetric
   const float* bias = nullptr;       // [N padded], or null
   float gain = 1.0f;                 // multiplies every scale and min
+  int64_t tiled_from = 64;           // rows from which on `Rows::tiled` pays; measured
 
   int64_t num_blocks() const { return (n + kLanes - 1) / kLanes; }
   int64_t num_groups() const { return group ? k_padded / group : 0; }
@@ -47,6 +48,7 @@ struct Rows {
   const float* scales = nullptr;  // [M, G]
   const float* sums = nullptr;    // [M, G] scale * sum of the group's values
   const int32_t* isums = nullptr; // [M, G] sum of the group's values
+  const int8_t* tiled = nullptr;  // q once more, tile by tile as [k / 4][rows of the tile][4], or null
   int64_t group = 0, num_groups = 0, k_padded = 0;
 };
 
@@ -97,6 +99,8 @@ constexpr int kChunk = 64;  // tokens of a step of attention
 struct Kernels {
   const char* name;
   int tile_rows;  // rows that share one pass over the weights
+  // Writes `tiled` of rows [m0, m1), which must be the rows of one later call of gemm.
+  void (*tile_rows_of)(const Rows&, int64_t m0, int64_t m1, int8_t* tiled);
   // y[m, n] for rows [m0, m1) and blocks [b0, b1); is_added: y += instead of y =.
   void (*gemm)(const Weight&, const Rows&, int64_t m0, int64_t m1, int64_t b0, int64_t b1, float* y,
                int64_t ldy, bool is_added);

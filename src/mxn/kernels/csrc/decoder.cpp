@@ -318,6 +318,7 @@ void Decoder::attend_all(Pool& pool, const Step& step, const Layer& layer, const
       k.attend(call);
     }
     if (task.partial >= 0) return;
+    if (!ranges_.empty()) note_range(layer, ref, num);
     for (int r = 0; r < num; ++r) {
       const int64_t t = task.first_token + r / task.num_heads, h = task.first_query_head + r % task.num_heads;
       float* to = out + t * out_ld + h * out_dim;
@@ -354,6 +355,16 @@ void Decoder::attend_all(Pool& pool, const Step& step, const Layer& layer, const
       for (int64_t d = 0; d < out_dim; ++d) to[d] /= den;
     }
     i = j;
+  }
+}
+
+void Decoder::note_range(const Layer& layer, const float* tops, int num) {
+  const std::lock_guard<std::mutex> lock(ranges_lock_);
+  Range& range = ranges_[static_cast<size_t>(&layer - layers.data())];
+  range.rows += num;
+  for (int r = 0; r < num; ++r) {
+    range.low = std::min(range.low, tops[r]);
+    range.high = std::max(range.high, tops[r]);
   }
 }
 

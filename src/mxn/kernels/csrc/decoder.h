@@ -3,7 +3,9 @@
 // Knows layers, rows and cache pages; knows no requests and no Python. Memory of weights and cache
 // belongs to the caller. Start at `Decoder::forward`.
 #pragma once
+#include <cmath>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "common.h"
@@ -149,12 +151,22 @@ class Decoder {
   void forward(Pool& pool, const Step& step);
   int64_t num_recomputed() const { return num_recomputed_; }  // rows whose maximum left the margin
 
+  // From now on, note the least and the largest maximum of a row of scores, layer by layer.
+  void begin_calibration() { ranges_.assign(layers.size(), Range{}); }
+  struct Range {
+    float low = INFINITY, high = -INFINITY;
+    int64_t rows = 0;
+  };
+  const std::vector<Range>& ranges() const { return ranges_; }
+  void end_calibration() { ranges_.clear(); }
+
  private:
   void embed(const Step& step, float* x) const;
   void attend_layer(Pool& pool, const Step& step, const Layer& layer, uint8_t* cache, float* x);
   void latent_layer(Pool& pool, const Step& step, const Layer& layer, uint8_t* cache, float* x);
   void attend_all(Pool& pool, const Step& step, const Layer& layer, const uint8_t* cache, const float* q,
                   int64_t q_ld, float* out, int64_t out_ld);
+  void note_range(const Layer& layer, const float* tops, int num);
   void feed_forward(Pool& pool, const Layer& layer, int64_t m, float* x);
   void mlp(Pool& pool, const Mlp& mlp, const Rows& rows, int64_t m, float* y, bool is_added);
   void mixture(Pool& pool, const Layer& layer, int64_t m, const float* x, float* y);
@@ -169,6 +181,8 @@ class Decoder {
   Buffer<uint8_t> flags_;
   std::unique_ptr<Experts> experts_;
   int64_t num_recomputed_ = 0;
+  std::vector<Range> ranges_;  // empty but during a calibration
+  std::mutex ranges_lock_;
 };
 
 }  // namespace mxn

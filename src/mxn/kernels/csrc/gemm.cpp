@@ -2,6 +2,9 @@
 // weights are unpacked once for all rows, and its sums stay in registers over the whole of K.
 #include "common.h"
 #include "vec.h"
+#if defined(MXN_AMX)
+#include "amx.h"
+#endif
 
 namespace mxn::MXN_NS {
 namespace {
@@ -9,25 +12,33 @@ namespace {
 using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, float* y, int64_t ldy);
 
 // One group of K for MR rows: sums += scale * (dot - offset * sum of activations).
-template <int MR, bool IS_U4>
-inline void dot_group(const uint8_t*& w, const int8_t* const (&a)[MR], int64_t k, int64_t length,
-                      I (&sum)[MR]) {
+// Rows of a tile where they lie, or interleaved as one stream, which the processor fetches ahead.
+template <int MR, bool IS_TILED>
+struct Values {
+  const int8_t* a[IS_TILED ? 1 : MR];
+  int32_t at(int m, int64_t k) const {
+    return IS_TILED ? four_bytes(a[0] + k * MR + 4 * m) : four_bytes(a[IS_TILED ? 0 : m] + k);
+  }
+};
+
+template <int MR, bool IS_U4, bool IS_TILED>
+inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length, I (&sum)[MR]) {
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
   for (int64_t i = k; i < k + length; i += kStep, w += 64) {
     const B packed = b_load(w);
     if constexpr (IS_U4) {
       const B low = b_low(packed), high = b_high(packed);
-      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], low, four_bytes(a[m] + i));
-      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], high, four_bytes(a[m] + i + 4));
+      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], low, a.at(m, i));
+      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], high, a.at(m, i + 4));
     } else {
-      for (int m = 0; m < MR; ++m) sum[m] = dot_u8(sum[m], packed, four_bytes(a[m] + i));
+      for (int m = 0; m < MR; ++m) sum[m] = dot_u8(sum[m], packed, a.at(m, i));
     }
   }
 }
 
 // A few rows leave room for independent sums over K, which hide the latency of the dot product.
-template <int MR, bool IS_U4>
-inline void dot_group_deep(const uint8_t*& w, const int8_t* const (&a)[MR], int64_t k, int64_t length,
+template <int MR, bool IS_U4, bool IS_TILED>
+inline void dot_group_deep(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length,
                            I (&sum)[MR]) {
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
   I other[MR];
@@ -38,23 +49,23 @@ inline void dot_group_deep(const uint8_t*& w, const int8_t* const (&a)[MR], int6
     if constexpr (IS_U4) {
       const B l0 = b_low(first), h0 = b_high(first), l1 = b_low(second), h1 = b_high(second);
       for (int m = 0; m < MR; ++m) {
-        sum[m] = dot_u4(sum[m], l0, four_bytes(a[m] + i));
-        other[m] = dot_u4(other[m], h0, four_bytes(a[m] + i + 4));
-        sum[m] = dot_u4(sum[m], l1, four_bytes(a[m] + i + 8));
-        other[m] = dot_u4(other[m], h1, four_bytes(a[m] + i + 12));
+        sum[m] = dot_u4(sum[m], l0, a.at(m, i));
+        other[m] = dot_u4(other[m], h0, a.at(m, i + 4));
+        sum[m] = dot_u4(sum[m], l1, a.at(m, i + 8));
+        other[m] = dot_u4(other[m], h1, a.at(m, i + 12));
       }
     } else {
       for (int m = 0; m < MR; ++m) {
-        sum[m] = dot_u8(sum[m], first, four_bytes(a[m] + i));
-        other[m] = dot_u8(other[m], second, four_bytes(a[m] + i + 4));
+        sum[m] = dot_u8(sum[m], first, a.at(m, i));
+        other[m] = dot_u8(other[m], second, a.at(m, i + 4));
       }
     }
   }
-  dot_group<MR, IS_U4>(w, a, i, k + length - i, sum);
+  dot_group<MR, IS_U4, IS_TILED>(w, a, i, k + length - i, sum);
   for (int m = 0; m < MR; ++m) sum[m] = i_add(sum[m], other[m]);
 }
 
-template <int MR, bool IS_U4, bool HAS_MIN>
+template <int MR, bool IS_U4, bool HAS_MIN, bool IS_TILED>
 void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, float* y, int64_t ldy) {
   // A scale for each feature (group = all of K) is applied once, behind the activations' own groups.
   const bool is_grouped = w.group < w.k_padded;
@@ -64,10 +75,11 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
   const uint16_t* mins = HAS_MIN ? w.mins + block * w.num_groups() * kLanes : nullptr;
   const uint8_t* data = w.data + block * w.block_bytes();
   const int32_t offset = HAS_MIN ? 0 : IS_U4 ? -8 : -128;
-  const int8_t* a[MR];
+  Values<MR, IS_TILED> a;
   F total[MR];
+  if constexpr (IS_TILED) a.a[0] = rows.tiled + m0 * rows.k_padded;
   for (int m = 0; m < MR; ++m) {
-    a[m] = rows.q + (m0 + m) * rows.k_padded;
+    if constexpr (!IS_TILED) a.a[m] = rows.q + (m0 + m) * rows.k_padded;
     total[m] = f_zero();
   }
   const F ones = f_set(1.0f);
@@ -77,8 +89,8 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
     for (int m = 0; m < MR; ++m) {
       sum[m] = HAS_MIN ? i_zero() : i_set(offset * rows.isums[at + m * rows.num_groups]);
     }
-    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4>(data, a, g * length, length, sum);
-    else dot_group<MR, IS_U4>(data, a, g * length, length, sum);
+    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4, IS_TILED>(data, a, g * length, length, sum);
+    else dot_group<MR, IS_U4, IS_TILED>(data, a, g * length, length, sum);
     const F scale = is_grouped ? f_half(scales + g * kLanes) : ones;
     for (int m = 0; m < MR; ++m) {
       const F factor = f_mul(scale, f_set(rows.scales[at + m * rows.num_groups]));
@@ -143,10 +155,10 @@ struct Table {
   static constexpr Tile tiles[] = {Maker<MR>::tile...};
 };
 
-template <bool IS_U4, bool HAS_MIN>
+template <bool IS_U4, bool HAS_MIN, bool IS_TILED>
 struct Quantized {
   template <int MR>
-  struct Maker { static constexpr Tile tile = quantized_tile<MR, IS_U4, HAS_MIN>; };
+  struct Maker { static constexpr Tile tile = quantized_tile<MR, IS_U4, HAS_MIN, IS_TILED>; };
 };
 template <bool IS_BF16>
 struct Plain {
@@ -168,15 +180,21 @@ struct Choice {
   int most;  // rows of the largest tile
 };
 
-Choice choose(const Weight& w) {
+template <bool IS_TILED>
+Choice choose_quantized(const Weight& w) {
+  constexpr int n = kTileRows;
+  if (w.format == Format::u8) {
+    return {w.mins ? upto<Quantized<false, true, IS_TILED>::template Maker>(n) : upto<Quantized<false, false, IS_TILED>::template Maker>(n), n};
+  }
+  return {w.mins ? upto<Quantized<true, true, IS_TILED>::template Maker>(n) : upto<Quantized<true, false, IS_TILED>::template Maker>(n), n};
+}
+
+Choice choose(const Weight& w, const Rows& rows) {
   switch (w.format) {
     case Format::f32: return {upto<Plain<false>::Maker>(kPlainRows), kPlainRows};
     case Format::bf16: return {upto<Plain<true>::Maker>(kPlainRows), kPlainRows};
-    case Format::u8:
-      return {w.mins ? upto<Quantized<false, true>::Maker>(kTileRows) : upto<Quantized<false, false>::Maker>(kTileRows), kTileRows};
-    case Format::u4: break;
+    default: return rows.tiled ? choose_quantized<true>(w) : choose_quantized<false>(w);
   }
-  return {w.mins ? upto<Quantized<true, true>::Maker>(kTileRows) : upto<Quantized<true, false>::Maker>(kTileRows), kTileRows};
 }
 
 // Calls fn(first row, count) for tiles of nearly equal size: 9 rows are 5 and 4, never 8 and 1.
@@ -201,6 +219,88 @@ void finish(const Weight& w, int64_t block, const float* tile, int count, float*
   }
 }
 
+#if defined(MXN_AMX)
+
+bool fits_tiles(const Weight& w, const Rows& rows) {
+  if (!w.is_quantized() || w.k_padded % kTileK) return false;
+  const int64_t length = w.group < w.k_padded ? w.group : rows.group;
+  return length % kTileK == 0;
+}
+
+// 64 columns of a block of 4 bits as bytes, [16 quads][16 features][4].
+inline void widen_u4(const uint8_t* packed, uint8_t* wide) {
+  for (int i = 0; i < kTileK / 8; ++i) {
+    const B v = b_load(packed + 64 * i);
+    b_store(wide + 128 * i, b_low(v));
+    b_store(wide + 128 * i + 64, b_high(v));
+  }
+}
+
+// 16 rows of one block, into tile [16][16].
+void amx_tile(Tiles& tiles, const Weight& w, const Rows& rows, int64_t m0, int64_t block, float* tile) {
+  const bool is_grouped = w.group < w.k_padded, is_u4 = w.format == Format::u4;
+  const int64_t length = is_grouped ? w.group : rows.group, num_groups = w.k_padded / length;
+  const int64_t act_step = rows.num_groups == num_groups ? 1 : 0;
+  const uint16_t* scales = w.scales + block * w.num_groups() * kLanes;
+  const uint16_t* mins = w.mins ? w.mins + block * w.num_groups() * kLanes : nullptr;
+  const uint8_t* data = w.data + block * w.block_bytes();
+  const int32_t offset = w.mins ? 0 : is_u4 ? -8 : -128;
+  alignas(64) int32_t sums[kTileM * kLanes];
+  alignas(64) uint8_t wide[kTileK * kLanes];
+  for (int m = 0; m < kTileM; ++m) f_store(tile + m * kLanes, f_zero());
+  for (int64_t g = 0; g < num_groups; ++g) {
+    tiles.zero(0);
+    for (int64_t k = g * length; k < (g + 1) * length; k += kTileK) {
+      const uint8_t* b = data + k * kLanes;
+      if (is_u4) {
+        widen_u4(data + k * kLanes / 2, wide);
+        b = wide;
+      }
+      tiles.multiply<0>(rows.q + m0 * rows.k_padded + k, rows.k_padded, b);
+    }
+    tiles.store<0>(sums);
+    const F scale = is_grouped ? f_half(scales + g * kLanes) : f_set(1.0f);
+    for (int m = 0; m < kTileM; ++m) {
+      const int64_t at = (m0 + m) * rows.num_groups + g * act_step;
+      const F dot = f_int(i_add(i_load(sums + m * kLanes), i_set(offset * rows.isums[at])));
+      F total = f_fma(dot, f_mul(scale, f_set(rows.scales[at])), f_load(tile + m * kLanes));
+      if (mins && is_grouped) total = f_fnma(f_half(mins + g * kLanes), f_set(rows.sums[at]), total);
+      f_store(tile + m * kLanes, total);
+    }
+  }
+  for (int m = 0; m < kTileM; ++m) {
+    F total = f_load(tile + m * kLanes);
+    if (!is_grouped) {
+      total = f_mul(total, f_half(scales));
+      if (mins) {
+        float all = 0.0f;
+        for (int64_t g = 0; g < rows.num_groups; ++g) all += rows.sums[(m0 + m) * rows.num_groups + g];
+        total = f_fnma(f_half(mins), f_set(all), total);
+      }
+    }
+    f_store(tile + m * kLanes, f_mul(total, f_set(w.gain)));
+  }
+}
+
+#endif
+
+// Calls fn(first row, count, compute) for the tiles of rows [m0, m1); compute(block, tile) fills one.
+template <typename Fn>
+void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, Fn fn) {
+  const Choice choice = choose(w, rows);
+#if defined(MXN_AMX)
+  if (m1 - m0 >= kTileM && !rows.tiled && fits_tiles(w, rows)) {
+    Tiles tiles;
+    for (; m1 - m0 >= kTileM; m0 += kTileM) {
+      fn(m0, kTileM, [&](int64_t block, float* tile) { amx_tile(tiles, w, rows, m0, block, tile); });
+    }
+  }
+#endif
+  each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
+    fn(m, count, [&](int64_t block, float* tile) { choice.tiles[count - 1](w, rows, m, block, tile, kLanes); });
+  });
+}
+
 inline void prefetch_block(const Weight& w, int64_t block) {
   const uint8_t* p = w.data + block * w.block_bytes();
   for (int i = 0; i < 8; ++i) prefetch(p + 64 * i);
@@ -210,12 +310,11 @@ inline void prefetch_block(const Weight& w, int64_t block) {
 
 void gemm(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t b0, int64_t b1, float* y,
           int64_t ldy, bool is_added) {
-  const Choice choice = choose(w);
-  alignas(64) float tile[12 * kLanes];
+  alignas(64) float tile[16 * kLanes];
   for (int64_t block = b0; block < b1; ++block) {
     if (block + 1 < b1) prefetch_block(w, block + 1);
-    each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
-      choice.tiles[count - 1](w, rows, m, block, tile, kLanes);
+    each_product(w, rows, m0, m1, [&](int64_t m, int count, const auto& compute) {
+      compute(block, tile);
       finish(w, block, tile, count, y + m * ldy, ldy, is_added);
     });
   }
@@ -229,22 +328,21 @@ inline F activate(F x, Act act) {
     case Act::gelu_tanh: return f_gelu_tanh(x);
     case Act::relu: break;
   }
-  return f_max(x, f_zero());
+  return f_max(f_zero(), x);  // in this order NaN stays NaN
 }
 }  // namespace
 
 void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t p0, int64_t p1, float* y,
               int64_t ldy, Act act) {
-  const Choice choice = choose(w);
-  alignas(64) float gate[12 * kLanes], up[12 * kLanes];
+  alignas(64) float gate[16 * kLanes], up[16 * kLanes];
   const int64_t n = ldy;  // rows of the result lie side by side; w.n counts padding
   for (int64_t pair = p0; pair < p1; ++pair) {
     const int64_t width = n - pair * kLanes < kLanes ? n - pair * kLanes : kLanes;
     const F gate_bias = w.bias ? f_load(w.bias + 2 * pair * kLanes) : f_zero();
     const F up_bias = w.bias ? f_load(w.bias + (2 * pair + 1) * kLanes) : f_zero();
-    each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
-      choice.tiles[count - 1](w, rows, m, 2 * pair, gate, kLanes);
-      choice.tiles[count - 1](w, rows, m, 2 * pair + 1, up, kLanes);
+    each_product(w, rows, m0, m1, [&](int64_t m, int count, const auto& compute) {
+      compute(2 * pair, gate);
+      compute(2 * pair + 1, up);
       for (int i = 0; i < count; ++i) {
         const F g = activate(f_add(f_load(gate + i * kLanes), gate_bias), act);
         const F u = f_add(f_load(up + i * kLanes), up_bias);
@@ -257,5 +355,17 @@ void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t
 }  // namespace mxn::MXN_NS
 
 namespace mxn::MXN_NS {
+
+void tile_rows_of(const Rows& rows, int64_t m0, int64_t m1, int8_t* tiled) {
+  each_tile(m0, m1, kTileRows, [&](int64_t m, int count) {
+    int32_t* to = reinterpret_cast<int32_t*>(tiled + m * rows.k_padded);
+    const int64_t quads = rows.k_padded / 4;
+    for (int r = 0; r < count; ++r) {
+      const int8_t* from = rows.q + (m + r) * rows.k_padded;
+      for (int64_t k = 0; k < quads; ++k) to[k * count + r] = four_bytes(from + 4 * k);
+    }
+  });
+}
+
 int tile_rows() { return kTileRows; }
 }  // namespace mxn::MXN_NS

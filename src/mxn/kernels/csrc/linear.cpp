@@ -31,17 +31,32 @@ void spread(Pool& pool, const Weight& w, int64_t m, int64_t units, const Fn& fn)
   });
 }
 
+// The rows with `tiled` made, where there are so many that it pays.
+Rows tiled(Pool& pool, const Weight& w, const Rows& rows, int64_t m) {
+  if (!w.is_quantized() || m < w.tiled_from) return rows;
+  static thread_local Buffer<int8_t> memory;  // of the caller: it lives until the product is done
+  int8_t* to = memory.at_least(m * rows.k_padded);
+  const int64_t step = rows_at_once(w, m), parts = (m + step - 1) / step;
+  const auto tile = kernels().tile_rows_of;
+  pool.run(parts, [&](int64_t i, int) { tile(rows, i * step, std::min(m, (i + 1) * step), to); });
+  Rows found = rows;
+  found.tiled = to;
+  return found;
+}
+
 }  // namespace
 
-void multiply(Pool& pool, const Weight& w, const Rows& rows, int64_t m, float* y, int64_t ldy, bool is_added) {
+void multiply(Pool& pool, const Weight& w, const Rows& given, int64_t m, float* y, int64_t ldy, bool is_added) {
   const auto gemm = kernels().gemm;
+  const Rows rows = tiled(pool, w, given, m);
   spread(pool, w, m, w.num_blocks(), [&](int64_t m0, int64_t m1, int64_t b0, int64_t b1) {
     gemm(w, rows, m0, m1, b0, b1, y, ldy, is_added);
   });
 }
 
-void multiply_glu(Pool& pool, const Weight& w, const Rows& rows, int64_t m, float* y, int64_t ldy, Act act) {
+void multiply_glu(Pool& pool, const Weight& w, const Rows& given, int64_t m, float* y, int64_t ldy, Act act) {
   const auto gemm = kernels().gemm_glu;
+  const Rows rows = tiled(pool, w, given, m);
   spread(pool, w, m, w.num_blocks() / 2, [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     gemm(w, rows, m0, m1, p0, p1, y, ldy, act);
   });

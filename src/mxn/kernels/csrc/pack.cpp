@@ -8,6 +8,7 @@
 namespace mxn::MXN_NS {
 namespace {
 
+constexpr int kRefits = 3;
 constexpr float kShrink[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f};  // of a group's range
 
 struct Fit {
@@ -30,6 +31,27 @@ float error_of(const float* w, int64_t n, float scale, float low, float first, f
   return error;
 }
 
+// The scale (and the low end) with the least squared error for the values that `fit` rounds to.
+Fit refit(const float* w, int64_t n, const Fit& fit, bool is_symmetric) {
+  const float first = is_symmetric ? -8.0f : 0.0f, inverse = fit.scale == 0.0f ? 0.0f : 1.0f / fit.scale;
+  float sum_q = 0.0f, sum_qq = 0.0f, sum_w = 0.0f, sum_qw = 0.0f;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const float q = clamp((clamp((w[i] - fit.low) * inverse, -16.0f, 16.0f) + 12582912.0f) - 12582912.0f, first, first + 15.0f);
+    sum_q += q, sum_qq += q * q, sum_w += w[i], sum_qw += q * w[i];
+  }
+  Fit found = fit;
+  if (is_symmetric) {
+    if (sum_qq > 0.0f) found.scale = sum_qw / sum_qq;
+    return found;
+  }
+  const float count = static_cast<float>(n), spread = count * sum_qq - sum_q * sum_q;
+  if (spread <= 0.0f) return found;
+  found.scale = (count * sum_qw - sum_q * sum_w) / spread;
+  found.low = (sum_w - found.scale * sum_q) / count;
+  return found;
+}
+
 Fit fit4(const float* w, int64_t n, bool is_symmetric) {
   float least = 0.0f, most = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
@@ -48,6 +70,12 @@ Fit fit4(const float* w, int64_t n, bool is_symmetric) {
     const float first = is_symmetric ? -8.0f : 0.0f;
     fit.error = error_of(w, n, fit.scale, fit.low, first, first + 15.0f);
     if (fit.error < best.error) best = fit;
+  }
+  for (int turn = 0; turn < kRefits; ++turn) {
+    Fit fit = refit(w, n, best, is_symmetric);
+    fit.error = error_of(w, n, fit.scale, fit.low, is_symmetric ? -8.0f : 0.0f, is_symmetric ? 7.0f : 15.0f);
+    if (!(fit.error < best.error)) break;
+    best = fit;
   }
   return best;
 }

@@ -22,6 +22,18 @@ void relax() {
 #endif
 }
 
+constexpr int64_t kPatienceNs = 500'000;       // beyond some times the length of an item
+constexpr int64_t kPatienceItems = 4;
+constexpr int64_t kFirstRestNs = 40'000'000;   // doubled while a thread is late again at once
+constexpr int64_t kLongestRestNs = 640'000'000;
+constexpr int64_t kLongestNapNs = 50'000'000;  // so that the end of the pool is seen
+constexpr int64_t kForgottenNs = 1'000'000'000;
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
 // Binds the calling thread to the n-th of the cores that this process may use.
 void pin(int n) {
 #if defined(__linux__)
@@ -44,7 +56,8 @@ void pin(int n) {
 
 }  // namespace
 
-Pool::Pool(int num_threads, int spin_us, bool is_pinned) : spin_us_(spin_us) {
+Pool::Pool(int num_threads, int spin_us, bool is_pinned)
+    : spin_us_(spin_us), seats_(new Seat[static_cast<size_t>(num_threads > 0 ? num_threads : 1)]) {
   for (int thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread, is_pinned] {
       if (is_pinned) pin(thread);
@@ -73,12 +86,43 @@ bool Pool::take(uint32_t round, int64_t* item) {
   return false;
 }
 
-void Pool::take_all(uint32_t round, int thread) {
-  // Read before the first item is taken: then the loop cannot end, so they are this loop's.
-  int64_t item;
+// Returns how many items this thread took.
+int64_t Pool::take_all(uint32_t round, int thread) {
+  Seat& seat = seats_[static_cast<size_t>(thread)];
+  int64_t item, count = 0;
+  seat.round.store(round, std::memory_order_relaxed);
+  // Holding an item keeps the loop open, so what it calls is still this loop's.
   while (take(round, &item)) {
     call_.load(std::memory_order_relaxed)(fn_.load(std::memory_order_relaxed), item, thread);
     num_done_.fetch_add(1, std::memory_order_release);
+    ++count;
+  }
+  seat.round.store(0, std::memory_order_relaxed);
+  return count;
+}
+
+void Pool::rest(int thread, int64_t now) {
+  Seat& seat = seats_[static_cast<size_t>(thread)];
+  const bool is_again = now - seat.rested_ns < seat.penalty_ns + kForgottenNs;
+  const int64_t next = is_again ? 2 * seat.penalty_ns : kFirstRestNs;
+  seat.penalty_ns = next < kFirstRestNs ? kFirstRestNs : next > kLongestRestNs ? kLongestRestNs : next;
+  seat.rested_ns = now;
+  seat.rests_until.store(now + seat.penalty_ns, std::memory_order_relaxed);
+  num_rests_.fetch_add(1, std::memory_order_relaxed);
+}
+
+void Pool::wait_for_others(uint32_t round, int64_t num_items, int64_t item_ns) {
+  const int64_t began = now_ns(), patience = kPatienceNs + kPatienceItems * item_ns;
+  for (int turn = 0; num_done_.load(std::memory_order_acquire) < num_items; ++turn) {
+    relax();
+    if (turn % 256 != 255) continue;
+    const int64_t now = now_ns();
+    if (now - began < patience) continue;
+    for (int thread = 1; thread < num_threads(); ++thread) {
+      Seat& seat = seats_[static_cast<size_t>(thread)];
+      const bool is_late = seat.round.load(std::memory_order_relaxed) == round;
+      if (is_late && seat.rests_until.load(std::memory_order_relaxed) < now) rest(thread, now);
+    }
   }
 }
 
@@ -95,8 +139,10 @@ void Pool::run_items(int64_t num_items, Call call, const void* fn) {
     wake_.fetch_add(1, std::memory_order_seq_cst);
     wake_.notify_all();
   }
-  take_all(round, 0);
-  while (num_done_.load(std::memory_order_acquire) < num_items) relax();
+  const int64_t began = now_ns();
+  const int64_t count = take_all(round, 0);
+  if (num_done_.load(std::memory_order_acquire) == num_items) return;
+  wait_for_others(round, num_items, count ? (now_ns() - began) / count : 0);
 }
 
 void Pool::work(int thread) {
@@ -112,7 +158,13 @@ void Pool::work(int thread) {
     }
     if (round != seen) {
       seen = round;
-      take_all(round, thread);
+      const int64_t until = seats_[static_cast<size_t>(thread)].rests_until.load(std::memory_order_relaxed);
+      const int64_t left = until ? until - now_ns() : 0;
+      if (left > 0) {
+        std::this_thread::sleep_for(std::chrono::nanoseconds(left < kLongestNapNs ? left : kLongestNapNs));
+      } else {
+        take_all(round, thread);
+      }
       continue;
     }
     const uint32_t ticket = wake_.load(std::memory_order_seq_cst);

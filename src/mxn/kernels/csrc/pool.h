@@ -1,8 +1,11 @@
 // Threads that share one loop at a time. Whoever is free takes the next item, so a thread that the
-// operating system takes off its core delays one item and not the whole loop.
+// operating system takes off its core delays one item and not the whole loop. A thread that keeps the
+// others waiting for longer than its item can take has lost its core to another process: it rests for a
+// while, and the others go on without it.
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -16,6 +19,8 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
+  // How often a thread was sent to rest, since the start.
+  int64_t num_rests() const { return num_rests_.load(std::memory_order_relaxed); }
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Calls fn(item, thread) for every item in [0, num_items) and returns when all have returned.
@@ -37,7 +42,9 @@ class Pool {
   void run_items(int64_t num_items, Call call, const void* fn);
   void work(int thread);
   bool take(uint32_t round, int64_t* item);
-  void take_all(uint32_t round, int thread);
+  int64_t take_all(uint32_t round, int thread);
+  void wait_for_others(uint32_t round, int64_t num_items, int64_t item_ns);
+  void rest(int thread, int64_t now_ns);
 
   // High half: the loop's number; low half: its next item. One word, so that a thread that slept
   // through a loop cannot take an item of another.
@@ -49,7 +56,15 @@ class Pool {
   alignas(64) std::atomic<uint32_t> wake_{0};
   std::atomic<int> num_asleep_{0};
   std::atomic<bool> is_ending_{false};
+  std::atomic<int64_t> num_rests_{0};
   int spin_us_;
+  struct alignas(64) Seat {
+    std::atomic<uint32_t> round{0};     // of the loop whose item it holds; 0: none
+    std::atomic<int64_t> rests_until{0};  // ns
+    int64_t penalty_ns = 0;             // of its last rest; only the caller's thread touches it
+    int64_t rested_ns = 0;
+  };
+  std::unique_ptr<Seat[]> seats_;
   std::vector<std::thread> workers_;
 };
 

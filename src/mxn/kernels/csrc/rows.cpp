@@ -17,24 +17,18 @@ void rms_norm(const float* x, const float* w, float* y, int64_t n, float eps) {
   }
 }
 
-// Values of each group in [-127, 127]; what pads k is 0. A group of zeros gets scale 0.
+// Values of each group in [-127, 127]; what pads k is 0. See `int8_step`.
 void quantize(const float* x, int64_t k, int64_t k_padded, int64_t group, int8_t* q, float* scales,
               float* sums, int32_t* isums) {
   for (int64_t start = 0, g = 0; start < k_padded; start += group, ++g) {
     const int64_t end = start + group < k ? start + group : k;
-    F top = f_zero(), fault = f_zero();  // a maximum can lose a NaN, x - x cannot
-    for (int64_t i = start; i < end; i += kLanes) {
-      const F v = f_load_n(x + i, end - i);
-      top = f_max(top, f_abs(v));
-      fault = f_add(fault, f_sub(v, v));
-    }
-    const float most = f_top(top);
-    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-    const F factor = f_set(inverse);
+    const Step step = int8_step(x + start, end - start);
+    const F factor = f_set(step.factor);
+    const int64_t last = step.factor == 0.0f ? start : end;
     I sum = i_zero();
     alignas(64) int8_t lanes[kLanes];
     for (int64_t i = start; i < start + group; i += kLanes) {
-      const I v = i < end ? i_nearest(f_mul(f_load_n(x + i, end - i), factor)) : i_zero();
+      const I v = i < last ? i_nearest(f_mul(f_load_n(x + i, last - i), factor)) : i_zero();
       sum = i_add(sum, v);
       if (i + kLanes <= start + group) {
         i_store_s8(q + i, v);
@@ -43,9 +37,9 @@ void quantize(const float* x, int64_t k, int64_t k_padded, int64_t group, int8_t
         std::memcpy(q + i, lanes, static_cast<size_t>(start + group - i));
       }
     }
-    scales[g] = most / 127.0f + f_sum(fault);  // carries inf and NaN on to the result
+    scales[g] = step.scale;
     isums[g] = i_sum(sum);
-    sums[g] = scales[g] * static_cast<float>(isums[g]);
+    sums[g] = step.scale * static_cast<float>(isums[g]);
   }
 }
 
@@ -57,7 +51,7 @@ inline F one(F x, Act act) {
     case Act::gelu_tanh: return f_gelu_tanh(x);
     case Act::relu: break;
   }
-  return f_max(x, f_zero());
+  return f_max(f_zero(), x);  // in this order NaN stays NaN
 }
 }  // namespace
 

@@ -5,6 +5,7 @@
 namespace mxn {
 namespace MXN_NS {
 int tile_rows();
+void tile_rows_of(const Rows&, int64_t, int64_t, int8_t*);
 void gemm(const Weight&, const Rows&, int64_t, int64_t, int64_t, int64_t, float*, int64_t, bool);
 void gemm_glu(const Weight&, const Rows&, int64_t, int64_t, int64_t, int64_t, float*, int64_t, Act);
 void rms_norm(const float*, const float*, float*, int64_t, float);
@@ -26,7 +27,7 @@ void pack_block(const float* const*, int64_t, int64_t, int64_t, int, uint8_t*, f
 
 const Kernels& MXN_TABLE(MXN_NS)() {
   namespace v = MXN_NS;
-  static const Kernels table{MXN_NAME(MXN_NS), v::tile_rows(), v::gemm, v::gemm_glu, v::rms_norm,
+  static const Kernels table{MXN_NAME(MXN_NS), v::tile_rows(), v::tile_rows_of, v::gemm, v::gemm_glu, v::rms_norm,
                              v::quantize, v::activate_row, v::add_row, v::rope, v::cache_write,
                              v::attend, v::softcap_row, v::max_row, v::pack_block};
   return table;

@@ -21,10 +21,30 @@ inline int32_t four_bytes(const int8_t* p) {
   return v;
 }
 
-// exp for x <= 88: 2^round(x / ln 2) times a polynomial of the rest; 0 below -87.3.
+// How n floats become int8 values: value = nearest(x * factor), x = value * scale. A factor of 0 means
+// that all values are 0: where the largest is so small that its factor would be infinite (scale 0), and
+// beside a NaN or infinity (scale NaN, which carries the fault on to whatever is computed from them).
+struct Step {
+  float factor, scale;
+};
+inline Step int8_step(const float* x, int64_t n) {
+  F top = f_zero(), fault = f_zero();  // a maximum can lose a NaN, x - x cannot
+  for (int64_t i = 0; i < n; i += 16) {
+    const F v = f_load_n(x + i, n - i);
+    top = f_max(top, f_abs(v));
+    fault = f_add(fault, f_sub(v, v));
+  }
+  const float sum = f_sum(fault), most = f_top(top);
+  if (sum != 0.0f) return {0.0f, sum};
+  if (most < 1e-36f) return {0.0f, 0.0f};
+  return {127.0f / most, most / 127.0f};
+}
+
+// 2^round(x / ln 2) times a polynomial of the rest; 0 below -87.3, infinite above 88.7. NaN stays NaN:
+// of a minimum or maximum with a NaN, f_min and f_max return the second operand.
 inline F f_exp(F x) {
   const F low = f_set(-87.3f);
-  const F clamped = f_min(f_max(x, low), f_set(88.3f));
+  const F clamped = f_min(f_set(88.73f), f_max(low, x));
   const F n = f_round(f_mul(clamped, f_set(1.44269504088896341f)));
   F r = f_fma(n, f_set(-0.693359375f), clamped);
   r = f_fma(n, f_set(2.12194440e-4f), r);

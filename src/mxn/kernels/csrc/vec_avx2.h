@@ -52,7 +52,7 @@ inline F f_round(F v) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(v.a, mode), _mm256_round_ps(v.b, mode)};
 }
-inline __m256 scale2(__m256 v, __m256 n) {  // n in [-126, 127]
+inline __m256 scale2(__m256 v, __m256 n) {  // n in [-126, 128]; 2^128 is infinite
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(v, _mm256_castsi256_ps(bits));
 }
@@ -106,10 +106,12 @@ inline int32_t i_sum(I v) {
   for (int32_t lane : lanes) sum += lane;
   return sum;
 }
-inline __m128i to_bf16(__m256 v) {
+inline __m128i to_bf16(__m256 v) {  // rounding could carry a NaN to zero
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i r = _mm256_srli_epi32(_mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7FC00000), nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 inline void f_store_bf16(uint16_t* p, F v) {

@@ -54,14 +54,18 @@ inline I i_nearest(F a) { return _mm512_cvtps_epi32(a); }
 inline void i_store_s8(int8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
 }
+inline void b_store(uint8_t* p, B v) { _mm512_storeu_si512(p, v); }
+inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline I i_zero() { return _mm512_setzero_si512(); }
 inline I i_set(int32_t v) { return _mm512_set1_epi32(v); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline int32_t i_sum(I a) { return _mm512_reduce_add_epi32(a); }
-inline void f_store_bf16(uint16_t* p, F v) {  // to nearest even
+inline void f_store_bf16(uint16_t* p, F v) {  // to nearest even; rounding could carry a NaN to zero
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __m512i nan = _mm512_set1_epi32(0x7FC00000);
+  const __m512i rounded = _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 // Each of four values four times: the lanes of [4 tokens][4 dims].

@@ -60,7 +60,8 @@ inline void f_store_bf16(uint16_t* p, F a) {
   MXN_LANES {
     uint32_t bits;
     std::memcpy(&bits, &a.v[i], 4);
-    p[i] = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    p[i] = static_cast<uint16_t>(a.v[i] == a.v[i] ? rounded : 0x7FC0);  // a NaN could carry to zero
   }
 }
 inline F f_repeat4(const float* p) { F r; MXN_LANES r.v[i] = p[i / 4]; return r; }

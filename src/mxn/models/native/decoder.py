@@ -6,7 +6,8 @@ Knows specs, packed weights and cache pages; knows nothing of requests. Start at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,12 +95,17 @@ class NativeDecoder:
         self._lib = library()
         self._pool = pool(num_threads)
         self._ropes = _Ropes(spec)
-        self._native = self._lib.Decoder()
-        self._fill(parts.table_VD, parts.head, parts.final_norm)
-        for layer, weights in zip(spec.layers, parts.layers, strict=True):
-            self._native.add_layer(self._layer(layer, weights))
-        self._page_tokens = 0
         self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
+        self._build()
+
+    def _build(self) -> None:
+        """Describe the model to the native side, which copies the descriptions."""
+        self._native = self._lib.Decoder()
+        self._page_tokens = 0
+        parts = self.parts
+        self._fill(parts.table_VD, parts.head, parts.final_norm)
+        for layer, weights in zip(self.spec.layers, parts.layers, strict=True):
+            self._native.add_layer(self._layer(layer, weights))
 
     def page_bytes(self, page_tokens: int) -> int:
         """Return the bytes of one page over all layers. Raises: UnsupportedError: not 16, 32, …"""
@@ -144,6 +150,36 @@ class NativeDecoder:
             logits_RV.data_ptr(),
         )
         return logits_RV
+
+    def score_ranges(self, prompts: list[list[int]]) -> list[tuple[float, float, int]]:
+        """Return (least, largest, rows) of the maxima of attention rows, layer by layer."""
+        for i in range(len(self.spec.layers)):
+            self._native.set_maximum(i, 0.0, 0.0)
+        self._native.begin_calibration()
+        for prompt in prompts:
+            pages = -(-len(prompt) // LANES)
+            self.forward(_one_prompt(prompt), self.make_cache(pages, LANES))
+        found = list(self._native.ranges())
+        self._native.end_calibration()
+        return found
+
+    def use_maxima(self, maxima: list[tuple[float, float]]) -> None:
+        """Let each layer subtract (phi, margin) from its scores; margin 0: each row its own."""
+        for i, (phi, margin) in enumerate(maxima):
+            self._native.set_maximum(i, phi, margin)
+
+    def linears(self) -> list[PackedWeight]:
+        """Return one weight of each shape and format, the largest share of the work first."""
+        found: dict[tuple[Any, ...], PackedWeight] = {}
+        for weight in _packed_in(self.parts):
+            found.setdefault((weight.format, weight.in_features, weight.out_features), weight)
+        return list(found.values())
+
+    def set_dataflow(self, tiled_from: dict[str, int], key: Callable[[PackedWeight], str]) -> None:
+        """Tell every weight from how many rows on tiling pays; takes effect for new handles."""
+        for weight in _packed_in(self.parts):
+            weight.handle.tiled_from = tiled_from.get(key(weight), weight.handle.tiled_from)
+        self._build()
 
     @property
     def num_recomputed(self) -> int:
@@ -285,6 +321,37 @@ class NativeDecoder:
         if self._ropes.grow(length):
             for i, rope in enumerate(self._ropes.handles(self._lib)):
                 self._native.set_rope(i, rope)
+
+
+def _packed_in(part: Any) -> Iterator[PackedWeight]:
+    """Yield every packed weight of nested parts."""
+    if isinstance(part, PackedWeight):
+        yield part
+    elif isinstance(part, list | tuple):
+        for item in part:
+            yield from _packed_in(item)
+    elif is_dataclass(part) and not isinstance(part, type):
+        for entry in fields(part):
+            yield from _packed_in(getattr(part, entry.name))
+
+
+def _one_prompt(token_ids: list[int]) -> StepBatch:
+    """Return the step that computes a prompt from its start, over pages 0, 1, 2, …"""
+    from mxn.kernels.batch import AttentionBatch, StepBatch
+
+    count = len(token_ids)
+    pages = -(-count // LANES)
+    attention = AttentionBatch(
+        query_starts=[0, count],
+        context_lens=[count],
+        page_table_SP=torch.arange(pages).unsqueeze(0),
+        context_lens_S=torch.tensor([count]),
+        query_starts_S1=torch.tensor([0, count]),
+        slots_T=torch.arange(count),
+        page_tokens=LANES,
+    )
+    last = torch.tensor([count - 1])
+    return StepBatch(torch.tensor(token_ids), torch.arange(count), attention, last)
 
 
 class _Ropes:

@@ -1,0 +1,125 @@
+"""Who takes part: the environment, runner and formats of each engine, and how its files are made.
+
+A contender is written ENGINE:FORMAT, such as openvino:int4. Knows no measurements. Start at `find`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocol import Peer
+from setup_peers import llama_env, llama_source
+
+HERE = Path(__file__).parent
+FORMATS = {
+    "mxn": ("plain", "bf16", "f32", "int8", "int4", "int4-g128"),
+    "openvino": ("int8", "int4"),
+    "llama.cpp": ("q4_0", "q8_0", "q4_k_m", "bf16"),
+    "vllm": ("bf16",),
+    "transformers": ("bf16", "f32"),
+}
+DEFAULT = (
+    "mxn:int4-g128", "mxn:int8", "mxn:bf16", "openvino:int8", "openvino:int4", "llama.cpp:q4_0",
+    "llama.cpp:q8_0", "vllm:bf16", "transformers:bf16",
+)  # fmt: skip
+
+_OPENVINO_EXPORT = {
+    "int8": ("--weight-format", "int8"),
+    "int4": ("--weight-format", "int4", "--ratio", "1.0"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    engine: str
+    weights: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}:{self.weights}"
+
+    @property
+    def is_ours(self) -> bool:
+        return self.engine == "mxn"
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one value of the key-value cache with the settings used here."""
+        weights, _, cache = self.weights.partition("/")
+        if self.engine == "openvino" or cache == "int8":
+            return 1
+        return 1 if self.is_ours and weights.startswith("int") and not cache else 2
+
+
+def find(name: str) -> Contender:
+    """Return a contender by its name. Raises: SystemExit with the choices."""
+    engine, _, weights = name.partition(":")
+    # The formats of mxn are checked by mxn itself: WEIGHTS or WEIGHTS/CACHE.
+    if not weights or (engine != "mxn" and weights not in FORMATS.get(engine, ())):
+        known = [f"{one}:{each}" for one, formats in FORMATS.items() for each in formats]
+        raise SystemExit(f"no contender {name!r}; there are {', '.join(known)}")
+    return Contender(engine, weights)
+
+
+def built(contender: Contender, model: Path, peers: Path) -> Path:
+    """Return the file or folder this engine loads, made at the first call.
+
+    Raises: CalledProcessError when the engine's own converter fails.
+    """
+    folder = peers / "built"
+    folder.mkdir(parents=True, exist_ok=True)
+    if contender.engine == "openvino":
+        out = folder / f"{model.name}-ov-{contender.weights}"
+        if not (out / "openvino_config.json").is_file():
+            _run(
+                peers / "openvino/bin/optimum-cli", "export", "openvino", "-m", model, "--task",
+                "text-generation-with-past", *_OPENVINO_EXPORT[contender.weights],
+                *(("--group-size", _group(model)) if contender.weights == "int4" else ()), out,
+            )  # fmt: skip
+        return out
+    if contender.engine == "llama.cpp":
+        out = folder / f"{model.name}-{contender.weights}.gguf"
+        if not out.is_file():
+            _run(
+                peers / "llama/bin/python", HERE / "peers/llama_convert.py",
+                llama_source(peers) / "vendor/llama.cpp", model, out, contender.weights,
+                env=llama_env(peers),
+            )  # fmt: skip
+        return out
+    return model
+
+
+def _group(model: Path) -> str:
+    """Return 128, or the widest group below it that fits a small model's rows."""
+    hidden = json.loads((model / "config.json").read_text())["hidden_size"]
+    return next(str(group) for group in (128, 64, 32) if hidden % group == 0)
+
+
+def peer(contender: Contender, peers: Path, threads: int, log: Path | None) -> Peer:
+    """Return the process of a contender, not started yet."""
+    name, folder, env = {
+        "mxn": ("mxn_.py", None, {"OMP_NUM_THREADS": str(threads)}),
+        "transformers": ("transformers_.py", None, {"OMP_NUM_THREADS": str(threads)}),
+        "openvino": ("openvino_genai_.py", "openvino", {}),
+        "llama.cpp": ("llama_cpp_.py", "llama", llama_env(peers)),
+        "vllm": ("vllm_.py", "vllm", {"OMP_NUM_THREADS": str(threads)}),
+    }[contender.engine]
+    python = peers / folder / "bin/python" if folder else Path(sys.executable)
+    script = HERE / "peers" / name
+    return Peer(name=contender.name, python=python, script=script, env=env, log=log)
+
+
+def _run(*command: str | Path, env: dict[str, str] | None = None) -> None:
+    print("+", *command, file=sys.stderr)
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
+    )  # fmt: skip
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        done.check_returncode()

@@ -1,0 +1,101 @@
+"""What a step must read and compute at least, from a config.json; the limit of a table's cell.
+
+Knows shapes and bits; measures nothing. A lower bound: activations, cache writes and tables of
+rotary angles are not counted. Start at `bytes_per_step` and `prefill_flop`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models import tensors
+
+_GROUPED = re.compile(r"int4(?:-g(\d+))?(-sym)?")
+_MXN_GROUP = 64  # of int4 where none is named
+
+
+def bits(weights: str) -> float:
+    """Return the bits of one weight with its share of scales, where no file tells."""
+    name = weights.partition("/")[0]
+    if found := _GROUPED.fullmatch(name):
+        return 4 + (16 if found[2] else 32) / int(found[1] or _MXN_GROUP)
+    return {"f32": 32.0, "bf16": 16.0, "plain": 16.0, "int8": 8.0}[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Parameters of a model: all, and those one token's step touches (the head included)."""
+
+    config: dict[str, Any]
+    stored: int
+    active: int
+    head: int
+
+    @classmethod
+    def read(cls, folder: Path) -> Shape:
+        config = json.loads((folder / "config.json").read_text())
+        stored = active = 0
+        chosen = config.get("num_experts_per_tok", 0)
+        num_experts = config.get("num_experts") or config.get("n_routed_experts") or 1
+        for name, dims in tensors(config):
+            size = _product(dims)
+            stored += size
+            if ".experts." in name:
+                active += size * chosen // num_experts
+            elif name != "model.embed_tokens.weight" or config["tie_word_embeddings"]:
+                active += size
+        return cls(config, stored, active, config["vocab_size"] * config["hidden_size"])
+
+    def kv_values(self) -> int:
+        """Values that one token keeps in the cache; MLA in its latent form."""
+        config = self.config
+        if "kv_lora_rank" in config:
+            per_layer = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+        else:
+            per_layer = 2 * config["num_key_value_heads"] * config["head_dim"]
+        return per_layer * config["num_hidden_layers"]
+
+
+def _product(dims: tuple[int, ...]) -> int:
+    result = 1
+    for dim in dims:
+        result *= dim
+    return result
+
+
+def weight_bytes(built: Path, weights: str, shape: Shape) -> float:
+    """Return the stored size of the weights: of the engine's own file, or by the format's bits."""
+    files = [built] if built.suffix == ".gguf" else list(built.glob("openvino_model.bin"))
+    if files:
+        return float(sum(file.stat().st_size for file in files))
+    width = bits(weights)
+    head = max(8.0, width)  # mxn keeps the head in 8 bits where the rest has 4
+    return ((shape.stored - shape.head) * width + shape.head * head) / 8
+
+
+def bytes_per_step(
+    shape: Shape, stored_bytes: float, kv_bytes: int, context: int, batch: int
+) -> float:
+    """Return the least bytes one step reads: active weights once, the cache of each sequence.
+
+    With a batch every expert may be needed; up to the stored size is then counted.
+    """
+    part = min(1.0, shape.active / shape.stored)
+    if shape.config.get("num_experts_per_tok") and batch > 1:
+        part = 1.0
+    return stored_bytes * part + batch * context * shape.kv_values() * kv_bytes
+
+
+def prefill_flop(shape: Shape, tokens: int) -> float:
+    """Return the operations of a prompt: matrix products of each token, the head of the last one.
+
+    Attention is half a square, its two products; a multiply and an add are two.
+    """
+    config = shape.config
+    products = 2.0 * (shape.active - shape.head) * tokens + 2.0 * shape.head
+    width = config["num_attention_heads"] * config.get("head_dim", config.get("v_head_dim", 0))
+    return products + 2.0 * config["num_hidden_layers"] * width * tokens * tokens

@@ -1,0 +1,274 @@
+"""mxn and its peers on one processor: the same random model, the same prompts, interleaved.
+
+    python bench/engine/setup_peers.py --peers FOLDER
+    python bench/engine/run.py --peers FOLDER --models qwen3-0.6b --quick
+
+Each contender is a process of its own that sleeps (SIGSTOP) while another one has its turn. First
+every one of them must be right: logits against float32, or its greedy tokens where it gives no
+logits; a wrong one is measured no further. Then, in each round and for each column, all take one
+turn, and the machine's limits are measured. Tokens/s are medians over the rounds. Start at `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+import contenders
+import limits
+import models
+import report
+from accuracy import Accuracy, Truth
+from contenders import Contender
+from cost import Shape
+from protocol import Failed, Load, Peer, Refused, prompt
+from setup_peers import default_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column of the table; `steps` is 0 for prefill."""
+
+    name: str
+    context: int
+    batch: int = 1
+    steps: int = 0
+
+
+COLUMNS = (
+    Column(name="decode-128", context=128, steps=32),
+    Column(name="decode-2048", context=2048, steps=16),
+    Column(name="decode-8192", context=8192, steps=8),
+    Column(name="prefill-128", context=128),
+    Column(name="prefill-512", context=512),
+    Column(name="batch-8", context=128, batch=8, steps=8),
+    Column(name="batch-16", context=128, batch=16, steps=8),
+    Column(name="batch-32", context=128, batch=32, steps=8),
+)
+START = ("load", "memory")  # measured together, in a fresh process
+QUICK = ("decode-128", "prefill-128", "batch-8", "load", "memory")
+
+
+@dataclass(slots=True)
+class Session:
+    """One model, its contenders, and what has been measured so far."""
+
+    shape_name: str
+    model: Path
+    peers: Path
+    threads: int
+    columns: list[Column]
+    wants_start: bool
+    logs: Path
+    running: dict[Contender, Peer] = field(default_factory=dict)
+    built: dict[Contender, Path] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)
+    values: dict[str, dict[str, list[float]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
+
+    def load_of(self, contender: Contender, columns: list[Column]) -> Load:
+        longest = max(c.context + c.steps for c in columns) + 64
+        room = sum(c.batch * (c.context + c.steps + 64) for c in columns) + 4096
+        return Load(
+            model=str(self.model), built=str(self.built[contender]), weights=contender.weights,
+            threads=self.threads, max_context=max(1024, longest),
+            max_sequences=max(c.batch for c in columns), kv_tokens=room,
+        )  # fmt: skip
+
+    def peer(self, contender: Contender, suffix: str = "") -> Peer:
+        log = self.logs / f"{self.shape_name}-{contender.name}{suffix}.log"
+        return contenders.peer(contender, self.peers, self.threads, log)
+
+
+def note(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def prepare(session: Session, wanted: list[Contender], truth: Truth) -> None:
+    """Convert, load and check every contender; the ones that fail are left out with a reason."""
+    for contender in wanted:
+        peer = session.peer(contender)
+        try:
+            note(f"{session.shape_name}: loading {contender.name}")
+            session.built[contender] = contenders.built(contender, session.model, session.peers)
+            answer = peer.load(session.load_of(contender, session.columns))
+            session.about[contender.name] = answer["about"]
+            found = truth.check(peer, contender.weights)
+            session.accuracy[contender.name] = found
+            note(f"{contender.name}: {found}")
+            if not found.is_right:
+                raise Failed(f"wrong: {found}")
+        except (Failed, Refused, CalledProcessError) as error:
+            session.notes[contender.name] = str(error)
+            note(f"left out: {error}")
+            peer.stop()
+            continue
+        peer.pause(signal.SIGSTOP)
+        session.running[contender] = peer
+
+
+def turn(session: Session, contender: Contender, column: Column, round_number: int) -> None:
+    """Let one contender do one column once; round 0 warms up and fills the caches."""
+    peer = session.running[contender]
+    vocab = models.SHAPES[session.shape_name]["vocab_size"]
+    peer.pause(signal.SIGCONT)
+    try:
+        if column.steps:
+            seeds = [1000 * column.batch + i for i in range(column.batch)]
+            prompts = [prompt(seed, column.context, vocab) for seed in seeds]
+            answer = peer.ask("decode", prompts=prompts, steps=column.steps)
+            amount = column.batch * column.steps
+        else:
+            seed = 10**6 + 1000 * round_number + column.context
+            answer = peer.ask("prefill", prompt=prompt(seed, column.context, vocab))
+            amount = column.context
+    except (Failed, Refused) as error:
+        session.notes[f"{contender.name} {column.name}"] = str(error)
+        note(str(error))
+        return
+    finally:
+        peer.pause(signal.SIGSTOP)
+    rate = amount / answer["seconds"]
+    note(f"round {round_number}, {column.name}: {contender.name} {rate:.4g} tok/s")
+    if round_number:
+        session.values[column.name][contender.name].append(rate)
+
+
+def start_turn(session: Session, contender: Contender) -> None:
+    """Load to first token and memory, in a fresh process; files are in the page cache."""
+    short = Column(name="start", context=128, steps=8)
+    peer = session.peer(contender, "-start")
+    vocab = models.SHAPES[session.shape_name]["vocab_size"]
+    try:
+        answer = peer.load(session.load_of(contender, [short]))
+        peer.ask("decode", prompts=[prompt(1, 128, vocab)], steps=short.steps)
+        held = peer.ask("memory")
+    except (Failed, Refused) as error:
+        session.notes[f"{contender.name} start"] = str(error)
+        return
+    finally:
+        peer.stop()
+    values = {
+        "load": answer["first_token_s"], "load-spawn": answer["spawn_s"],
+        "memory": held["peak_rss_bytes"] / 2**20, "memory-pss": held["pss_bytes"] / 2**20,
+    }  # fmt: skip
+    for name, value in values.items():
+        session.values[name][contender.name].append(value)
+
+
+def rounds(session: Session, count: int, until_s: float) -> list[limits.Limits]:
+    """Run all rounds, or those that begin before `until_s`; returns the limits of each."""
+    found = []
+    for number in range(count + 1):
+        if number > 1 and time.monotonic() > until_s:
+            note(f"no time for round {number}")
+            break
+        if number:
+            found.append(limits.measure(session.threads))
+            note(f"round {number} of {count}: {found[-1]}")
+        for column in session.columns:
+            for contender in list(session.running):
+                turn(session, contender, column, number)
+        if number and session.wants_start:
+            for contender in list(session.running):
+                start_turn(session, contender)
+    return found
+
+
+def measure(
+    session: Session, wanted: list[Contender], count: int, until_s: float
+) -> dict[str, Any]:
+    """Measure one model and return its part of the result."""
+    truth = Truth.make(session.model, session.peers, session.threads, session.shape_name)
+    try:
+        prepare(session, wanted, truth)
+        found = rounds(session, count, until_s) if session.running else []
+    finally:
+        for peer in session.running.values():
+            peer.pause(signal.SIGCONT)
+            peer.stop()
+    shape = Shape.read(session.model)
+    middle = {
+        name: statistics.median(values)
+        for name in ("read_gb_per_s", "int8_tops", "fp32_tflops")
+        if (values := [v for one in found if (v := getattr(one, name)) is not None])
+    }
+    return {
+        "model": session.shape_name,
+        "limits": {"median": middle, "rounds": [asdict(one) for one in found]},
+        "accuracy": {name: asdict(one) for name, one in session.accuracy.items()},
+        "metrics": report.quantiles(session.values),
+        "limit_fraction": report.fractions(session, shape, middle),
+        "about": session.about,
+        "notes": session.notes,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [column.name for column in COLUMNS]
+    parser.add_argument("--models", default="qwen3-0.6b", help=", ".join(models.SHAPES))
+    parser.add_argument("--contenders", default=",".join(contenders.DEFAULT))
+    parser.add_argument("--columns", help=f"some of {', '.join((*names, *START))}")
+    parser.add_argument("--weights", help="formats of mxn, such as int4,bf16; in place of its own")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=600, help="no new round of a model after")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--peers", type=Path, help="folder of setup_peers.py; MXN_HOME/peers")
+    parser.add_argument("--cache", type=Path, help="folder of the models; MXN_HOME/bench_models")
+    parser.add_argument("--out", type=Path, help="also store the JSON in this file")
+    return parser.parse_args()
+
+
+def wanted_contenders(arguments: argparse.Namespace) -> list[Contender]:
+    wanted = [contenders.find(name) for name in arguments.contenders.split(",")]
+    if arguments.weights:
+        ours = [contenders.find(f"mxn:{each}") for each in arguments.weights.split(",")]
+        wanted = ours + [one for one in wanted if not one.is_ours]
+    return wanted
+
+
+def main() -> None:
+    arguments = parse()
+    peers = (arguments.peers or default_folder()).resolve()
+    cache = (arguments.cache or models.default_cache()).resolve()
+    chosen = arguments.columns.split(",") if arguments.columns else None
+    names = chosen or (QUICK if arguments.quick else [*(c.name for c in COLUMNS), *START])
+    columns = [column for column in COLUMNS if column.name in names]
+    if not columns or set(names) - {column.name for column in COLUMNS} - set(START):
+        raise SystemExit(f"columns {names} are not all known, or none is a speed")
+    logs = peers / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    results = []
+    for shape in arguments.models.split(","):
+        session = Session(
+            shape_name=shape, model=models.ensure(shape, cache), peers=peers,
+            threads=arguments.threads, columns=columns,
+            wants_start=bool(set(names) & set(START)), logs=logs,
+        )  # fmt: skip
+        until_s = time.monotonic() + 60 * arguments.minutes
+        wanted = wanted_contenders(arguments)
+        results.append(measure(session, wanted, arguments.rounds, until_s))
+        report.show(results[-1])
+    params = {"rounds": arguments.rounds, "threads": arguments.threads, "columns": list(names)}
+    document = json.dumps(report.document(results, params))
+    if arguments.out:
+        arguments.out.write_text(document + "\n")
+    print(document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""`mxn tune`: measure on this machine what a model's kernels should do, and keep it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mxn.cli.options import Json, Model, Threads
+
+_PROMPT_TOKENS = 512  # of one calibration prompt
+
+
+def tune(
+    model: Model,
+    weights: Annotated[
+        str, typer.Option(help="f32, bf16, int8, int4, int4-g32, …; of a packed model: its own.")
+    ] = "int8",
+    text: Annotated[
+        Path | None, typer.Option(help="Prompts for the calibration. Default: a text of mxn's own.")
+    ] = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure each matrix of MODEL and the range of its attention scores on this machine.
+
+    Later loads of the model read what is stored, and say so in `mxn doctor` and the log.
+    """
+    from mxn.chips import find_device
+    from mxn.cli.replica import resolve_model
+    from mxn.engine.config import EngineConfig
+    from mxn.kernels.native import formats
+    from mxn.models.checkpoint import read_json
+    from mxn.models.load import load_model
+    from mxn.models.native import calibrate
+    from mxn.models.native.files import is_artifact
+    from mxn.models.native.settle import table, use_maxima
+    from mxn.models.tokenizer import Tokenizer
+
+    directory = resolve_model(model)
+    num_threads = EngineConfig(model=model, threads=threads).num_threads
+    format = None if is_artifact(directory) else formats.parse(weights)
+    print("measuring each shape …", file=sys.stderr)
+    loaded = load_model(
+        directory, find_device("cpu"), "float32", format=format, num_threads=num_threads
+    )
+    native = loaded.model
+    body = text.read_text(encoding="utf-8") if text else _default_text()
+    ids = Tokenizer.load(directory).encode(body)
+    size = min(_PROMPT_TOKENS, loaded.max_context)
+    prompts = [ids[start : start + size] for start in range(0, min(len(ids), 8 * size), size)]
+    print(f"calibrating on {len(prompts)} prompts …", file=sys.stderr)
+    maxima = calibrate.calibrate(native, prompts)  # type: ignore[arg-type]
+    name = calibrate.fingerprint(read_json(directory / "config.json"), native)  # type: ignore[arg-type]
+    path = calibrate.store(name, maxima, prompts=str(text) if text else "mxn's own text")
+    notes = loaded.kernels | {"maximum": use_maxima(native, maxima)}  # type: ignore[arg-type]
+    if as_json:
+        found = {"choices": notes, "calibration": str(path), "table": str(table().path)}
+        ranges = [[m.low, m.high, m.phi, m.margin] for m in maxima]
+        typer.echo(json.dumps(found | {"layers": ranges}, indent=2))
+        return
+    for what, choice in notes.items():
+        typer.echo(f"{what:42} {choice}")
+    low, high = min(m.low for m in maxima), max(m.high for m in maxima)
+    typer.echo(f"row maxima from {low:.1f} to {high:.1f} over {maxima[0].rows} rows a layer")
+    typer.echo(f"stored in {table().path} and {path}")
+
+
+def _default_text() -> str:
+    """Return a text that ships with mxn: the cards of its models, English prose and tables."""
+    from mxn.models.catalogue import shipped_dir
+
+    cards = sorted(shipped_dir().glob("*/README.md"))
+    return "\n".join(card.read_text(encoding="utf-8") for card in cards)
