@@ -145,7 +145,7 @@ def test_quantized_weights_are_refused_by_method(tmp_path, device):
     reference = save("gpt_neox", tmp_path)
     reference.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     reference.config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=r"quantized \(gptq\)"):
+    with pytest.raises(UnsupportedError, match=r"quantized weights \(gptq\)"):
         load_model(tmp_path, device, "float32")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str, typer.Argument(help="A model directory, a Hugging Face hub id, or a shipped model's name.")
+    str, typer.Argument(help="A model directory, a GGUF file, a hub id, or a shipped model's name.")
 ]
 Device = Annotated[
     str, typer.Option(help="Device such as cpu, cuda:0, npu:0, sim:0; auto: the best present.")

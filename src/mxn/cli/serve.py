@@ -109,7 +109,7 @@ def serve(
     from mxn.serve.launch import ModelRequest, spread
     from mxn.units import parse_bytes
 
-    names = name or [Path(model).name or Path(model).resolve().name for model in models]
+    names = name or [_served_name(model) for model in models]
     if len(names) != len(models):
         raise ConfigError(f"{len(models)} models but {len(names)} names: {', '.join(names)}")
     adapters = _adapters(lora or [], len(models))
@@ -138,6 +138,11 @@ def serve(
         adapter_folder=lora_folder, tool_parser=tool_parser, reasoning_parser=reasoning_parser,
         otlp=otlp,
     )  # fmt: skip
+
+
+def _served_name(model: str) -> str:
+    """Return the name that callers use: the last part of a path or hub id, without .gguf."""
+    return (Path(model).name or Path(model).resolve().name).removesuffix(".gguf")
 
 
 def _adapters(given: list[str], num_models: int) -> tuple[tuple[str, str], ...]:

@@ -84,16 +84,16 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
 
     from mxn.chips import default_dtype, find_device, free_memory
     from mxn.kernels.native import formats
-    from mxn.models.checkpoint import read_json
     from mxn.models.hub import resolve
     from mxn.models.load import checkpoint_dtype, load_model
+    from mxn.models.storage import read_config
     from mxn.models.tokenizer import Tokenizer
 
     directory = resolve(config.model)
     device = find_device(config.device)
     dtype, reason = config.dtype, "asked for"
     if dtype == "auto":
-        stored = checkpoint_dtype(read_json(directory / "config.json"))
+        stored = checkpoint_dtype(read_config(directory))
         dtype, reason = default_dtype(device, stored)
     format = None
     if config.weights != "plain":

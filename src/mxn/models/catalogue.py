@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxn.errors import MxnError
-from mxn.models.checkpoint import read_json
-from mxn.models.load import architecture, refuse_quantization
+from mxn.models.load import architecture
 from mxn.models.native.files import WEIGHTS
+from mxn.models.quantized import find_format
+from mxn.models.storage import read_config
 
 _BEST_SHIPPED = "mxn-shakespeare-llama"
 
@@ -52,6 +53,8 @@ def find_models(directories: tuple[Path, ...] = ()) -> list[CatalogueEntry]:
     for directory in directories:
         configs = sorted([*directory.glob("config.json"), *directory.glob("*/config.json")])
         found += [_entry(str(path.parent), path.parent, "directory") for path in configs]
+        files = sorted([*directory.glob("*.gguf"), *directory.glob("*/*.gguf")])
+        found += [_entry(str(path), path, "directory") for path in files]
     return found
 
 
@@ -71,19 +74,18 @@ def _cached_hub_models() -> list[tuple[str, Path]]:
 
 def _entry(name: str, path: Path, source: str) -> CatalogueEntry:
     try:
-        config_json = read_json(path / "config.json")
+        config_json = read_config(path)
         supported = support(config_json)
     except MxnError as error:  # one broken directory must not hide the others
         config_json, supported = {}, f"refused: {error.message}"
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob(WEIGHTS)]
     return CatalogueEntry(
         name=name,
         path=path,
         architecture=architecture(config_json),
         support=supported,
         source=source,
-        num_bytes=sum(
-            file.stat().st_size for part in ("*.safetensors", WEIGHTS) for file in path.glob(part)
-        ),
+        num_bytes=sum(file.stat().st_size for file in files),
     )
 
 
@@ -94,7 +96,9 @@ def support(config_json: dict) -> str:
     """
     from mxn.models.families import find_decoder, find_encoder
 
-    refuse_quantization(config_json)
+    form = find_format(config_json)
     if find_encoder(config_json):
         return "encoder"
-    return "native" if find_decoder(config_json) else "fallback"
+    if find_decoder(config_json):
+        return "native"
+    return "fallback" if form is None else f"refused: {form.name} weights need a native family"

@@ -1,76 +1,96 @@
-"""The tensors of a Hugging Face directory, read lazily from one or many safetensors files.
+"""The tensors of a model, read lazily: a Hugging Face directory of safetensors, or a GGUF file.
 
-Knows no model family. FP8 weights with a `weight_scale_inv` beside them are dequantized on the way
-out, so whoever asks sees plain numbers. Start at `Checkpoint.read`.
+Knows no model family. Quantized weights (FP8 with `weight_scale_inv`, and the formats of
+`mxn.models.quantized`) are dequantized on the way out, so whoever asks sees plain numbers; who can
+compute with them as they are asks for `quantized`. Start at `Checkpoint.read`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mxn.errors import NotFoundError, UnsupportedError
+from mxn.models.quantized import find_format
+from mxn.models.storage import open_storage, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mxn.models.quantized.matrix import QuantizedMatrix
+
+__all__ = ["Checkpoint", "Progress", "read_json"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes in all)."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, or an empty one if there is no such file.
-
-    Raises: NotFoundError when the file is no valid JSON.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise NotFoundError(f"{path.name} of {path.parent} is broken: {error}") from error
-
-
 class Checkpoint:
-    """Read access to all tensors of a model directory."""
+    """Read access to all tensors of a model."""
 
     def __init__(self, directory: Path, *, on_progress: Progress | None = None) -> None:
+        """`directory`: of the model, or its GGUF file.
+
+        Raises: NotFoundError for missing files; UnsupportedError for weights that are quantized in
+        a way mxn does not read.
+        """
         self.directory = directory
-        self.config_json = read_json(directory / "config.json")
-        self._file_of = _index(directory)
-        self._files: dict[Path, Any] = {}
+        self.storage, self.config_json = open_storage(directory)
+        self.format = find_format(self.config_json)
         self._on_progress = on_progress
         self._bytes_read = 0
-        self.num_bytes = sum(file.stat().st_size for file in set(self._file_of.values()))
-        self._unread = set(self._file_of)
+        self.num_bytes = self.storage.num_bytes
+        self._stored = frozenset(self.storage.names)
+        self._unread = set(self._stored)
         self.num_parameters = 0  # of what was read, in numbers as the model computes with them
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._stored or self._quantized_module(name) is not None
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._file_of)
+        """Names as stored; a quantized weight may be several tensors under names of their own."""
+        return sorted(self._stored)
 
     @property
     def unread(self) -> list[str]:
         """Tensors nobody asked for yet: after a load these are what the model does not use."""
         return sorted(self._unread)
 
+    def is_stored(self, name: str) -> bool:
+        """Whether there is a tensor of that very name."""
+        return name in self._stored
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open(name).get_slice(name).get_shape())
+        """Return the shape of a tensor as it is stored."""
+        return self.storage.shape(name)
+
+    def quantized(self, module: str) -> QuantizedMatrix | None:
+        """Return the weight of `module` as it is quantized; None when it is stored plainly.
+
+        Raises: UnsupportedError when its tensors do not fit together.
+        """
+        if self.format is None or not self.format.holds(self, module):
+            return None
+        matrix = self.format.read(self, module)
+        self.num_parameters += matrix.values.numel()
+        return matrix
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU, in its stored dtype (FP8 blocks as float32).
+        """Return a tensor on the CPU, in its stored dtype (quantized ones as float32).
 
         Raises: NotFoundError when the checkpoint has no such tensor.
         """
-        tensor = self._read_raw(name)
+        module = self._quantized_module(name)
+        if module is not None:
+            matrix = self.quantized(module)
+            assert matrix is not None
+            return matrix.dequantize()
+        tensor = self.raw(name)
         scale_name = f"{name}_scale_inv"
         if scale_name in self:
-            tensor = self._dequantize(name, tensor, self._read_raw(scale_name))
+            tensor = self._dequantize(name, tensor, self.raw(scale_name))
         elif tensor.is_floating_point() and tensor.itemsize == 1:
             raise UnsupportedError(f"{name} is {tensor.dtype} without {scale_name} beside it")
         elif not tensor.is_floating_point():
@@ -100,70 +120,29 @@ class Checkpoint:
             )
         return dequant_fp8(weight, scale.float(), block, torch.float32)
 
-    def _read_raw(self, name: str) -> Tensor:
-        if name not in self._file_of:
+    def raw(self, name: str) -> Tensor:
+        """Return a tensor as it is stored. Raises: NotFoundError."""
+        if name not in self._stored:
             close = [other for other in self.names if other.split(".")[-2:] == name.split(".")[-2:]]
             raise NotFoundError(
                 f"{self.directory} has no tensor {name!r}"
                 + (f"; it has {close[:3]}" if close else ""),
                 hint="the checkpoint is incomplete, or config.json names the wrong architecture",
             )
-        tensor = self._open(name).get_tensor(name)
-        self._unread.discard(name)
-        self._bytes_read += tensor.numel() * tensor.itemsize
-        if self._on_progress:
-            self._on_progress(min(self._bytes_read, self.num_bytes), self.num_bytes)
+        tensor = self.storage.read(name)
+        self.count(name, tensor.numel() * tensor.itemsize)
         return tensor
 
-    def _open(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
+    def count(self, name: str, num_bytes: int) -> None:
+        """Note that a tensor was read, for `unread` and for the progress report."""
+        self._unread.discard(name)
+        self._bytes_read += num_bytes
+        if self._on_progress:
+            self._on_progress(min(self._bytes_read, self.num_bytes), self.num_bytes)
 
-        path = self._file_of[name]
-        if path not in self._files:
-            try:
-                self._files[path] = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise NotFoundError(
-                    f"{path.name} is not a readable safetensors file: {error}",
-                    hint="download it again: it is cut short or corrupted",
-                ) from error
-        return self._files[path]
-
-
-def _index(directory: Path) -> dict[str, Path]:
-    """Return tensor name -> file, from the index if there is one, else from the files."""
-    from safetensors import SafetensorError, safe_open
-
-    index = read_json(directory / "model.safetensors.index.json").get("weight_map")
-    if index:
-        missing = sorted({file for file in index.values() if not (directory / file).is_file()})
-        if missing:
-            raise NotFoundError(
-                f"{directory} lacks {len(missing)} of {len(set(index.values()))} weight files:"
-                f" {', '.join(missing[:3])}",
-                hint="the download is incomplete",
-            )
-        return {name: directory / file for name, file in index.items()}
-    whole = directory / "model.safetensors"
-    # One whole file wins: others beside it are the same weights under their maker's names.
-    files = [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in directory.glob("*.bin"))
-        raise NotFoundError(
-            f"{directory} has no *.safetensors"
-            + (f" (pickle files such as {pickled[0]} are not loaded)" if pickled else ""),
-            hint="convert the checkpoint with `save_pretrained(..., safe_serialization=True)`"
-            if pickled
-            else None,
-        )
-    names: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names.update(dict.fromkeys(opened.keys(), file))
-        except SafetensorError as error:
-            raise NotFoundError(
-                f"{file.name} is not a readable safetensors file: {error}",
-                hint="download it again: it is cut short or corrupted",
-            ) from error
-    return names
+    def _quantized_module(self, name: str) -> str | None:
+        """Return the module whose weight `name` is, if that is stored quantized."""
+        if self.format is None or not name.endswith(".weight"):
+            return None
+        module = name.removesuffix(".weight")
+        return module if self.format.holds(self, module) else None

@@ -1,4 +1,4 @@
-"""From what a user types to a directory on disk: a local path, or a Hugging Face hub id.
+"""From what a user types to a model on disk: a directory, a GGUF file, or a Hugging Face hub id.
 
 `HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to `huggingface_hub`.
 """
@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from mxn.errors import NotFoundError
+from mxn.models.quantized.gguf_storage import find_gguf
 
 # Weights in pickle files are left out on purpose: loading one can run any code.
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "**/config.json")
@@ -16,20 +18,29 @@ _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken
 _UNWANTED = ("consolidated*", "original/*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+# One file of a repository: those of GGUF hold the same model many times.
+_HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.-]+\.gguf)")
+
 
 def resolve(model: str, *, revision: str | None = None) -> Path:
-    """Return the directory of `model`, downloading a hub id if it is not in the cache yet.
+    """Return the directory or GGUF file of `model`; a hub id not in the cache is downloaded.
 
-    Raises: NotFoundError when it is neither a model directory nor a reachable hub id.
+    Raises: NotFoundError when it is neither a model nor a reachable hub id.
     """
     path = Path(model).expanduser()
+    gguf = find_gguf(path)
+    if gguf is not None and gguf.is_file():
+        return gguf.resolve()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise NotFoundError(
-                f"{str(path)!r} has no config.json",
-                hint="name a Hugging Face model directory, or a hub id such as Qwen/Qwen3-0.6B",
+                f"{str(path)!r} has no config.json and no GGUF file",
+                hint="name a model directory, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B",
             )
         return path.resolve()
+    file = _HUB_FILE.fullmatch(model)
+    if file is not None:
+        return _download_file(file[1], file[2], revision)
     if not _HUB_ID.fullmatch(model) or path.suffix == ".gguf":
         raise NotFoundError(
             f"no model directory at {model!r}, and it is not a hub id",
@@ -39,18 +50,32 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    return _fetched(
+        hub_id,
+        lambda: snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
+        ),
+    )
+
+
+def _download_file(hub_id: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return _fetched(hub_id, lambda: hf_hub_download(hub_id, name, revision=revision))
+
+
+def _fetched(hub_id: str, fetch: Callable[[], str]) -> Path:
+    """Return where `fetch` put it. Raises: NotFoundError, saying why it cannot come."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                allow_patterns=list(_WANTED),
-                ignore_patterns=list(_UNWANTED),
-            )
-        )
+        return Path(fetch())
     except LocalEntryNotFoundError as error:
         reason = (
             "HF_HUB_OFFLINE is set"

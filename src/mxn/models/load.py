@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mxn.errors import UnsupportedError
-from mxn.models.checkpoint import Checkpoint, read_json
+from mxn.models.checkpoint import Checkpoint
 from mxn.models.native.files import is_artifact
+from mxn.models.quantized import find_format
+from mxn.models.storage import read_json
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
@@ -59,6 +61,7 @@ def load_model(
 ) -> LoadedModel:
     """Load the model in `directory` onto `device`, computing in `dtype` ("float32", "bfloat16", …).
 
+    `directory` may be a GGUF file.
     `max_context`: the context somebody asked for; models whose positions depend on it adapt.
     `format`: pack the weights for the native kernels of a processor, with `num_threads` threads.
     Raises: UnsupportedError, with the reason, for an architecture that can be served neither by a
@@ -68,7 +71,6 @@ def load_model(
     if is_artifact(directory):
         return _load_artifact(directory, device, format, num_threads, max_context)
     checkpoint = Checkpoint(directory, on_progress=on_progress)
-    refuse_quantization(checkpoint.config_json)
     if format is not None:
         return _load_packed(checkpoint, device, format, num_threads, max_context)
     loaded = _load(
@@ -102,6 +104,7 @@ def _load(
         if decoder:
             return _load_native(decoder, checkpoint, ops, torch_dtype, max_context)
         reason = why_not_native(checkpoint.config_json)
+        _refuse_quantized_fallback(checkpoint, reason)
         if reason and allow_fallback:
             log.info("%s is not run natively: %s", checkpoint.directory.name, reason)
         if allow_fallback:
@@ -138,22 +141,19 @@ def eos_ids(directory: Path, config_json: dict[str, Any]) -> tuple[int, ...]:
 
 
 def refuse_quantization(config_json: dict[str, Any]) -> None:
-    """Raise UnsupportedError if the weights are quantized in another way than FP8 blocks.
+    """Raise UnsupportedError if the weights are quantized in a way that mxn does not read."""
+    find_format(config_json)
 
-    Such weights have the shapes of plain ones, so that some would load and mean something else.
-    """
-    text = config_json.get("text_config") or {}
-    for source in (config_json, text):
-        found = source.get("quantization_config") or source.get("compression_config")
-        if not found:
-            continue
-        method, form = found.get("quant_method", "unnamed"), found.get("fmt", "e4m3")
-        if method != "fp8" or form != "e4m3":
-            raise UnsupportedError(
-                f"the weights are quantized ({method}{'' if method != 'fp8' else f', {form}'});"
-                " mxn reads plain weights and fp8 (e4m3) with weight_scale_inv",
-                hint="serve the checkpoint it was made from",
-            )
+
+def _refuse_quantized_fallback(checkpoint: Checkpoint, reason: str | None) -> None:
+    """Raise UnsupportedError: transformers cannot read such weights without other packages."""
+    if checkpoint.format is not None:
+        raise UnsupportedError(
+            f"quantized weights ({checkpoint.format.name}) are read for native families only, and"
+            f" {architecture(checkpoint.config_json)!r} is not run natively"
+            + (f": {reason}" if reason else ""),
+            hint="serve the checkpoint it was made from; `mxn models --families` lists the native",
+        )
 
 
 # Tensors that carry no weight of the model: buffers that older code stored, heads of pretraining.

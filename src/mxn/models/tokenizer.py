@@ -7,6 +7,7 @@ through transformers once, at load. Knows no HTTP and no model. Start at `Tokeni
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +16,13 @@ import tokenizers
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from mxn.errors import NotFoundError, UserError
+from mxn.errors import NotFoundError, UnsupportedError, UserError
 from mxn.models.chat_template import ChatTemplates, Message
+from mxn.models.quantized.gguf_storage import find_gguf
 from mxn.models.token_bound import bytes_per_token
 from mxn.models.token_bytes import ByteTable, detect_scheme
+
+log = logging.getLogger("mxn.models")
 
 # The library holds the GIL while it encodes or decodes one text, and lets go of it for a batch.
 # A batch of one is quicker from about a hundred characters on; below a thousand it saves less than
@@ -170,11 +174,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
-        """Load from a checkpoint folder.
+        """Load from a checkpoint folder, or from a GGUF file.
 
         Raises: NotFoundError when the folder holds no tokenizer; UserError when it cannot be read.
         """
         folder = Path(folder)
+        gguf = find_gguf(folder)
+        if gguf is not None:
+            return cls._load_gguf(gguf)
+        return cls._load_folder(folder)
+
+    @classmethod
+    def _load_folder(cls, folder: Path) -> Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -206,6 +217,21 @@ class Tokenizer:
             templates=templates,
             byte_scheme=detect_scheme(raw),
         )
+
+    @classmethod
+    def _load_gguf(cls, path: Path) -> Tokenizer:
+        """Rebuild the tokenizer that the file carries; else take the one beside it."""
+        from mxn.models.quantized.gguf_file import GgufFile
+        from mxn.models.quantized.gguf_tokenizer import read_tokenizer
+
+        try:
+            raw, config = read_tokenizer(path, GgufFile(path).metadata)
+        except UnsupportedError as error:
+            if not (path.parent / "tokenizer.json").is_file():
+                raise
+            log.info("tokenizer.json beside %s is used: %s", path.name, error.message)
+            return cls._load_folder(path.parent)
+        return cls.from_tokenizers(raw, config=config)
 
     @classmethod
     def _load_with_transformers(cls, folder: Path, config: Mapping[str, Any]) -> Tokenizer:

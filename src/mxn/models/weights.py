@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from mxn.kernels.registry import Ops
     from mxn.models.checkpoint import Checkpoint
+    from mxn.models.quantized.matrix import QuantizedMatrix
 
 log = logging.getLogger("mxn.models")
 
@@ -104,6 +105,10 @@ class WeightReader:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         raw = self.checkpoint.read(name)
         return raw.to(device=self.ops.device, dtype=dtype or self.ops.dtype)
+
+    def quantized(self, module: str) -> QuantizedMatrix | None:
+        """The weight of `module` as its maker quantized it; None when it is stored plainly."""
+        return self.checkpoint.quantized(module)
 
     def norm(self, module: str) -> Tensor:
         """A norm weight; Gemma's are stored minus one and need float32 to keep their meaning."""

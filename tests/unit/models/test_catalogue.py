@@ -20,10 +20,18 @@ def test_a_directory_that_cannot_run_says_why_and_hides_no_other(tmp_path):
         "a-broken": "{",
         "b-gptq": {
             "architectures": ["LlamaForCausalLM"],
-            "quantization_config": {"quant_method": "gptq", "bits": 4},
+            "quantization_config": {"quant_method": "gptq", "bits": 2},
         },
         "c-plain": {"architectures": ["LlamaForCausalLM"]},
         "d-unknown": {"architectures": ["FalconMambaForCausalLM"]},
+        "e-gptq": {
+            "architectures": ["LlamaForCausalLM"],
+            "quantization_config": {"quant_method": "gptq", "bits": 4},
+        },
+        "f-unknown-gptq": {
+            "architectures": ["FalconMambaForCausalLM"],
+            "quantization_config": {"quant_method": "gptq", "bits": 4},
+        },
     }
     for name, config in configs.items():
         (tmp_path / name).mkdir()
@@ -33,7 +41,8 @@ def test_a_directory_that_cannot_run_says_why_and_hides_no_other(tmp_path):
     support = [entry.support for entry in found]
     assert support[0].startswith("refused: config.json of")
     assert support[1].startswith("refused: the weights are quantized (gptq)")
-    assert support[2:] == ["native", "fallback"]
+    assert support[2:5] == ["native", "fallback", "native"]
+    assert support[5] == "refused: gptq weights need a native family"
 
 
 def test_the_dtype_of_a_nested_config_is_found():

@@ -84,6 +84,20 @@ def test_a_hub_id_that_is_not_cached_says_why_it_cannot_come(monkeypatch, tmp_pa
         resolve("someone/no-such-model")
 
 
+def test_one_gguf_file_of_a_hub_repository_is_asked_for_by_name(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def download(*names: str, revision: str | None) -> str:
+        asked.append((*names, revision))
+        return str(tmp_path / names[1])
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert resolve("someone/Model-GGUF/Model-Q8_0.gguf") == tmp_path / "Model-Q8_0.gguf"
+    assert asked == [("someone/Model-GGUF", "Model-Q8_0.gguf", None)]
+
+
 @pytest.mark.parametrize("name", ["/no/such/dir", "model.gguf", "a b", "../up"])
 def test_what_is_neither_a_directory_nor_a_hub_id_is_refused(name):
     with pytest.raises(NotFoundError, match="not a hub id"):

@@ -14,6 +14,7 @@ from mxn.errors import NotFoundError, UnsupportedError
 from mxn.models.checkpoint import Checkpoint
 from mxn.models.families.deepseek import deepseek_v2, deepseek_v3
 from mxn.models.load import load_model, refuse_quantization
+from mxn.models.quantized import find_format
 from support import tiny
 
 
@@ -28,14 +29,24 @@ def with_tensors(directory, **changes: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "fbgemm_fp8", "modelopt"],
+    ("method", "fields"),
+    [
+        ("gptq", {"bits": 3}),
+        ("gptq", {"bits": 4, "checkpoint_format": "marlin"}),
+        ("awq", {"bits": 4, "version": "gemv"}),
+        ("awq", {"bits": 4, "zero_point": False}),
+        ("compressed-tensors", {"format": "float-quantized"}),
+        ("bitsandbytes", {}),
+        ("mxfp4", {}),
+        ("fbgemm_fp8", {}),
+        ("modelopt", {}),
+    ],
 )
 @pytest.mark.parametrize("place", ["top", "text_config"])
 def test_weights_of_other_quantizations_are_refused_before_anything_is_read(
-    tmp_path, device, method, place
+    tmp_path, device, method, fields, place
 ):
-    fields = {"quantization_config": {"quant_method": method, "bits": 4}}
+    fields = {"quantization_config": {"quant_method": method, **fields}}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     config |= fields if place == "top" else {"text_config": fields}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -44,6 +55,18 @@ def test_weights_of_other_quantizations_are_refused_before_anything_is_read(
     with pytest.raises(UnsupportedError, match=rf"quantized \({method}\)"):
         load_model(tmp_path, device, "float32", on_progress=lambda *n: read.append(n))
     assert read == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("auto_round:auto_gptq", "gptq"), ("auto_round:auto_awq", "awq")]
+)
+def test_what_auto_round_packed_is_read_in_the_layout_that_it_names(layout, name):
+    config = {"quant_method": "auto-round", "bits": 4, "packing_format": layout}
+    form = find_format({"quantization_config": config})
+    assert form is not None
+    assert form.name == name
+    with pytest.raises(UnsupportedError, match=r"quantized \(auto-round\)"):
+        find_format({"quantization_config": config | {"packing_format": "auto_round:fp8"}})
 
 
 def test_fp8_of_another_format_is_refused_and_blocks_are_not():

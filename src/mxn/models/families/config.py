@@ -36,6 +36,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"minicpm": {"tie_word_embeddings": True}
 def load_config(directory: Path, config_json: dict[str, Any]) -> Any:
     """Return the transformers config of a model directory, its text part for multi-part models.
 
+    `directory` may be a GGUF file: then `config_json` is all there is.
+
     Raises: UnsupportedError when transformers cannot make sense of it.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -47,6 +49,9 @@ def load_config(directory: Path, config_json: dict[str, Any]) -> Any:
             fields = {k: v for k, v in config_json.items() if k not in ("auto_map", "model_type")}
             fields = _DEFAULTS.get(model_type, {}) | fields
             return CONFIG_MAPPING[_READ_AS[model_type]](**fields)
+        if not (directory / "config.json").is_file() and model_type in CONFIG_MAPPING:
+            fields = {k: v for k, v in config_json.items() if k != "model_type"}
+            return CONFIG_MAPPING[model_type](**fields)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UnsupportedError(

@@ -23,6 +23,8 @@ from mxn.kernels.native.formats import ModelFormat, WeightFormat
 from mxn.kernels.native.pack import PackedWeight
 from mxn.models.native.files import MANIFEST, WEIGHTS
 from mxn.models.native.reader import NativeMla, NativeMoe
+from mxn.models.quantized.gguf_export import write_files
+from mxn.models.quantized.gguf_storage import find_gguf
 from mxn.models.spec import (
     AttentionSpec,
     DecoderSpec,
@@ -67,9 +69,7 @@ def save(parts: NativeParts, spec: DecoderSpec | None, source: Path, directory: 
         writer = _Writer(scratch / WEIGHTS)
         tree = writer.encode(_as_dict(parts))
         num_bytes = writer.close()
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != MANIFEST:
-                shutil.copyfile(file, scratch / file.name)
+        _copy_files(source, scratch)
         manifest = {
             "layout": LAYOUT,
             "format": dataclasses.asdict(parts.format),
@@ -115,6 +115,17 @@ def load(directory: Path) -> tuple[NativeParts, DecoderSpec | None]:
         format=_format(manifest["format"]), num_parameters=manifest["num_parameters"], **parts
     )
     return found_parts, _decode(manifest["spec"], memory)
+
+
+def _copy_files(source: Path, directory: Path) -> None:
+    """Bring config and tokenizer of a model directory or GGUF file into `directory`."""
+    gguf = find_gguf(source)
+    if gguf is not None:
+        write_files(gguf, directory)
+        return
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != MANIFEST:
+            shutil.copyfile(file, directory / file.name)
 
 
 def _as_dict(parts: NativeParts) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""A small llama in each quantized format: the same logits as the dequantized model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mxn.errors import UnsupportedError
+from mxn.kernels.registry import Ops
+from mxn.models.checkpoint import Checkpoint
+from mxn.models.families import find_decoder
+from mxn.models.families.config import load_config
+from mxn.models.load import load_model
+from mxn.models.weights import WeightReader
+from support import packers, tiny
+from support.paged import Session
+
+GROUP = 16  # of 48 and 80 columns
+LOGIT_TOLERANCE = 1e-4  # float32 sums in another order
+PROMPT = list(range(3, 40))
+
+
+def quantize(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return what a module computes with, and its tensors."""
+    if kind == "w8a8":
+        rounded = packers.round_weight(weight, 8, weight.shape[1], symmetric=True)
+        return rounded.weight, packers.int_quantized(rounded, symmetric=True)
+    if kind == "w4a16":
+        rounded = packers.round_weight(weight, 4, GROUP)
+        return rounded.weight, packers.pack_quantized(rounded, 4, symmetric=False)
+    if kind == "awq":
+        rounded = packers.round_weight(weight, 4, GROUP)
+        return rounded.weight, packers.awq(rounded)
+    order = None
+    if kind == "gptq-actorder":  # modules on the same input share it, q, k, v for example
+        generator = torch.Generator().manual_seed(weight.shape[1])
+        order = torch.randperm(weight.shape[1], generator=generator)
+    rounded = packers.round_weight(weight, 4, GROUP, symmetric=kind == "gptq", order=order)
+    return rounded.weight, packers.gptq(rounded, 4)
+
+
+def config_of(kind: str) -> dict:
+    if kind in ("w8a8", "w4a16"):
+        weights = {"type": "int", "num_bits": 8 if kind == "w8a8" else 4, "strategy": "group"}
+        return {
+            "quant_method": "compressed-tensors", "quantization_status": "compressed",
+            "format": "int-quantized" if kind == "w8a8" else "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        }  # fmt: skip
+    return {"quant_method": kind.split("-")[0], "bits": 4, "group_size": GROUP}
+
+
+def write(kind: str, folder: Path, case: str = "llama2") -> torch.nn.Module:
+    """Save a quantized checkpoint; return the reference with the dequantized weights."""
+    reference = tiny.write(case, folder)
+    stored = load_file(folder / "model.safetensors")
+    weights = dict(reference.named_parameters())
+    for name in [key for key in stored if "_proj.weight" in key]:
+        weight, parts = quantize(kind, stored.pop(name))
+        if name in weights:
+            weights[name].data = weight
+        module = name.removesuffix(".weight")
+        stored |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        assert f"{module}.weight" not in stored or kind == "w8a8"
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": config_of(kind)}
+    path.write_text(json.dumps(config))
+    return reference
+
+
+KINDS = ("gptq", "gptq-asym", "gptq-actorder", "awq", "w8a8", "w4a16")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_llama_has_the_logits_of_the_dequantized_one(tmp_path, device, kind, caplog):
+    reference = write(kind, tmp_path)
+    want = reference(torch.tensor([PROMPT])).logits[0]
+    with caplog.at_level(logging.WARNING, "mxn.models"):
+        loaded = load_model(tmp_path, device, "float32")
+    got = Session(loaded.model).step({0: PROMPT})[0]
+    assert (got - want).abs().max() / want.abs().max() < LOGIT_TOLERANCE
+    assert loaded.num_parameters == sum(p.numel() for p in reference.parameters())
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_reader_hands_out_what_is_quantized_and_nothing_else(tmp_path, device, kind):
+    write(kind, tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    family = find_decoder(checkpoint.config_json)
+    assert family is not None
+    spec = family.spec(load_config(tmp_path, checkpoint.config_json))
+    ops = Ops.bind(device.torch_device, device.chip, torch.float32)
+    reader = WeightReader(spec, family.names, checkpoint, ops)
+    matrix = reader.quantized("model.layers.1.mlp.down_proj")
+    assert matrix is not None
+    assert matrix.shape == (48, 80)
+    assert matrix.bits == (8 if kind == "w8a8" else 4)
+    assert (matrix.perm is not None) == (kind == "gptq-actorder")
+    assert reader.quantized("lm_head") is None
+    assert reader.quantized("model.layers.1.input_layernorm") is None
+
+
+def test_an_older_gptq_export_keeps_its_config_in_a_file_of_its_own(tmp_path, device):
+    write("gptq", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": GROUP}))
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.format is not None
+    assert checkpoint.format.name == "gptq"
+    assert load_model(tmp_path, device, "float32").is_native
+
+
+def test_quantized_weights_of_a_family_without_a_spec_are_refused(tmp_path, device):
+    write("gptq", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": ["StableLmForCausalLM"]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"quantized weights \(gptq\)[\s\S]*StableLm"):
+        load_model(tmp_path, device, "float32")
+
+
+def spoil(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Put another tensor in the place of one, or none."""
+    stored = load_file(folder / "model.safetensors")
+    stored.pop(name)
+    if tensor is not None:
+        stored[name] = tensor
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "tensor", "said"),
+    [
+        ("gptq", "scales", torch.ones(7, 48), "7 groups do not divide 80 columns"),
+        ("gptq", "scales", torch.ones(5, 40), "do not belong together"),
+        ("gptq", "g_idx", torch.zeros(80, dtype=torch.int32), "does not give each group 16"),
+        ("gptq", "g_idx", torch.zeros(40, dtype=torch.int32), "g_idx names 40 columns"),
+        ("gptq", "qzeros", None, r"no tensor '.*qzeros'"),
+        ("awq", "scales", torch.ones(7, 48), "7 groups do not divide 80 columns"),
+        ("awq", "qzeros", torch.zeros(5, 5, dtype=torch.int32), "do not belong together"),
+        ("w8a8", "weight_scale", torch.ones(47, 1), "scales or zeros for 48 rows"),
+        ("w8a8", "weight_scale", torch.ones(48, 3), "3 groups do not divide 80 columns"),
+        ("w8a8", "weight", torch.ones(48, 80, dtype=torch.int16), "only int8 is read"),
+        ("w4a16", "weight_shape", torch.tensor([48, 96]), "neither 4 nor 8 bits"),
+        ("w4a16", "weight_zero_point", torch.zeros(6, 4, dtype=torch.int32), "do not fit scales"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, device, kind, part, tensor, said):
+    write(kind, tmp_path)
+    spoil(tmp_path, f"model.layers.1.mlp.down_proj.{part}", tensor)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_model(tmp_path, device, "float32")
+    assert "model.layers.1.mlp.down_proj" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
