@@ -45,8 +45,8 @@ class Kernel:
     """One implementation of an op.
 
     `shapes` sees the arguments of a call (for a prepared op: the weight's in and out features) and
-    says whether the kernel takes them. `missing` is given the dtype and returns the reason why the
-    kernel cannot run in this process, or None.
+    says whether the kernel takes them. `chips` are patterns with `|` between them. `missing` is
+    given the dtype and returns the reason why the kernel cannot run in this process, or None.
     """
 
     op: str
@@ -60,7 +60,7 @@ class Kernel:
 
     def reject_reason(self, chip: str, dtype: str) -> str | None:
         """Return why this kernel does not apply, or None when it does."""
-        if not fnmatchcase(chip, self.chips):
+        if not any(fnmatchcase(chip, pattern) for pattern in self.chips.split("|")):
             return f"is for chips {self.chips!r}, this is {chip!r}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"is for {', '.join(self.dtypes)}, not {dtype}"

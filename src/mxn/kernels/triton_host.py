@@ -1,0 +1,88 @@
+"""What every Triton kernel asks before and at its launch. Imports neither triton nor device code.
+
+Start at `missing`, which the registry asks, and `launch`, through which every kernel goes: so a tool
+can compile what would be launched, for a chip that is not here (`tools/compile_triton.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+Backend = Literal["cuda", "hip"]
+Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+
+CHIPS = "nvidia-*|amd-*"
+# Below torch: where nothing could be measured torch runs, and a Triton kernel must be clearly faster.
+PRIORITY = -1
+_CPU_PROCESSORS = 8  # stands for the chip's count in the interpreter and in offline compilation
+_MIN_CAPABILITY = {"bfloat16": (8, 0)}
+
+
+def missing(dtype: str) -> str | None:
+    """Return why Triton kernels cannot run in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU"
+    needs = _MIN_CAPABILITY.get(dtype, (7, 0))
+    has = torch.cuda.get_device_capability()
+    if torch.version.hip is None and has < needs:
+        return f"{dtype} needs compute capability {needs[0]}.{needs[1]}, this is {has[0]}.{has[1]}"
+    return None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start `kernel` on a grid of programs; an empty grid is no work.
+
+    `options` are constants of the kernel and `num_warps`, `num_stages`.
+    """
+    if all(grid):
+        _runner(kernel, grid, args, options)
+
+
+def backend() -> Backend:
+    """Return which compiler the launch parameters are for."""
+    return _backend or ("hip" if torch.version.hip else "cuda")
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Return how many programs the chip runs side by side (SMs or compute units)."""
+    if device.type != "cuda":
+        return _CPU_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """Return the least power of two that is at least `size` and `least`."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def ceil_div(size: int, part: int) -> int:
+    return -(-size // part)
+
+
+@contextmanager
+def redirected(runner: Runner, target: Backend) -> Iterator[None]:
+    """Hand launches to `runner`, with the launch parameters of `target`. For tools and tests."""
+    global _runner, _backend
+    before = _runner, _backend
+    _runner, _backend = runner, target
+    try:
+        yield
+    finally:
+        _runner, _backend = before
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    kernel[grid](*args, **options)
+
+
+_runner: Runner = _run
+_backend: Backend | None = None
