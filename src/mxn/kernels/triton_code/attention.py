@@ -324,7 +324,7 @@ def finish(
         is_bad_U = is_real_U & ~(is_good_U & (zero_U == 0.0))
         num_bad = tl.sum(is_bad_U.to(tl.int32), axis=0)
         if num_bad > 0:
-            tl.atomic_add(recomputed_ptr, num_bad)
+            tl.atomic_add(recomputed_ptr, num_bad, sem="relaxed")
             first = tl.maximum(seen - window, 0) if HAS_WINDOW else 0
             q_UA = _load_query(
                 q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, 0, A, BLOCK_A
