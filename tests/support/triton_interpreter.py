@@ -1,7 +1,8 @@
 """Runs Triton kernels on the CPU, in Triton's interpreter. Call `start` before device code is loaded.
 
-Two repairs make the interpreter do what chips do with bfloat16, which it keeps as uint16: float32 is
-rounded to nearest even (it cuts off), and `tl.dot` multiplies the numbers (it multiplies the bits).
+Repairs make the interpreter do what chips do with bfloat16, which it keeps as uint16: float32 is
+rounded to nearest even (it cuts off), integers become numbers and `tl.dot` multiplies numbers (it
+takes both for the bits).
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def start() -> None:
         target = dst_type.scalar
         if src.dtype.scalar == tl.bfloat16 and target == tl.float32:
             return TensorHandle(_widened(src.data), target)
+        if src.dtype.scalar.is_int() and target == tl.bfloat16:
+            return TensorHandle(_rounded(src.data.astype(np.float32)), target)
         if src.dtype.scalar == tl.float32 and target == tl.bfloat16:
             return TensorHandle(_rounded(src.data), target)
         return cast(self, src, dst_type)
