@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as 3.9 does by default, without a warning
 
 import torch
 import triton
@@ -29,6 +33,8 @@ from triton.backends.compiler import GPUTarget
 
 from mxn.kernels import triton_host as host
 from mxn.kernels.batch import AttentionBatch
+from mxn.kernels.ops.linear.packed import Int4Weight, Int8Weight
+from mxn.kernels.ops.linear.triton_quantized import TritonInt4Linear, TritonInt8Linear
 from mxn.kernels.registry import kernels_of
 
 TARGETS = {
@@ -49,6 +55,8 @@ class Compiled:
     target: str
     dtype: str
     shared_bytes: int
+    registers: int  # of each thread
+    spilled: int  # bytes (NVIDIA: local memory) or registers (AMD) of each thread
     code_bytes: int
     matrix: tuple[str, ...]
     seconds: float
@@ -120,6 +128,43 @@ def rotary(dim: int, half: int, is_interleaved: bool) -> Callable[[torch.dtype],
     return call
 
 
+def product(num_rows: int, in_features: int, out_features: int) -> Callable[[torch.dtype], object]:
+    def call(dtype: torch.dtype) -> object:
+        weight, bias = empty(out_features, in_features, dtype=dtype), empty(out_features, dtype=dtype)
+        return kernel("linear")(weight, bias)(empty(num_rows, in_features, dtype=dtype))
+
+    return call
+
+
+def int4_product(num_rows: int, group_size: int) -> Callable[[torch.dtype], object]:
+    def call(dtype: torch.dtype) -> object:
+        values = empty(6144, 2048, dtype=torch.uint8)
+        groups = (6144, 4096 // group_size)
+        weight = Int4Weight(values, empty(*groups), empty(*groups, dtype=torch.uint8), group_size)
+        return TritonInt4Linear(weight)(empty(num_rows, 4096, dtype=dtype))
+
+    return call
+
+
+def int8_product(num_rows: int) -> Callable[[torch.dtype], object]:
+    def call(dtype: torch.dtype) -> object:
+        weight = Int8Weight(empty(6144, 4096, dtype=torch.int8), empty(6144))
+        return TritonInt8Linear(weight)(empty(num_rows, 4096, dtype=dtype))
+
+    return call
+
+
+def experts(tokens: int, count: int, top_k: int, dim: int, inner: int, kind: str = "silu"):
+    def call(dtype: torch.dtype) -> object:
+        return kernel("moe")(
+            empty(tokens, dim, dtype=dtype), empty(tokens, top_k),
+            empty(tokens, top_k, dtype=torch.int64), empty(count, 2 * inner, dim, dtype=dtype),
+            empty(count, dim, inner, dtype=dtype), kind,
+        )  # fmt: skip
+
+    return call
+
+
 JOBS = (
     Job("Llama-3 8B, 4 queries a key head", "paged_attention", attention(32, 8, 128)),
     Job("Gemma-2 9B, window and cap", "paged_attention", attention(16, 8, 256, 4096, 50.0)),
@@ -129,7 +174,28 @@ JOBS = (
     Job("4096 dims", "rms_norm", norms(4096)),
     Job("halves", "rope", rotary(128, 64, False)),
     Job("partial, interleaved", "rope", rotary(192, 32, True)),
+    Job("1 row", "linear", product(1, 4096, 6144)),
+    Job("8 rows", "linear", product(8, 4096, 6144)),
+    Job("64 rows", "linear", product(64, 4096, 28672)),
+    Job("8 rows, small F: parts of D", "linear", product(8, 14336, 1024)),
+    Job("int4 g128, 8 rows", "linear", int4_product(8, 128)),
+    Job("int4 g64, 64 rows", "linear", int4_product(64, 64)),
+    Job("int4 g32, 1 row", "linear", int4_product(1, 32)),
+    Job("int8, 8 rows", "linear", int8_product(8)),
+    Job("int8, 64 rows", "linear", int8_product(64)),
+    Job("Qwen3-30B-A3B, 16 tokens", "moe", experts(16, 128, 8, 2048, 768)),
+    Job("DeepSeek-V3, 512 tokens", "moe", experts(512, 256, 8, 7168, 2048)),
 )
+# Numbers that are 1 become constants of the kernel: another program, with its own mistakes.
+ONES = (
+    Job("ones", "paged_attention", attention(1, 1, 1, 1, 1.0)),
+    Job("ones", "rms_norm", norms(1)),
+    Job("ones", "rope", rotary(2, 1, False)),
+    Job("ones", "linear", product(1, 1, 1)),
+    Job("ones", "linear", product(2, 1, 1)),
+    *(Job(f"ones, {kind}", "moe", experts(1, 1, 1, 1, 1, kind))
+      for kind in ("silu", "gelu", "gelu_tanh", "relu")),
+)  # fmt: skip
 
 
 class OfflineDriver:
@@ -162,11 +228,13 @@ def compile_jobs(target_name: str, dtype_name: str, jobs: tuple[Job, ...]) -> It
         start = time.perf_counter()
         made = code.warmup(*args, grid=grid, **options)
         seconds = time.perf_counter() - start
-        binary = made.asm["cubin" if target.backend == "cuda" else "hsaco"]
-        text = made.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+        is_cuda = target.backend == "cuda"
+        binary = made.asm["cubin" if is_cuda else "hsaco"]
+        text = made.asm["ptx" if is_cuda else "amdgcn"]
+        used = cuda_registers(binary) if is_cuda else hip_registers(text)
         found.append(
             Compiled(job.name, code.__name__, target_name, dtype_name, made.metadata.shared,
-                     len(binary), matrix_instructions(text), round(seconds, 2))
+                     *used, len(binary), matrix_instructions(text), round(seconds, 2))
         )  # fmt: skip
 
     with host.redirected(runner, target.backend):
@@ -186,12 +254,34 @@ def matrix_instructions(text: str) -> tuple[str, ...]:
     return tuple(sorted(w for w in words if w.startswith(("wgmma.mma", "mma.sync", "v_mfma"))))
 
 
+def cuda_registers(binary: bytes) -> tuple[int, int]:
+    """Return registers and spilled bytes of each thread, as NVIDIA's cuobjdump reads them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return counts["REG"], counts["LOCAL"] + counts["STACK"]
+
+
+def hip_registers(text: str) -> tuple[int, int]:
+    """Return vector registers and spilled ones of each thread, from the notes of the assembly."""
+    counts = {key: int(value) for key, value in re.findall(r"\.(vgpr\w*count):\s+(\d+)", text)}
+    return counts["vgpr_count"], counts["vgpr_spill_count"]
+
+
 def problems(made: Compiled) -> list[str]:
     limit = SHARED_BYTES[made.target]
+    found = []
     if made.shared_bytes > limit:
-        return [f"{made.kernel} ({made.job}) needs {made.shared_bytes} bytes of shared memory on "
-                f"{made.target}, which has {limit}"]  # fmt: skip
-    return []
+        found.append(f"{made.kernel} ({made.job}) needs {made.shared_bytes} bytes of shared memory "
+                     f"on {made.target}, which has {limit}")  # fmt: skip
+    if made.spilled:
+        found.append(f"{made.kernel} ({made.job}) spills {made.spilled} on {made.target}")
+    return found
 
 
 def main() -> int:
@@ -202,13 +292,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write what was compiled")
     options = parser.parse_args()
     wanted = set(options.only.split(",")) if options.only else {job.op for job in JOBS}
-    jobs = tuple(job for job in JOBS if job.op in wanted)
+    jobs = tuple(job for job in (*JOBS, *ONES) if job.op in wanted)
     done: list[Compiled] = []
     for target in options.target or TARGETS:
         for made in compile_jobs(target, options.dtype, jobs):
             done.append(made)
-            print(f"{target}  {made.kernel:22} {made.job:34} {made.shared_bytes:7} B shared "
-                  f"{made.seconds:6.2f} s  {' '.join(made.matrix)}", flush=True)  # fmt: skip
+            print(f"{target}  {made.kernel:14} {made.job:32} {made.shared_bytes:7} B shared "
+                  f"{made.registers:4} registers {made.spilled:4} spilled {made.seconds:5.2f} s  "
+                  f"{' '.join(made.matrix)}", flush=True)  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps([asdict(made) for made in done], indent=1) + "\n")
     wrong = [text for made in done for text in problems(made)]

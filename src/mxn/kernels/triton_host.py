@@ -20,7 +20,8 @@ Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 CHIPS = "nvidia-*|amd-*"
 # Below torch: where nothing could be measured torch runs, and a Triton kernel must be clearly faster.
 PRIORITY = -1
-_CPU_PROCESSORS = 8  # stands for the chip's count in the interpreter and in offline compilation
+_CPU_PROCESSORS = 8  # stands for the chip's count in the interpreter
+_PROCESSORS = {"cuda": 132, "hip": 304}  # H100 and MI300X, when compiled for without one
 _MIN_CAPABILITY = {"bfloat16": (8, 0)}
 
 
@@ -51,11 +52,15 @@ def backend() -> Backend:
     return _backend or ("hip" if torch.version.hip else "cuda")
 
 
-@cache
 def num_processors(device: torch.device) -> int:
     """Return how many programs the chip runs side by side (SMs or compute units)."""
     if device.type != "cuda":
-        return _CPU_PROCESSORS
+        return _PROCESSORS[_backend] if _backend else _CPU_PROCESSORS
+    return _processors_of(device)
+
+
+@cache
+def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

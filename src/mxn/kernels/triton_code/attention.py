@@ -317,11 +317,17 @@ def finish(
     seen = tl.load(seen_ptr + r).to(tl.int32)
     is_real_U = is_head_U & (seen > 0)
     out_UJ = acc_UJ / tl.where(is_real_U, den_U, 1.0)[:, None]
-    if IS_UNIFIED:
+    at_UJ = out_ptr + (row * num_heads + heads_U)[:, None] * J + dims[None, :]
+    if not IS_UNIFIED:
+        tl.store(at_UJ, out_UJ.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
         # Written so that a NaN fires too. Sums that overflowed are infinite or NaN: times zero, NaN.
         is_good_U = (top_U - phi <= high) & (top_U - phi >= low)
         zero_U = tl.sum(tl.where(mask, out_UJ, 0.0) * 0.0, axis=1)
         is_bad_U = is_real_U & ~(is_good_U & (zero_U == 0.0))
+        # Stored before the recomputation, not merged after it: fewer registers are alive.
+        good = mask & ~is_bad_U[:, None]
+        tl.store(at_UJ, out_UJ.to(out_ptr.dtype.element_ty), mask=good)
         num_bad = tl.sum(is_bad_U.to(tl.int32), axis=0)
         if num_bad > 0:
             tl.atomic_add(recomputed_ptr, num_bad, sem="relaxed")
@@ -339,6 +345,5 @@ def finish(
                 A, B, J, BLOCK_A, BLOCK_B, BLOCK_J, BLOCK_L, BLOCK_U, PAGE,
                 HAS_SOFTCAP, IS_LATENT, False, PRECISION,
             )  # fmt: skip
-            out_UJ = tl.where(is_bad_U[:, None], safe_UJ / safe_den_U[:, None], out_UJ)
-    at = out_ptr + (row * num_heads + heads_U)[:, None] * J + dims[None, :]
-    tl.store(at, out_UJ.to(out_ptr.dtype.element_ty), mask=mask)
+            safe_UJ = (safe_UJ / safe_den_U[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(at_UJ, safe_UJ, mask=mask & is_bad_U[:, None])

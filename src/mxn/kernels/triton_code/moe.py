@@ -69,7 +69,7 @@ def gate_up(
     i = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_i = i < num_inner
     gate_F1 = w_ptr + expert * w_stride_e + i[:, None] * w_stride_f
-    up_F1 = gate_F1 + num_inner.to(tl.int64) * w_stride_f
+    up_F1 = w_ptr + expert * w_stride_e + (i + num_inner)[:, None] * w_stride_f
     x_1M = x_ptr + tokens[None, :] * x_stride
     gate_FM = tl.zeros([BLOCK_F, BLOCK_M], dtype=tl.float32)
     up_FM = tl.zeros([BLOCK_F, BLOCK_M], dtype=tl.float32)

@@ -20,6 +20,7 @@ from mxn.kernels.ops.paged_attention.torch_ import prefill_chunks
 from mxn.kernels.registry import kernel
 
 MAX_ROWS = 4
+_FINISH_HEADS = 16  # heads of a program that adds splits up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +175,8 @@ def decode(
     host.launch(
         code.attend_splits, (num_rows, blocks, splits), *tensors, *strides, *numbers, **constants
     )
+    blocks = shape.groups * host.ceil_div(shape.per_group, _FINISH_HEADS)
+    constants["BLOCK_U"] = _FINISH_HEADS
     host.launch(
         code.finish, (num_rows, blocks), *tensors, out_TNJ, recomputed(q_TNH.device), splits,
         *strides, *numbers, float(guard.low), float(guard.high), **constants,
@@ -211,7 +214,7 @@ class _Shape:
         a = latent or (dim if whole - dim < dim // 8 or dim < 32 else whole // 2)
         is_wide = a > 256 or out_TNJ.shape[-1] > 256
         is_small = host.backend() == "hip" or q_TNH.dtype == torch.float32  # 64 KiB shared memory
-        block_u = min(host.power_of_two(per_group, 16), 16 if is_wide and is_small else 64)
+        block_u = min(host.power_of_two(per_group, 16), (16 if is_small else 32) if is_wide else 64)
         block_l = (16 if is_small else 32) if is_wide else (32 if is_small else 64)
         return cls(
             groups, per_group, a, dim - a, out_TNJ.shape[-1], block_u, block_l,
