@@ -324,11 +324,12 @@ def finish(
         # Written so that a NaN fires too. Sums that overflowed are infinite or NaN: times zero, NaN.
         is_good_U = (top_U - phi <= high) & (top_U - phi >= low)
         zero_U = tl.sum(tl.where(mask, out_UJ, 0.0) * 0.0, axis=1)
-        is_bad_U = is_real_U & ~(is_good_U & (zero_U == 0.0))
+        bad_U = tl.where(is_good_U & (zero_U == 0.0), 0, 1)
+        bad_U = tl.where(is_real_U, bad_U, 0)
         # Stored before the recomputation, not merged after it: fewer registers are alive.
-        good = mask & ~is_bad_U[:, None]
+        good = mask & (bad_U == 0)[:, None]
         tl.store(at_UJ, out_UJ.to(out_ptr.dtype.element_ty), mask=good)
-        num_bad = tl.sum(is_bad_U.to(tl.int32), axis=0)
+        num_bad = tl.sum(bad_U, axis=0)
         if num_bad > 0:
             tl.atomic_add(recomputed_ptr, num_bad, sem="relaxed")
             first = tl.maximum(seen - window, 0) if HAS_WINDOW else 0
@@ -346,4 +347,4 @@ def finish(
                 HAS_SOFTCAP, IS_LATENT, False, PRECISION,
             )  # fmt: skip
             safe_UJ = (safe_UJ / safe_den_U[:, None]).to(out_ptr.dtype.element_ty)
-            tl.store(at_UJ, safe_UJ, mask=mask & is_bad_U[:, None])
+            tl.store(at_UJ, safe_UJ, mask=mask & (bad_U == 1)[:, None])

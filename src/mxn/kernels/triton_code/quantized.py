@@ -96,28 +96,38 @@ def flat_int8(
     w_scales_ptr,
     bias_ptr,
     y_ptr,
+    parts_ptr,
     num_rows,
     num_in,
     num_out,
     HAS_BIAS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (f, m): a tile of y; products and sums in int32, then both scales, then bias."""
+    """Program (f, m, p): a tile of y over the part p of D.
+
+    Products and sums in int32, then both scales, then bias.
+    """
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_f, is_m = f < num_out, m < num_rows
     w_F1 = w_ptr + f[:, None] * num_in
     x_1M = x_ptr + m.to(tl.int64)[None, :] * num_in
+    tiles = tl.cdiv(tl.cdiv(num_in, BLOCK_D), NUM_PARTS)
+    begin = tl.program_id(2) * tiles * BLOCK_D
+    end = tl.minimum(begin + tiles * BLOCK_D, num_in)
     acc_FM = tl.zeros([BLOCK_F, BLOCK_M], dtype=tl.int32)
-    for start in range(0, num_in, BLOCK_D):
+    for start in range(begin, end, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        is_d = d < num_in
+        is_d = d < end
         w_FD = tl.load(w_F1 + d[None, :], mask=is_f[:, None] & is_d[None, :], other=0)
         x_DM = tl.load(x_1M + d[:, None], mask=is_d[:, None] & is_m[None, :], other=0)
         acc_FM = tl.dot(w_FD, x_DM, acc_FM, out_dtype=tl.int32)
     w_scale_F = tl.load(w_scales_ptr + f, mask=is_f, other=0.0)
     x_scale_M = tl.load(x_scales_ptr + m, mask=is_m, other=0.0)
     y_FM = acc_FM.to(tl.float32) * w_scale_F[:, None] * x_scale_M[None, :]
-    store_rows(y_FM, bias_ptr, y_ptr, y_ptr, f, m, num_rows, num_out, HAS_BIAS, 1)
+    store_rows(
+        y_FM, bias_ptr, y_ptr, parts_ptr, f, m, num_rows, num_out, HAS_BIAS, NUM_PARTS
+    )  # fmt: skip

@@ -114,22 +114,20 @@ class FlatTile:
 
     @classmethod
     def of(
-        cls, num_rows: int, in_features: int, out_features: int, x: Tensor, block_d: int,
-        max_parts: int = _MAX_PARTS,
-    ) -> FlatTile:  # fmt: skip
-        """Choose tiles: wide ones where F fills the chip, else narrow ones, else parts of D.
+        cls, num_rows: int, in_features: int, out_features: int, x: Tensor, block_d: int
+    ) -> FlatTile:
+        """Choose tiles: wide ones where F fills the chip, else half as wide, then parts of D.
 
-        A wide tile reads x less often; the chip needs about two programs for each processor.
+        A wide tile reads x less often; the chip wants two programs for each processor.
         """
         is_hip = host.backend() == "hip"
+        processors = host.num_processors(x.device)
         block_m = min(64, host.power_of_two(num_rows, 16 if is_hip else 8))
-        wanted = 2 * host.num_processors(x.device)
-        block_f = 64
-        while block_f > 16 and host.ceil_div(out_features, block_f) < wanted:
-            block_f //= 2
-        programs = host.ceil_div(out_features, block_f) * host.ceil_div(num_rows, block_m)
+        blocks_m = host.ceil_div(num_rows, block_m)
+        block_f = 64 if host.ceil_div(out_features, 64) * blocks_m >= processors else 32
+        programs = host.ceil_div(out_features, block_f) * blocks_m
         tiles = host.ceil_div(in_features, block_d)
-        num_parts = max(1, min(max_parts, wanted // max(1, programs), tiles // 4))
+        num_parts = max(1, min(_MAX_PARTS, 2 * processors // max(1, programs), tiles // 4))
         return cls(
             block_m, block_f, block_d, num_parts, num_warps=4, num_stages=2 if is_hip else 4
         )

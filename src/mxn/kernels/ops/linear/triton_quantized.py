@@ -82,9 +82,8 @@ class TritonInt8Linear:
         rows = rows_of(x)
         values, scales = quantize_rows(rows)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device=x.device)
-        tile = FlatTile.of(
-            len(rows), self.in_features, self.out_features, rows, block_d=128, max_parts=1
-        )
+        tile = FlatTile.of(len(rows), self.in_features, self.out_features, rows, block_d=128)
+        parts = tile.workspace(y)
         host.launch(
             code.flat_int8,
             tile.grid(len(rows), self.out_features),
@@ -94,16 +93,19 @@ class TritonInt8Linear:
             self.weight.scales,
             y if self.bias_F is None else self.bias_F,
             y,
+            parts,
             len(rows),
             self.in_features,
             self.out_features,
             HAS_BIAS=self.bias_F is not None,
+            NUM_PARTS=tile.num_parts,
             BLOCK_M=tile.block_m,
             BLOCK_F=tile.block_f,
             BLOCK_D=tile.block_d,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
+        add_parts(parts, self.bias_F, y, tile.num_parts)
         return y.reshape(*x.shape[:-1], self.out_features)
 
 

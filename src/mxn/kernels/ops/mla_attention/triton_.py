@@ -19,6 +19,7 @@ from mxn.kernels.registry import kernel
     "mla_attention",
     name="triton",
     chips=host.CHIPS,
+    dtypes=paged.DTYPES,
     priority=host.PRIORITY,
     missing=host.missing,
 )

@@ -20,6 +20,7 @@ from mxn.kernels.ops.paged_attention.torch_ import prefill_chunks
 from mxn.kernels.registry import kernel
 
 MAX_ROWS = 4
+DTYPES = ("bfloat16", "float16")  # float32 products have no tensor cores and spill registers
 _FINISH_HEADS = 16  # heads of a program that adds splits up
 
 
@@ -65,6 +66,7 @@ def recomputed(device: torch.device) -> Tensor:
     "paged_attention",
     name="triton",
     chips=host.CHIPS,
+    dtypes=DTYPES,
     priority=host.PRIORITY,
     missing=host.missing,
 )
@@ -213,7 +215,8 @@ class _Shape:
         whole = host.power_of_two(dim)
         a = latent or (dim if whole - dim < dim // 8 or dim < 32 else whole // 2)
         is_wide = a > 256 or out_TNJ.shape[-1] > 256
-        is_small = host.backend() == "hip" or q_TNH.dtype == torch.float32  # 64 KiB shared memory
+        # 64 KiB of shared memory on AMD; float32 takes twice the room everywhere.
+        is_small = host.backend() == "hip" or q_TNH.dtype == torch.float32
         block_u = min(host.power_of_two(per_group, 16), (16 if is_small else 32) if is_wide else 64)
         block_l = (16 if is_small else 32) if is_wide else (32 if is_small else 64)
         return cls(
