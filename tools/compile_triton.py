@@ -1,11 +1,12 @@
 """Compile every Triton kernel for chips that are not here, at the shapes of real models.
 
-    python tools/compile_triton.py                       # sm_90 and gfx942, all kernels, bfloat16
+    python tools/compile_triton.py             # sm_90 and gfx942, all kernels and shapes, bfloat16
+    python tools/compile_triton.py --quick     # each kernel once
     python tools/compile_triton.py --target hip:gfx942 --only linear --dtype float16 --json out.json
 
-The host code of each op runs on tensors without memory; each launch is compiled instead of started,
-down to machine code. So what is checked is what would be launched, with its tile sizes. It does not
-say that results are right (the interpreter does: tests/parity/test_triton.py) nor how fast they are.
+The host code of each op runs on tensors without memory; each launch is compiled instead of
+started, down to machine code. So what is checked is what would be launched, with its tile sizes. It
+does not say that results are right (tests/parity/test_triton.py does) nor how fast they are.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Job:
     name: str
     op: str
     call: Callable[[torch.dtype], object]
+    is_quick: bool = False
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -130,7 +132,10 @@ def rotary(dim: int, half: int, is_interleaved: bool) -> Callable[[torch.dtype],
 
 def product(num_rows: int, in_features: int, out_features: int) -> Callable[[torch.dtype], object]:
     def call(dtype: torch.dtype) -> object:
-        weight, bias = empty(out_features, in_features, dtype=dtype), empty(out_features, dtype=dtype)
+        weight, bias = (
+            empty(out_features, in_features, dtype=dtype),
+            empty(out_features, dtype=dtype),
+        )
         return kernel("linear")(weight, bias)(empty(num_rows, in_features, dtype=dtype))
 
     return call
@@ -166,24 +171,24 @@ def experts(tokens: int, count: int, top_k: int, dim: int, inner: int, kind: str
 
 
 JOBS = (
-    Job("Llama-3 8B, 4 queries a key head", "paged_attention", attention(32, 8, 128)),
+    Job("Llama-3 8B, 4 queries a key head", "paged_attention", attention(32, 8, 128), True),
     Job("Gemma-2 9B, window and cap", "paged_attention", attention(16, 8, 256, 4096, 50.0)),
     Job("heads of 192 = 128 + 64", "paged_attention", attention(16, 16, 192)),
     Job("DeepSeek-V3, 128 heads", "mla_attention", latent_attention(128)),
-    Job("DeepSeek-V2-Lite, 16 heads", "mla_attention", latent_attention(16)),
-    Job("4096 dims", "rms_norm", norms(4096)),
-    Job("halves", "rope", rotary(128, 64, False)),
+    Job("DeepSeek-V2-Lite, 16 heads", "mla_attention", latent_attention(16), True),
+    Job("4096 dims", "rms_norm", norms(4096), True),
+    Job("halves", "rope", rotary(128, 64, False), True),
     Job("partial, interleaved", "rope", rotary(192, 32, True)),
-    Job("1 row", "linear", product(1, 4096, 6144)),
+    Job("1 row", "linear", product(1, 4096, 6144), True),
     Job("8 rows", "linear", product(8, 4096, 6144)),
     Job("64 rows", "linear", product(64, 4096, 28672)),
-    Job("8 rows, small F: parts of D", "linear", product(8, 14336, 1024)),
-    Job("int4 g128, 8 rows", "linear", int4_product(8, 128)),
+    Job("8 rows, small F: parts of D", "linear", product(8, 14336, 1024), True),
+    Job("int4 g128, 8 rows", "linear", int4_product(8, 128), True),
     Job("int4 g64, 64 rows", "linear", int4_product(64, 64)),
     Job("int4 g32, 1 row", "linear", int4_product(1, 32)),
-    Job("int8, 8 rows", "linear", int8_product(8)),
+    Job("int8, 8 rows", "linear", int8_product(8), True),
     Job("int8, 64 rows", "linear", int8_product(64)),
-    Job("Qwen3-30B-A3B, 16 tokens", "moe", experts(16, 128, 8, 2048, 768)),
+    Job("Qwen3-30B-A3B, 16 tokens", "moe", experts(16, 128, 8, 2048, 768), True),
     Job("DeepSeek-V3, 512 tokens", "moe", experts(512, 256, 8, 7168, 2048)),
 )
 # Numbers that are 1 become constants of the kernel: another program, with its own mistakes.
@@ -288,11 +293,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--only", help="ops, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="one shape for each kernel")
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
     parser.add_argument("--json", type=Path, help="write what was compiled")
     options = parser.parse_args()
     wanted = set(options.only.split(",")) if options.only else {job.op for job in JOBS}
     jobs = tuple(job for job in (*JOBS, *ONES) if job.op in wanted)
+    if options.quick:
+        jobs = tuple(job for job in JOBS if job.op in wanted and job.is_quick)
     done: list[Compiled] = []
     for target in options.target or TARGETS:
         for made in compile_jobs(target, options.dtype, jobs):

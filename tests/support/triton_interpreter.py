@@ -1,4 +1,4 @@
-"""Runs Triton kernels on the CPU, in Triton's interpreter. Call `start` before device code is loaded.
+"""Runs Triton kernels on the CPU, in Triton's interpreter. Call `start` before they are loaded.
 
 Repairs make the interpreter do what chips do with bfloat16, which it keeps as uint16: float32 is
 rounded to nearest even (it cuts off), integers become numbers and `tl.dot` multiplies numbers (it
@@ -13,12 +13,15 @@ import sys
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def absence() -> str | None:
     """Return why kernels cannot be interpreted in this process, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if torch.cuda.is_available():
+        return "kernels run compiled where there is a GPU: test_triton_gpu.py"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if any(name.startswith("mxn.kernels.triton_code.") for name in sys.modules):

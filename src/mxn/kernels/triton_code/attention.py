@@ -2,10 +2,10 @@
 
 Unified maximum (FlashDecoding++, arXiv 2311.01282, section 3): every split takes exp(x - phi) with
 one constant phi, so splits and tiles exchange no maximum and rescale nothing. Each (row, split)
-carries its largest x; `finish` adds the splits up and recomputes, with the running maximum, the rows
-whose largest x left the guarded range or whose sums are not finite.
+carries its largest x; `finish` adds the splits up and recomputes, with the running maximum, the
+rows whose largest x left the guarded range or whose sums are not finite.
 
-Shape letters: R query rows, U query heads of a group, P splits, L positions of a tile, J value dims.
+Letters: R query rows, U query heads of a group, P splits, L positions of a tile, J value dims.
 A head is read in two pieces of A and B dims (192 = 128 + 64, latent and rotary dims of MLA), each
 padded to a power of two: less waste than one padding of the whole.
 """
@@ -321,7 +321,7 @@ def finish(
     if not IS_UNIFIED:
         tl.store(at_UJ, out_UJ.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        # Written so that a NaN fires too. Sums that overflowed are infinite or NaN: times zero, NaN.
+        # Written so that a NaN fires too. Sums that overflowed are infinite or NaN; 0 * inf = NaN.
         is_good_U = (top_U - phi <= high) & (top_U - phi >= low)
         zero_U = tl.sum(tl.where(mask, out_UJ, 0.0) * 0.0, axis=1)
         bad_U = tl.where(is_good_U & (zero_U == 0.0), 0, 1)

@@ -129,9 +129,7 @@ def down(
 
 
 @triton.jit
-def combine(
-    y_ptr, weights_ptr, out_ptr, num_dims, TOP_K: tl.constexpr, BLOCK: tl.constexpr
-):
+def combine(y_ptr, weights_ptr, out_ptr, num_dims, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """Program (t, d): out [T, D] = sum over choices of weight * y, in float32, in their order."""
     token = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -67,9 +67,7 @@ def flat_int4(
 
 
 @triton.jit
-def quantize_rows(
-    x_ptr, values_ptr, scales_ptr, num_in, x_stride, BLOCK_D: tl.constexpr
-):
+def quantize_rows(x_ptr, values_ptr, scales_ptr, num_in, x_stride, BLOCK_D: tl.constexpr):
     """Program (m): values [M, D] int8 = x / scale to nearest even; scales [M] = max |x| / 127."""
     m = tl.program_id(0).to(tl.int64)
     largest_D = tl.zeros([BLOCK_D], dtype=tl.float32)

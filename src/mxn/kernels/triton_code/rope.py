@@ -39,7 +39,9 @@ def _rotate_heads(
         if 2 * HALF < HEAD_DIM:
             rest = 2 * HALF + tl.arange(0, BLOCK_REST)
             passed = (heads < num_heads)[:, None] & (rest < HEAD_DIM)[None, :]
-            tl.store(out_N1 + rest[None, :], tl.load(x_N1 + rest[None, :], mask=passed), mask=passed)
+            tl.store(
+                out_N1 + rest[None, :], tl.load(x_N1 + rest[None, :], mask=passed), mask=passed
+            )
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Packed weights of `linear`: what their numbers mean, how to make and to expand them.
 
-Nothing is chosen or fast here: kernels read the fields. `dequantized()` is the truth of each format.
+Nothing is chosen or fast here: kernels read the fields. `dequantized()` is the truth of a format.
 
 Shape letters: D in features, F out features, g groups of a row.
 """

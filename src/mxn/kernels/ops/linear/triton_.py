@@ -128,9 +128,7 @@ class FlatTile:
         programs = host.ceil_div(out_features, block_f) * blocks_m
         tiles = host.ceil_div(in_features, block_d)
         num_parts = max(1, min(_MAX_PARTS, 2 * processors // max(1, programs), tiles // 4))
-        return cls(
-            block_m, block_f, block_d, num_parts, num_warps=4, num_stages=2 if is_hip else 4
-        )
+        return cls(block_m, block_f, block_d, num_parts, num_warps=4, num_stages=2 if is_hip else 4)
 
     def grid(self, num_rows: int, out_features: int) -> tuple[int, int, int]:
         return (

@@ -1,7 +1,7 @@
 """Linear layers over packed weights in Triton: W4A16 and W8A8. Prepared like `linear`'s kernels.
 
-No op offers them yet: a loader that has packed weights builds them directly. All rows go through the
-same flat product; many rows (prefill) are not tuned.
+No op offers them yet: a loader that has packed weights builds them directly. All rows go through
+the same flat product; many rows (prefill) are not tuned.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TritonInt4Linear:
 
 
 class TritonInt8Linear:
-    """x[..., D] -> y[..., F]: int8 weights by out feature, x rounded to int8 by row at each call."""
+    """x[..., D] -> y[..., F]: int8 weights by out feature, x rounded to int8 by row when called."""
 
     kernel = "triton_int8"
     __slots__ = ("bias_F", "in_features", "num_bytes", "out_features", "weight")

@@ -1,7 +1,7 @@
 """`paged_attention` in Triton: rows of short sequences by splits with a unified maximum.
 
-A sequence with up to `MAX_ROWS` new tokens is read row by row (decoding, speculation); longer chunks
-go the way of `torch`. `decode` knows no host lists and never waits for the device, so it can be
+A sequence with up to `MAX_ROWS` new tokens is read row by row (decoding, speculation); longer
+chunks go the way of `torch`. `decode` knows no host lists and never waits for the device, so it can be
 captured in a graph. Derivation and the guard: docs/design/0011-triton-kernels.md.
 
 Shape letters: R query rows, P splits.
@@ -41,7 +41,7 @@ class UnifiedMax:
 class Rows:
     """Query rows: row r is token `tokens_R[r]` of sequence `sequences_R[r]`, seeing `seen_R[r]`.
 
-    None for tokens and sequences: row, token and sequence are the same number. int64, on the device.
+    None for tokens and sequences: row, token and sequence are the same. int64, on the device.
     """
 
     seen_R: Tensor
@@ -53,7 +53,7 @@ _recomputed: dict[torch.device, Tensor] = {}
 
 
 def recomputed(device: torch.device) -> Tensor:
-    """Return the count [1] int32 of (row, head) pairs whose guard fired on `device` since the start.
+    """Return the count [1] int32 of (row, head) pairs whose guard fired on `device` so far.
 
     A rising share means that phi does not fit the model. Reading it waits for the device.
     """

@@ -1,4 +1,4 @@
-"""`rms_norm` in Triton: one pass over each row, one launch. Also the host side of `add_rms_norm`."""
+"""`rms_norm` in Triton: one pass over each row. Also the host side of `add_rms_norm`."""
 
 from __future__ import annotations
 
