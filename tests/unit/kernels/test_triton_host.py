@@ -88,3 +88,14 @@ def test_an_empty_grid_starts_nothing() -> None:
 def test_powers_of_two() -> None:
     assert [triton_host.power_of_two(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
     assert triton_host.power_of_two(5, least=16) == 16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_says_that_it_needs_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "bench/kernels/triton_gpu.py"],
+        cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "skipped: " in done.stderr
+    assert '"skipped"' in done.stdout.splitlines()[-1]

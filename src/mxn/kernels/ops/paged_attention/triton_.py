@@ -1,7 +1,7 @@
 """`paged_attention` in Triton: rows of short sequences by splits with a unified maximum.
 
 A sequence with up to `MAX_ROWS` new tokens is read row by row (decoding, speculation); longer
-chunks go the way of `torch`. `decode` knows no host lists and never waits for the device, so it can be
+chunks go the way of `torch`. `decode` knows no host lists and never waits for the device: it can be
 captured in a graph. Derivation and the guard: docs/design/0011-triton-kernels.md.
 
 Shape letters: R query rows, P splits.
