@@ -7,7 +7,7 @@ timed when it is installed. Kernels that fail their parity test on this GPU are 
 
 Every contender is captured in a CUDA graph (decoding runs in graphs; a launch from Python would
 cost more than the kernel) that works through copies of its inputs larger than the cache, and the
-graphs take turns. What waits for the host cannot be captured and is timed as it is (`graph`: false).
+graphs take turns. What waits for the host cannot be captured and is timed as it is (graph: false).
 Prints a table, then one line of JSON: microseconds p20, p50, p80, and bytes that must be read by
 second against the copy bandwidth measured in the same minute.
 """

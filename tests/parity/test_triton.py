@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mxn.kernels import parity, registry
@@ -112,6 +114,23 @@ def test_guard_fires_for_rows_out_of_range_only_and_the_result_is_exact(num_spli
     got, count = decode(q, k, v, batch, 1.0, unified=guard, num_splits=num_splits)
     assert count == 2 * 2  # two rows, two heads
     assert_same(truth(q, k, v, batch, 1.0), got)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    contexts=st.lists(st.integers(1, 90), min_size=1, max_size=3).map(tuple),
+    size=st.floats(0.05, 60.0),
+    phi=st.floats(-20.0, 20.0),
+    reach=st.sampled_from([1.0, 3.0, 50.0]),
+    num_splits=st.integers(1, 4),
+)
+def test_any_phi_and_range_give_the_exact_result(contexts, size, phi, reach, num_splits) -> None:
+    q, k, v, batch = decode_inputs(contexts, heads=3, groups=1)
+    q *= size
+    guard = UnifiedMax(phi=phi, low=-reach, high=reach)
+    got, _ = decode(q, k, v, batch, 0.25, unified=guard, num_splits=num_splits)
+    # A score of some hundreds has an error of 1e-5 in float32, in the truth too.
+    assert_same(truth(q, k, v, batch, 0.25), got, 2e-5)
 
 
 @pytest.mark.parametrize("top", [-700.0, -95.0, -51.0, 51.0, 95.0, 700.0])

@@ -16,6 +16,7 @@ from mxn.kernels.registry import kernel
     shapes=norms.takes,
     priority=host.PRIORITY,
     missing=host.missing,
+    needs_proof=True,
 )
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight_D: Tensor, eps: float

@@ -96,7 +96,14 @@ class TritonLinear:
         add_parts(parts, self.bias_F, y, tile.num_parts)
 
 
-@kernel("linear", name="triton", chips=host.CHIPS, priority=host.PRIORITY, missing=host.missing)
+@kernel(
+    "linear",
+    name="triton",
+    chips=host.CHIPS,
+    priority=host.PRIORITY,
+    missing=host.missing,
+    needs_proof=True,
+)
 def linear(weight_FD: Tensor, bias_F: Tensor | None = None) -> TritonLinear:
     return TritonLinear(weight_FD, bias_F)
 

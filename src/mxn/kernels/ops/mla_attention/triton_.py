@@ -22,6 +22,7 @@ from mxn.kernels.registry import kernel
     dtypes=paged.DTYPES,
     priority=host.PRIORITY,
     missing=host.missing,
+    needs_proof=True,
 )
 def mla_attention(
     q_TNC: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, v_dim: int

@@ -18,7 +18,14 @@ from mxn.kernels.ops.linear.triton_ import precision, rows_of
 from mxn.kernels.registry import kernel
 
 
-@kernel("moe", name="triton", chips=host.CHIPS, priority=host.PRIORITY, missing=host.missing)
+@kernel(
+    "moe",
+    name="triton",
+    chips=host.CHIPS,
+    priority=host.PRIORITY,
+    missing=host.missing,
+    needs_proof=True,
+)
 def moe(
     x_TD: Tensor,
     weights_Tk: Tensor,

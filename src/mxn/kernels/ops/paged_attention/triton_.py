@@ -69,6 +69,7 @@ def recomputed(device: torch.device) -> Tensor:
     dtypes=DTYPES,
     priority=host.PRIORITY,
     missing=host.missing,
+    needs_proof=True,
 )
 def paged_attention(
     q_TNH: Tensor,

@@ -22,6 +22,7 @@ def takes(x: Tensor, *_: object) -> bool:
     shapes=takes,
     priority=host.PRIORITY,
     missing=host.missing,
+    needs_proof=True,
 )
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return norm_rows(x, None, weight_D, eps)[0]

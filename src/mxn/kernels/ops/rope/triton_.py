@@ -11,7 +11,14 @@ from mxn.kernels.registry import kernel
 _TILE = 4096  # values of one step of the loop over heads
 
 
-@kernel("rope", name="triton", chips=host.CHIPS, priority=host.PRIORITY, missing=host.missing)
+@kernel(
+    "rope",
+    name="triton",
+    chips=host.CHIPS,
+    priority=host.PRIORITY,
+    missing=host.missing,
+    needs_proof=True,
+)
 def rope(
     q_TNH: Tensor, k_TGH: Tensor, cos_TR: Tensor, sin_TR: Tensor, is_interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
