@@ -7,6 +7,7 @@ takes both for the bits).
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -20,6 +21,9 @@ def absence() -> str | None:
     """Return why kernels cannot be interpreted in this process, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 7):
+        return f"the interpreter of triton {version} fails with numpy {np.__version__}; 3.7 works"
     if torch.cuda.is_available():
         return "kernels run compiled where there is a GPU: test_triton_gpu.py"
     if os.environ.get("TRITON_INTERPRET") == "1":
