@@ -41,9 +41,17 @@ from mxn.kernels.registry import kernels_of
 TARGETS = {
     "cuda:sm_90": GPUTarget("cuda", 90, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+    "cuda:sm_80": GPUTarget("cuda", 80, 32),
+    "cuda:sm_120": GPUTarget("cuda", 120, 32),
+    "hip:gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "hip:gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-# What one program may have: H100 228 KiB less what the system keeps, MI300 64 KiB.
-SHARED_BYTES = {"cuda:sm_90": 227 << 10, "hip:gfx942": 64 << 10}
+DEFAULT_TARGETS = ("cuda:sm_90", "hip:gfx942")
+# What one program may have, less what the system keeps.
+SHARED_BYTES = {"cuda:sm_80": 163 << 10, "cuda:sm_90": 227 << 10, "cuda:sm_120": 99 << 10}
+AMD_SHARED_BYTES = 64 << 10
+PROCESSORS = {"cuda": 132, "hip": 304}  # H100, MI300X: they decide how work is cut
+MATRIX = ("wgmma.mma", "mma.sync", "v_mfma", "v_wmma")
 META = torch.device("meta")
 
 
@@ -242,7 +250,9 @@ def compile_jobs(target_name: str, dtype_name: str, jobs: tuple[Job, ...]) -> It
                      *used, len(binary), matrix_instructions(text), round(seconds, 2))
         )  # fmt: skip
 
-    with host.redirected(runner, target.backend):
+    has_tf32 = target.backend == "cuda" or target.arch == "gfx942"
+    chip = host.Target(target.backend, PROCESSORS[target.backend], has_tf32)
+    with host.redirected(runner, chip):
         for job in jobs:
             try:
                 job.call(dtype)
@@ -256,7 +266,7 @@ def compile_jobs(target_name: str, dtype_name: str, jobs: tuple[Job, ...]) -> It
 def matrix_instructions(text: str) -> tuple[str, ...]:
     """Return the names of the matrix instructions in PTX or GCN assembly."""
     words = {line.split()[0] for line in text.splitlines() if line.split()}
-    return tuple(sorted(w for w in words if w.startswith(("wgmma.mma", "mma.sync", "v_mfma"))))
+    return tuple(sorted(w for w in words if w.startswith(MATRIX)))
 
 
 def cuda_registers(binary: bytes) -> tuple[int, int]:
@@ -279,7 +289,7 @@ def hip_registers(text: str) -> tuple[int, int]:
 
 
 def problems(made: Compiled) -> list[str]:
-    limit = SHARED_BYTES[made.target]
+    limit = SHARED_BYTES.get(made.target, AMD_SHARED_BYTES)
     found = []
     if made.shared_bytes > limit:
         found.append(f"{made.kernel} ({made.job}) needs {made.shared_bytes} bytes of shared memory "
@@ -291,7 +301,8 @@ def problems(made: Compiled) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--target", action="append", choices=TARGETS,
+                        help=f"default: {' and '.join(DEFAULT_TARGETS)}")  # fmt: skip
     parser.add_argument("--only", help="ops, separated by commas")
     parser.add_argument("--quick", action="store_true", help="one shape for each kernel")
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
@@ -302,7 +313,7 @@ def main() -> int:
     if options.quick:
         jobs = tuple(job for job in JOBS if job.op in wanted and job.is_quick)
     done: list[Compiled] = []
-    for target in options.target or TARGETS:
+    for target in options.target or DEFAULT_TARGETS:
         for made in compile_jobs(target, options.dtype, jobs):
             done.append(made)
             print(f"{target}  {made.kernel:14} {made.job:32} {made.shared_bytes:7} B shared "

@@ -167,7 +167,8 @@ def test_a_nan_in_a_context_stays_in_its_row() -> None:
     assert_same(truth(q, k, v, batch, 1.0)[0], got[0])
 
 
-def test_rows_that_pad_a_captured_graph_are_zero_and_read_nothing() -> None:
+@pytest.mark.parametrize("unified", [UnifiedMax(), None], ids=["unified", "own maxima"])
+def test_rows_that_pad_a_captured_graph_are_zero_and_read_nothing(unified) -> None:
     q, k, v, batch = decode_inputs((40, 50))
     want = truth(q, k, v, batch, 0.25)
     out = torch.empty(3, 4, 16)
@@ -175,7 +176,7 @@ def test_rows_that_pad_a_captured_graph_are_zero_and_read_nothing() -> None:
     rows = Rows(torch.tensor([40, 50, 0]))
     before = int(paged.recomputed(CPU))
     paged.decode(out, torch.cat((q, q[:1])), k, v, table, rows, 0.25, max_context=4096,
-                 page_tokens=16)  # fmt: skip
+                 page_tokens=16, unified=unified)  # fmt: skip
     assert_same(want, out[:2])
     assert torch.equal(out[2], torch.zeros(4, 16))
     assert int(paged.recomputed(CPU)) == before

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 Backend = Literal["cuda", "hip"]
 Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
@@ -21,8 +23,16 @@ CHIPS = "nvidia-*|amd-*"
 # Below torch: it runs where nothing could be measured, and must be beaten by 5 % where it could.
 PRIORITY = -1
 _CPU_PROCESSORS = 8  # stands for the chip's count in the interpreter
-_PROCESSORS = {"cuda": 132, "hip": 304}  # H100 and MI300X, when compiled for without one
 _MIN_CAPABILITY = {"bfloat16": (8, 0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A chip that launch parameters are for although it is not here."""
+
+    backend: Backend
+    num_processors: int
+    has_tf32: bool
 
 
 def missing(dtype: str) -> str | None:
@@ -49,14 +59,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 def backend() -> Backend:
     """Return which compiler the launch parameters are for."""
-    return _backend or ("hip" if torch.version.hip else "cuda")
+    if _target:
+        return _target.backend
+    return "hip" if torch.version.hip else "cuda"
 
 
 def num_processors(device: torch.device) -> int:
     """Return how many programs the chip runs side by side (SMs or compute units)."""
-    if device.type != "cuda":
-        return _PROCESSORS[_backend] if _backend else _CPU_PROCESSORS
-    return _processors_of(device)
+    if _target:
+        return _target.num_processors
+    return _processors_of(device) if device.type == "cuda" else _CPU_PROCESSORS
+
+
+def has_tf32(x: Tensor) -> bool:
+    """Return whether float32 products may be taken as tf32: x is narrower and the chip has it."""
+    if x.dtype == torch.float32:
+        return False
+    if _target:
+        return _target.has_tf32
+    if x.device.type != "cuda" or backend() == "cuda":
+        return True
+    return _architecture_of(x.device).startswith("gfx942")
+
+
+@cache
+def _architecture_of(device: torch.device) -> str:
+    return torch.cuda.get_device_properties(device).gcnArchName
 
 
 @cache
@@ -74,22 +102,27 @@ def ceil_div(size: int, part: int) -> int:
 
 
 @contextmanager
-def redirected(runner: Runner, target: Backend) -> Iterator[None]:
+def redirected(runner: Runner, target: Target) -> Iterator[None]:
     """Hand launches to `runner`, with the launch parameters of `target`. For tools and tests."""
-    global _runner, _backend
-    before = _runner, _backend
-    _runner, _backend = runner, target
+    global _runner, _target
+    before = _runner, _target
+    _runner, _target = runner, target
     try:
         yield
     finally:
-        _runner, _backend = before
+        _runner, _target = before
 
 
 def _run(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    kernel[grid](*args, **options)
+    device = next(part.device for part in args if isinstance(part, Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+    else:  # triton starts kernels on the current device, whatever the tensors say
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
 
 
 _runner: Runner = _run
-_backend: Backend | None = None
+_target: Target | None = None

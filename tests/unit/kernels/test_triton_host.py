@@ -77,11 +77,15 @@ def test_a_pin_says_why_triton_cannot_run_here(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_empty_grid_starts_nothing() -> None:
     started: list[object] = []
-    with triton_host.redirected(lambda *call: started.append(call), "cuda"):
+    chip = triton_host.Target("hip", 304, has_tf32=False)
+    with triton_host.redirected(lambda *call: started.append(call), chip):
         triton_host.launch("kernel", (3, 0))
         assert started == []
         triton_host.launch("kernel", (3, 1), 5, BLOCK=2)
-        assert triton_host.backend() == "cuda"
+        assert triton_host.backend() == "hip"
+        assert triton_host.num_processors(torch.device("cpu")) == 304
+        assert not triton_host.has_tf32(torch.ones(1, dtype=torch.float16))
+    assert triton_host.num_processors(torch.device("cpu")) == 8
     assert started == [("kernel", (3, 1), (5,), {"BLOCK": 2})]
 
 

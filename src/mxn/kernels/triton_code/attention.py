@@ -29,15 +29,14 @@ def _scores(
     B: tl.constexpr,
     BLOCK_B: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Scaled and capped scores [U, L]; minus infinity outside."""
-    x_UL = tl.dot(q_UA, tl.trans(k_UA), input_precision=PRECISION)
+    x_UL = tl.dot(q_UA, tl.trans(k_UA), input_precision="ieee")
     if B > 0:
         dims = tl.arange(0, BLOCK_B)
         mask = inside_L[:, None] & (dims < B)[None, :]
         k_LB = tl.load(k_rows_L1 + A + dims[None, :], mask=mask, other=0.0)
-        x_UL += tl.dot(q_UB, tl.trans(k_LB), input_precision=PRECISION)
+        x_UL += tl.dot(q_UB, tl.trans(k_LB), input_precision="ieee")
     x_UL *= scale
     if HAS_SOFTCAP:  # tanh(y) = 1 - 2 / (exp(2 y) + 1), right at both infinities
         x_UL = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x_UL / softcap) + 1.0))
@@ -48,12 +47,12 @@ def _scores(
 def _weigh(p_UL, v_LJ, PRECISION: tl.constexpr):
     """Weights times values, summed in float32.
 
-    float16 has too few exponents for exp(x - phi) and float32 products are slow: tf32 keeps the
-    mantissa of float16 and the range of float32.
+    float16 has too few exponents for exp(x - phi): its values are widened. tf32, where the chip has
+    it, keeps the mantissa of float16 and the range of float32.
     """
     if v_LJ.dtype == tl.float16:
-        return tl.dot(p_UL, v_LJ.to(tl.float32), input_precision="tf32")
-    return tl.dot(p_UL.to(v_LJ.dtype), v_LJ, input_precision=PRECISION)
+        return tl.dot(p_UL, v_LJ.to(tl.float32), input_precision=PRECISION)
+    return tl.dot(p_UL.to(v_LJ.dtype), v_LJ, input_precision="ieee")
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def _attend(
         )
         x_UL = _scores(
             q_UA, q_UB, k_LA, k_rows_L1, inside, scale, softcap,
-            A, B, BLOCK_B, HAS_SOFTCAP, PRECISION,
+            A, B, BLOCK_B, HAS_SOFTCAP,
         )  # fmt: skip
         if IS_LATENT:
             v_LJ = k_LA
@@ -319,6 +318,7 @@ def finish(
     out_UJ = acc_UJ / tl.where(is_real_U, den_U, 1.0)[:, None]
     at_UJ = out_ptr + (row * num_heads + heads_U)[:, None] * J + dims[None, :]
     if not IS_UNIFIED:
+        out_UJ = tl.where(is_real_U[:, None], out_UJ, 0.0)
         tl.store(at_UJ, out_UJ.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         # Written so that a NaN fires too. Sums that overflowed are infinite or NaN; 0 * inf = NaN.

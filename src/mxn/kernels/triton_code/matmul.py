@@ -85,7 +85,6 @@ def flat(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program (f, m, p): a tile of y [M, F] = x [M, D] @ w [F, D]^T over the part p of D."""
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -101,7 +100,7 @@ def flat(
         is_d = d < end
         w_FD = tl.load(w_F1 + d[None, :], mask=(f < num_out)[:, None] & is_d[None, :], other=0.0)
         x_DM = tl.load(x_1M + d[:, None], mask=is_d[:, None] & (m < num_rows)[None, :], other=0.0)
-        acc_FM = tl.dot(w_FD, x_DM, acc_FM, input_precision=PRECISION)
+        acc_FM = tl.dot(w_FD, x_DM, acc_FM, input_precision="ieee")
     store_rows(
         acc_FM, bias_ptr, y_ptr, parts_ptr, f, m, num_rows, num_out, HAS_BIAS, NUM_PARTS
     )  # fmt: skip

@@ -53,7 +53,6 @@ def gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program (i, block): hidden [X, I] = act(gate @ x) * (up @ x), rows in sorted order.
 
@@ -79,9 +78,9 @@ def gate_up(
         mask = is_i[:, None] & is_d[None, :]
         x_DM = tl.load(x_1M + d[:, None], mask=is_d[:, None] & is_row[None, :], other=0.0)
         w_FD = tl.load(gate_F1 + d[None, :], mask=mask, other=0.0)
-        gate_FM = tl.dot(w_FD, x_DM, gate_FM, input_precision=PRECISION)
+        gate_FM = tl.dot(w_FD, x_DM, gate_FM, input_precision="ieee")
         w_FD = tl.load(up_F1 + d[None, :], mask=mask, other=0.0)
-        up_FM = tl.dot(w_FD, x_DM, up_FM, input_precision=PRECISION)
+        up_FM = tl.dot(w_FD, x_DM, up_FM, input_precision="ieee")
     hidden_FM = (_activate(gate_FM, KIND) * up_FM).to(hidden_ptr.dtype.element_ty)
     at = rows[None, :] * num_inner + i[:, None]
     tl.store(hidden_ptr + at, hidden_FM, mask=is_i[:, None] & is_row[None, :])
@@ -104,7 +103,6 @@ def down(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program (d, block): y [X, D] = down @ hidden, written back in the order of the pairs."""
     expert = tl.load(experts_ptr + tl.program_id(1))
@@ -123,7 +121,7 @@ def down(
         is_i = i < num_inner
         w_FD = tl.load(w_F1 + i[None, :], mask=is_o[:, None] & is_i[None, :], other=0.0)
         h_DM = tl.load(hidden_1M + i[:, None], mask=is_i[:, None] & is_row[None, :], other=0.0)
-        y_FM = tl.dot(w_FD, h_DM, y_FM, input_precision=PRECISION)
+        y_FM = tl.dot(w_FD, h_DM, y_FM, input_precision="ieee")
     at = pairs[None, :] * num_out + o[:, None]
     tl.store(y_ptr + at, y_FM.to(y_ptr.dtype.element_ty), mask=is_o[:, None] & is_row[None, :])
 

@@ -29,7 +29,6 @@ def flat_int4(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program (f, m, p): a tile of y over the part p of the groups.
 
@@ -58,8 +57,8 @@ def flat_int4(
         x_at = x_1M + g * GROUP + i[:, None]
         x_low_DM = tl.load(x_at, mask=is_m[None, :], other=0.0)
         x_high_DM = tl.load(x_at + half, mask=is_m[None, :], other=0.0)
-        sum_FM = tl.dot(low_FD.to(x_low_DM.dtype), x_low_DM, input_precision=PRECISION)
-        sum_FM = tl.dot(high_FD.to(x_low_DM.dtype), x_high_DM, sum_FM, input_precision=PRECISION)
+        sum_FM = tl.dot(low_FD.to(x_low_DM.dtype), x_low_DM, input_precision="ieee")
+        sum_FM = tl.dot(high_FD.to(x_low_DM.dtype), x_high_DM, sum_FM, input_precision="ieee")
         acc_FM += sum_FM * scale_F[:, None]
     store_rows(
         acc_FM, bias_ptr, y_ptr, parts_ptr, f, m, num_rows, num_out, HAS_BIAS, NUM_PARTS

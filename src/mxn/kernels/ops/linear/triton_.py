@@ -89,7 +89,6 @@ class TritonLinear:
             BLOCK_M=tile.block_m,
             BLOCK_F=tile.block_f,
             BLOCK_D=tile.block_d,
-            PRECISION=precision(rows),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -177,8 +176,3 @@ def rows_of(x: Tensor) -> Tensor:
     """Return x as rows [M, D], contiguous in D."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def precision(x: Tensor) -> str:
-    """Return how products are taken: in full for float32, whatever the tensor cores offer."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxn.kernels import triton_host as host
 from mxn.kernels.ops.linear.packed import Int4Weight, Int8Weight
-from mxn.kernels.ops.linear.triton_ import FlatTile, add_parts, precision, rows_of
+from mxn.kernels.ops.linear.triton_ import FlatTile, add_parts, rows_of
 
 
 class TritonInt4Linear:
@@ -55,7 +55,6 @@ class TritonInt4Linear:
             GROUP=self.weight.group_size,
             BLOCK_M=tile.block_m,
             BLOCK_F=tile.block_f,
-            PRECISION=precision(rows),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mxn.kernels import triton_host as host
-from mxn.kernels.ops.linear.triton_ import precision, rows_of
+from mxn.kernels.ops.linear.triton_ import rows_of
 from mxn.kernels.registry import kernel
 
 
@@ -51,7 +51,7 @@ def moe(
     block_f = 32 if host.backend() == "hip" or x_TD.dtype == torch.float32 else 64
     common = {
         "NUM_EXPERTS": num_experts, "BLOCK_M": block_m, "BLOCK_F": block_f, "BLOCK_D": 64,
-        "PRECISION": precision(x_TD), "num_warps": 4,
+        "num_warps": 4,
         "num_stages": 2 if host.backend() == "hip" else 3,
     }  # fmt: skip
     host.launch(

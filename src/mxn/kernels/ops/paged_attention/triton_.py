@@ -57,6 +57,8 @@ def recomputed(device: torch.device) -> Tensor:
 
     A rising share means that phi does not fit the model. Reading it waits for the device.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device not in _recomputed:
         _recomputed[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _recomputed[device]
@@ -171,7 +173,7 @@ def decode(
         "HAS_SOFTCAP": softcap is not None,
         "IS_LATENT": latent_dims is not None,
         "IS_UNIFIED": unified is not None,
-        "PRECISION": "ieee" if q_TNH.dtype == torch.float32 else "tf32",
+        "PRECISION": "tf32" if host.has_tf32(q_TNH) else "ieee",
         "num_warps": shape.num_warps,
         "num_stages": shape.num_stages,
     }
