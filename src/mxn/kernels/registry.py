@@ -45,8 +45,10 @@ class Kernel:
     """One implementation of an op.
 
     `shapes` sees the arguments of a call (for a prepared op: the weight's in and out features) and
-    says whether the kernel takes them. `missing` is given the dtype and returns the reason why the
-    kernel cannot run in this process, or None.
+    says whether the kernel takes them. `chips` are patterns with `|` between them. `missing` is
+    given the dtype and returns the reason why the kernel cannot run in this process, or None.
+    `needs_proof`: not chosen before it passed its parity test on this chip (`mxn kernels verify`),
+    for kernels that a compiler makes anew on each machine.
     """
 
     op: str
@@ -57,10 +59,11 @@ class Kernel:
     shapes: Callable[..., bool] | None = None
     priority: int = 0
     missing: Callable[[str], str | None] | None = None
+    needs_proof: bool = False
 
     def reject_reason(self, chip: str, dtype: str) -> str | None:
         """Return why this kernel does not apply, or None when it does."""
-        if not fnmatchcase(chip, self.chips):
+        if not any(fnmatchcase(chip, pattern) for pattern in self.chips.split("|")):
             return f"is for chips {self.chips!r}, this is {chip!r}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"is for {', '.join(self.dtypes)}, not {dtype}"
@@ -103,11 +106,12 @@ def kernel(
     shapes: Callable[..., bool] | None = None,
     priority: int = 0,
     missing: Callable[[str], str | None] | None = None,
+    needs_proof: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as kernel `name` of `op`; see `Kernel` for the arguments."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        add_kernel(Kernel(op, name, fn, chips, dtypes, shapes, priority, missing))
+        add_kernel(Kernel(op, name, fn, chips, dtypes, shapes, priority, missing, needs_proof))
         return fn
 
     return register
@@ -258,7 +262,7 @@ class Ops:
         usable, rejected = [], {}
         for entry in kernels_of(op).values():
             reason = entry.reject_reason(self.chip, dtype) or self._table.off_reason(
-                op, entry.name, dtype
+                op, entry.name, dtype, entry.needs_proof
             )
             if reason:
                 rejected[entry.name] = reason

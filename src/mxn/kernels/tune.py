@@ -45,6 +45,7 @@ class Table:
     chip: str
     times: dict[str, dict[str, Any]] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)  # "op/kernel dtype" -> reason
+    passed: set[str] = field(default_factory=set)  # "op/kernel dtype" that passed its parity test
 
     @classmethod
     def open(cls, chip: str) -> Table:
@@ -57,16 +58,21 @@ class Table:
 
     def _read(self) -> None:
         if not self.path.exists():
-            self.times, self.off = {}, {}
+            self.times, self.off, self.passed = {}, {}, set()
             return
         try:
             stored = json.loads(self.path.read_text())
             self.times, self.off = stored["times"], stored["off"]
+            self.passed = set(stored.get("passed", ()))
         except (json.JSONDecodeError, KeyError, TypeError):
-            self.times, self.off = {}, {}
+            self.times, self.off, self.passed = {}, {}, set()
 
-    def off_reason(self, op: str, kernel: str, dtype: str) -> str | None:
-        return self.off.get(f"{op}/{kernel} {dtype}")
+    def off_reason(self, op: str, kernel: str, dtype: str, needs_proof: bool = False) -> str | None:
+        """Return why parity forbids this kernel: it failed, or has not passed and needs to."""
+        key = f"{op}/{kernel} {dtype}"
+        if needs_proof and key not in self.passed | self.off.keys():
+            return f"not verified on this chip yet: run mxn kernels verify --dtype {dtype}"
+        return self.off.get(key)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -80,7 +86,8 @@ class Table:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._read()
             yield
-            text = json.dumps({"chip": self.chip, "times": self.times, "off": self.off}, indent=1)
+            stored = {"chip": self.chip, "times": self.times, "off": self.off}
+            text = json.dumps(stored | {"passed": sorted(self.passed)}, indent=1)
             scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
             scratch.write_text(text)
             scratch.replace(self.path)
@@ -95,7 +102,10 @@ class Table:
         with self._changing():
             for key, reason in verdicts.items():
                 self.off.pop(key, None)
-                if reason is not None:
+                self.passed.discard(key)
+                if reason is None:
+                    self.passed.add(key)
+                else:
                     self.off[key] = reason
 
     def known(self, key: str, names: set[str]) -> Times | None:

@@ -157,6 +157,27 @@ def test_kernel_that_parity_turned_off_is_not_chosen(
     assert "failed its parity test" in found.rejected["wrong"]
 
 
+def test_kernel_that_needs_proof_is_chosen_only_after_it_passed_here(
+    extra: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mxn.kernels import parity
+
+    monkeypatch.setenv("MXN_KERNEL_TUNING", "off")
+    torch_fn = registry.kernels_of("softcap")["torch"].fn
+    fresh = Kernel("softcap", "fresh", torch_fn, priority=50, needs_proof=True)
+    registry.add_kernel(fresh)
+    found = choice(bind(), "softcap")
+    assert found.kernel == "torch"
+    assert "run mxn kernels verify --dtype float32" in found.rejected["fresh"]
+    monkeypatch.setattr(parity, "applicable", lambda chip, dtype: iter([fresh]))
+    parity.verify(CHIP, torch.device("cpu"), torch.float32)
+    assert choice(bind(), "softcap").kernel == "fresh"
+    assert choice(bind(torch.bfloat16), "softcap").kernel == "torch"  # another dtype, another proof
+    tune.Table.open(CHIP).judge({"softcap/fresh float32": "failed its parity test"})
+    found = choice(bind(), "softcap")
+    assert (found.kernel, found.rejected["fresh"]) == ("torch", "failed its parity test")
+
+
 def test_kernel_with_a_shape_predicate_hands_over_what_it_does_not_take(
     extra: list[Kernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

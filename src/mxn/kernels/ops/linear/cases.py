@@ -46,6 +46,7 @@ CASES = (
             ((17,), 128, 33, True),
             ((2, 3), 48, 40, True),
             ((130,), 96, 130, False),
+            ((3,), 1024, 40, True),
         )
     ),
     Case(name="linear strided x", build=_strided, call=_call),

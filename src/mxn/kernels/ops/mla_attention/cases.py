@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mxn.kernels.ops.paged_attention.cases import STEPS, paged_batch, poisoned_cache
+from mxn.kernels.ops.paged_attention.cases import LONG, STEPS, paged_batch, poisoned_cache
 from mxn.kernels.parity import Case, Maker
 
 
@@ -35,6 +35,11 @@ CASES = (
         )
         for name, step in STEPS.items()
         for v in ((4, 32, 8, 16, False), (4, 32, 8, 16, True), (3, 17, 4, 5, False))
+    ),
+    Case(
+        name="mla_attention decode long",
+        build=lambda make: _build(make, LONG, 4, 32, 8, 16, False),
+        slack=2.0,  # as above
     ),
     Case(
         name="mla_attention decode 16 typical",

@@ -29,14 +29,26 @@ def mla_attention(
         if group.is_all:
             return mixed
         out_TNW[group.rows_S] = mixed
+    prefill_chunks(out_TNW, q_TNC, cache, batch, scale)
+    return out_TNW
+
+
+def prefill_chunks(
+    out_TNW: Tensor,
+    q_TNC: Tensor,
+    cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    least: int = 2,
+) -> None:
+    """Fill the rows of all sequences that have at least `least` new tokens."""
     starts = batch.query_starts
     for s in range(batch.num_sequences):
-        if starts[s + 1] - starts[s] > 1:
+        if starts[s + 1] - starts[s] >= least:
             rows_LC = rows_of_sequence(cache, batch, s).squeeze(1)
             _prefill(
                 q_TNC[starts[s] : starts[s + 1]], rows_LC, scale, out_TNW[starts[s] : starts[s + 1]]
             )
-    return out_TNW
 
 
 def _prefill(q_TNC: Tensor, rows_LC: Tensor, scale: float, out_TNW: Tensor) -> None:

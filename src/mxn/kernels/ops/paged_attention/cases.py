@@ -110,6 +110,9 @@ _TYPICAL = (
     ("prefill 256", ((256, 256),)),
 )
 
+# Long enough that a kernel cuts contexts into parts; few, because the truth loops.
+LONG = ((1, 520), (1, 3), (1, 257))
+
 CASES = (
     *(
         Case(
@@ -121,6 +124,16 @@ CASES = (
         )
         for name, step in STEPS.items()
         for v in _VARIANTS
+    ),
+    *(
+        Case(
+            name=f"paged_attention decode long window {window} softcap {softcap}",
+            build=lambda make, a=(window, softcap): _build(
+                make, LONG, 4, 2, (16, 16), 16, False, *a
+            ),
+            slack=2.0,  # as above
+        )
+        for window, softcap in ((None, None), (300, 5.0))
     ),
     *(
         Case(

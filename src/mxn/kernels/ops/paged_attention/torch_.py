@@ -41,7 +41,7 @@ def paged_attention(
     if group is not None:
         rows = group.rows_S
         out_TNJ[rows] = _decode(q_TNH[rows], k_cache, v_cache, group, scale, softcap)
-    _prefill_chunks(out_TNJ, q_TNH, k_cache, v_cache, batch, scale, window, softcap)
+    prefill_chunks(out_TNJ, q_TNH, k_cache, v_cache, batch, scale, window, softcap)
     return out_TNJ
 
 
@@ -68,7 +68,7 @@ def paged_attention_runs(
         return mixed
     out_TNJ = q_TNH.new_empty(*q_TNH.shape[:2], v_cache.shape[-1])
     out_TNJ[group.rows_S] = mixed
-    _prefill_chunks(out_TNJ, q_TNH, k_cache, v_cache, batch, scale, window, softcap)
+    prefill_chunks(out_TNJ, q_TNH, k_cache, v_cache, batch, scale, window, softcap)
     return out_TNJ
 
 
@@ -104,7 +104,7 @@ def _decode_runs(
     return torch.cat(parts).flatten(1, 2)
 
 
-def _prefill_chunks(
+def prefill_chunks(
     out_TNJ: Tensor,
     q_TNH: Tensor,
     k_cache: Tensor,
@@ -113,11 +113,12 @@ def _prefill_chunks(
     scale: float,
     window: int | None,
     softcap: float | None,
+    least: int = 2,
 ) -> None:
-    """Fill the rows of all sequences that have more than one new token."""
+    """Fill the rows of all sequences that have at least `least` new tokens."""
     starts = batch.query_starts
     for s in range(batch.num_sequences):
-        if starts[s + 1] - starts[s] > 1:
+        if starts[s + 1] - starts[s] >= least:
             rows = slice(starts[s], starts[s + 1])
             k, v = (rows_of_sequence(cache, batch, s) for cache in (k_cache, v_cache))
             out_TNJ[rows] = _prefill(q_TNH[rows], k, v, scale, window, softcap)

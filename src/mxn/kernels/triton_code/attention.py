@@ -1,0 +1,350 @@
+"""Attention of single query rows over pages, by splits of the context. Start at `attend_splits`.
+
+Unified maximum (FlashDecoding++, arXiv 2311.01282, section 3): every split takes exp(x - phi) with
+one constant phi, so splits and tiles exchange no maximum and rescale nothing. Each (row, split)
+carries its largest x; `finish` adds the splits up and recomputes, with the running maximum, the
+rows whose largest x left the guarded range or whose sums are not finite.
+
+Letters: R query rows, U query heads of a group, P splits, L positions of a tile, J value dims.
+A head is read in two pieces of A and B dims (192 = 128 + 64, latent and rotary dims of MLA), each
+padded to a power of two: less waste than one padding of the whole.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _scores(
+    q_UA,
+    q_UB,
+    k_UA,
+    k_rows_L1,
+    inside_L,
+    scale,
+    softcap,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Scaled and capped scores [U, L]; minus infinity outside."""
+    x_UL = tl.dot(q_UA, tl.trans(k_UA), input_precision="ieee")
+    if B > 0:
+        dims = tl.arange(0, BLOCK_B)
+        mask = inside_L[:, None] & (dims < B)[None, :]
+        k_LB = tl.load(k_rows_L1 + A + dims[None, :], mask=mask, other=0.0)
+        x_UL += tl.dot(q_UB, tl.trans(k_LB), input_precision="ieee")
+    x_UL *= scale
+    if HAS_SOFTCAP:  # tanh(y) = 1 - 2 / (exp(2 y) + 1), right at both infinities
+        x_UL = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x_UL / softcap) + 1.0))
+    return tl.where(inside_L[None, :], x_UL, float("-inf"))
+
+
+@triton.jit
+def _weigh(p_UL, v_LJ, PRECISION: tl.constexpr):
+    """Weights times values, summed in float32.
+
+    float16 has too few exponents for exp(x - phi): its values are widened. tf32, where the chip has
+    it, keeps the mantissa of float16 and the range of float32.
+    """
+    if v_LJ.dtype == tl.float16:
+        return tl.dot(p_UL, v_LJ.to(tl.float32), input_precision=PRECISION)
+    return tl.dot(p_UL.to(v_LJ.dtype), v_LJ, input_precision="ieee")
+
+
+@triton.jit
+def _attend(
+    q_UA,
+    q_UB,
+    begin,
+    end,
+    table_ptr,
+    k_ptr,
+    v_ptr,
+    k_stride_p,
+    k_stride_k,
+    v_stride_p,
+    v_stride_k,
+    scale,
+    softcap,
+    phi,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    PAGE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_LATENT: tl.constexpr,
+    IS_UNIFIED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return sums [U, J], denominators [U] and the largest score [U] over positions begin..end.
+
+    Unified: relative to exp(phi). Otherwise relative to the largest score, rescaled when it grows.
+    """
+    acc_UJ = tl.zeros([BLOCK_U, BLOCK_J], dtype=tl.float32)
+    den_U = tl.zeros([BLOCK_U], dtype=tl.float32)
+    top_U = tl.full([BLOCK_U], float("-inf"), dtype=tl.float32)
+    dims_A = tl.arange(0, BLOCK_A)
+    dims_J = tl.arange(0, BLOCK_J)
+    for start in range(begin, end, BLOCK_L):
+        positions = start + tl.arange(0, BLOCK_L)
+        inside = positions < end  # masked loads never touch what lies outside
+        pages = tl.load(table_ptr + positions // PAGE, mask=inside, other=0)
+        slots = positions % PAGE
+        k_rows_L1 = k_ptr + (pages * k_stride_p + slots * k_stride_k)[:, None]
+        k_LA = tl.load(
+            k_rows_L1 + dims_A[None, :], mask=inside[:, None] & (dims_A < A)[None, :], other=0.0
+        )
+        x_UL = _scores(
+            q_UA, q_UB, k_LA, k_rows_L1, inside, scale, softcap,
+            A, B, BLOCK_B, HAS_SOFTCAP,
+        )  # fmt: skip
+        if IS_LATENT:
+            v_LJ = k_LA
+        else:
+            v_rows_L1 = v_ptr + (pages * v_stride_p + slots * v_stride_k)[:, None]
+            v_LJ = tl.load(
+                v_rows_L1 + dims_J[None, :], mask=inside[:, None] & (dims_J < J)[None, :], other=0.0
+            )
+        new_top_U = tl.maximum(top_U, tl.max(x_UL, axis=1))
+        if IS_UNIFIED:
+            p_UL = tl.exp(x_UL - phi)
+        else:
+            p_UL = tl.exp(x_UL - new_top_U[:, None])
+            shrink_U = tl.exp(top_U - new_top_U)
+            acc_UJ *= shrink_U[:, None]
+            den_U *= shrink_U
+        den_U += tl.sum(p_UL, axis=1)
+        acc_UJ += _weigh(p_UL, v_LJ, PRECISION)
+        top_U = new_top_U
+    return acc_UJ, den_U, top_U
+
+
+@triton.jit
+def _load_query(
+    q_ptr,
+    row_at,
+    heads_U,
+    is_head_U,
+    q_stride_t,
+    q_stride_n,
+    FIRST: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dims = tl.arange(0, BLOCK)
+    at = q_ptr + row_at * q_stride_t + heads_U[:, None] * q_stride_n + FIRST + dims[None, :]
+    return tl.load(at, mask=is_head_U[:, None] & (dims < DIMS)[None, :], other=0.0)
+
+
+@triton.jit
+def attend_splits(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    rows_ptr,
+    sequences_ptr,
+    seen_ptr,
+    sums_ptr,
+    dens_ptr,
+    tops_ptr,
+    q_stride_t,
+    q_stride_n,
+    k_stride_p,
+    k_stride_k,
+    k_stride_g,
+    v_stride_p,
+    v_stride_k,
+    v_stride_g,
+    table_stride,
+    num_heads,
+    scale,
+    softcap,
+    window,
+    phi,
+    U: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    PAGE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_LATENT: tl.constexpr,
+    IS_UNIFIED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (r, block of heads, p): the part p of the context of row r, for heads of one group.
+
+    q [T, N, A + B]; caches [pages, PAGE, G, dims], dims contiguous; table [S, pages] int64;
+    rows, sequences, seen [R] int64 (without HAS_ROWS row r is token and sequence r).
+    Writes sums [R, N, P, J], dens and tops [R, N, P], all float32.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(2)
+    num_parts = tl.num_programs(2)
+    blocks_of_group: tl.constexpr = (U + BLOCK_U - 1) // BLOCK_U
+    group = tl.program_id(1) // blocks_of_group
+    in_group_U = (tl.program_id(1) % blocks_of_group) * BLOCK_U + tl.arange(0, BLOCK_U)
+    is_head_U = in_group_U < U
+    heads_U = group * U + in_group_U
+    row = r
+    sequence = r
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + r)
+        sequence = tl.load(sequences_ptr + r)
+    seen = tl.load(seen_ptr + r).to(tl.int32)
+    first = tl.maximum(seen - window, 0) if HAS_WINDOW else 0
+    tiles = tl.cdiv(tl.cdiv(seen - first, num_parts), BLOCK_L)
+    begin = first + part * tiles * BLOCK_L
+    end = tl.minimum(begin + tiles * BLOCK_L, seen)
+    q_UA = _load_query(q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, 0, A, BLOCK_A)
+    q_UB = _load_query(q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, A, B, BLOCK_B)
+    acc_UJ, den_U, top_U = _attend(
+        q_UA, q_UB, begin, end, table_ptr + sequence * table_stride,
+        k_ptr + group * k_stride_g, v_ptr + group * v_stride_g,
+        k_stride_p, k_stride_k, v_stride_p, v_stride_k, scale, softcap, phi,
+        A, B, J, BLOCK_A, BLOCK_B, BLOCK_J, BLOCK_L, BLOCK_U, PAGE,
+        HAS_SOFTCAP, IS_LATENT, IS_UNIFIED, PRECISION,
+    )  # fmt: skip
+    at_U = (r * num_heads + heads_U) * num_parts + part
+    dims = tl.arange(0, BLOCK_J)
+    mask = is_head_U[:, None] & (dims < J)[None, :]
+    tl.store(sums_ptr + at_U[:, None] * J + dims[None, :], acc_UJ, mask=mask)
+    tl.store(dens_ptr + at_U, den_U, mask=is_head_U)
+    tl.store(tops_ptr + at_U, top_U, mask=is_head_U)
+
+
+@triton.jit
+def finish(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    rows_ptr,
+    sequences_ptr,
+    seen_ptr,
+    sums_ptr,
+    dens_ptr,
+    tops_ptr,
+    out_ptr,
+    recomputed_ptr,
+    num_parts,
+    q_stride_t,
+    q_stride_n,
+    k_stride_p,
+    k_stride_k,
+    k_stride_g,
+    v_stride_p,
+    v_stride_k,
+    v_stride_g,
+    table_stride,
+    num_heads,
+    scale,
+    softcap,
+    window,
+    phi,
+    low,
+    high,
+    U: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    PAGE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_LATENT: tl.constexpr,
+    IS_UNIFIED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (r, block of heads): add the splits up, divide, recompute rows whose guard fired.
+
+    Writes out [T, N, J] (contiguous) at its rows; adds the number of recomputed (row, head) pairs
+    to recomputed [1] int32. A row that sees nothing (padding of a captured graph) becomes zero.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    blocks_of_group: tl.constexpr = (U + BLOCK_U - 1) // BLOCK_U
+    group = tl.program_id(1) // blocks_of_group
+    in_group_U = (tl.program_id(1) % blocks_of_group) * BLOCK_U + tl.arange(0, BLOCK_U)
+    is_head_U = in_group_U < U
+    heads_U = group * U + in_group_U
+    dims = tl.arange(0, BLOCK_J)
+    mask = is_head_U[:, None] & (dims < J)[None, :]
+    at_U = (r * num_heads + heads_U) * num_parts
+    top_U = tl.full([BLOCK_U], float("-inf"), dtype=tl.float32)
+    for part in range(0, num_parts):
+        part_top_U = tl.load(tops_ptr + at_U + part, mask=is_head_U, other=0.0)
+        top_U = tl.maximum(top_U, part_top_U, propagate_nan=tl.PropagateNan.ALL)
+    acc_UJ = tl.zeros([BLOCK_U, BLOCK_J], dtype=tl.float32)
+    den_U = tl.zeros([BLOCK_U], dtype=tl.float32)
+    for part in range(0, num_parts):
+        sums_UJ = tl.load(
+            sums_ptr + (at_U + part)[:, None] * J + dims[None, :], mask=mask, other=0.0
+        )
+        part_den_U = tl.load(dens_ptr + at_U + part, mask=is_head_U, other=0.0)
+        if not IS_UNIFIED:
+            weight_U = tl.exp(tl.load(tops_ptr + at_U + part, mask=is_head_U, other=0.0) - top_U)
+            sums_UJ *= weight_U[:, None]
+            part_den_U *= weight_U
+        acc_UJ += sums_UJ
+        den_U += part_den_U
+    row = r
+    sequence = r
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + r)
+        sequence = tl.load(sequences_ptr + r)
+    seen = tl.load(seen_ptr + r).to(tl.int32)
+    is_real_U = is_head_U & (seen > 0)
+    out_UJ = acc_UJ / tl.where(is_real_U, den_U, 1.0)[:, None]
+    at_UJ = out_ptr + (row * num_heads + heads_U)[:, None] * J + dims[None, :]
+    if not IS_UNIFIED:
+        out_UJ = tl.where(is_real_U[:, None], out_UJ, 0.0)
+        tl.store(at_UJ, out_UJ.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        # Written so that a NaN fires too. Sums that overflowed are infinite or NaN; 0 * inf = NaN.
+        is_good_U = (top_U - phi <= high) & (top_U - phi >= low)
+        zero_U = tl.sum(tl.where(mask, out_UJ, 0.0) * 0.0, axis=1)
+        bad_U = tl.where(is_good_U & (zero_U == 0.0), 0, 1)
+        bad_U = tl.where(is_real_U, bad_U, 0)
+        # Stored before the recomputation, not merged after it: fewer registers are alive.
+        good = mask & (bad_U == 0)[:, None]
+        tl.store(at_UJ, out_UJ.to(out_ptr.dtype.element_ty), mask=good)
+        num_bad = tl.sum(bad_U, axis=0)
+        if num_bad > 0:
+            tl.atomic_add(recomputed_ptr, num_bad, sem="relaxed")
+            first = tl.maximum(seen - window, 0) if HAS_WINDOW else 0
+            q_UA = _load_query(
+                q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, 0, A, BLOCK_A
+            )
+            q_UB = _load_query(
+                q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, A, B, BLOCK_B
+            )
+            safe_UJ, safe_den_U, _ = _attend(
+                q_UA, q_UB, first, seen, table_ptr + sequence * table_stride,
+                k_ptr + group * k_stride_g, v_ptr + group * v_stride_g,
+                k_stride_p, k_stride_k, v_stride_p, v_stride_k, scale, softcap, phi,
+                A, B, J, BLOCK_A, BLOCK_B, BLOCK_J, BLOCK_L, BLOCK_U, PAGE,
+                HAS_SOFTCAP, IS_LATENT, False, PRECISION,
+            )  # fmt: skip
+            safe_UJ = (safe_UJ / safe_den_U[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(at_UJ, safe_UJ, mask=mask & (bad_U == 1)[:, None])
