@@ -78,6 +78,7 @@ void meet(int rounds) {
   for (int threads : {2, 3, 4}) {
     for (int spin_us : {0, 5, 30}) {
       mxn::Pool pool(threads, spin_us);
+      pool.keep_late_threads();
       for (int i = 0; i < rounds; ++i) {
         std::atomic<int> arrived{0};
         count_items(pool, threads, [&](int64_t) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,6 +19,11 @@ MLA = KvShape(num_heads=1, k_dim=576, v_dim=0)
 def test_settings_survive_the_way_to_the_process():
     config = EngineConfig(model="a/b", device="sim:1", kv_bytes=2**30, max_context=99)
     assert EngineConfig.from_json(config.to_json()) == config
+
+
+def model_with(*shapes, dtype=torch.bfloat16):
+    """What the cache asks of a model whose cache has no layout of its own."""
+    return SimpleNamespace(kv_shapes=shapes, dtype=dtype, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +55,7 @@ def test_a_setting_of_the_wrong_type_is_refused():
     ],
 )
 def test_page_bytes_are_those_of_the_papers(shapes, want):
-    assert page_bytes(shapes, 16, 2) == want
+    assert page_bytes(model_with(*shapes), 16) == want
 
 
 def plan(available, **changes):
@@ -73,9 +80,7 @@ def test_a_pool_that_cannot_hold_one_context_is_refused():
 
 
 def test_the_cache_has_the_shapes_of_the_contract_and_is_zero():
-    cache = allocate(
-        [GQA, MLA], num_pages=3, page_tokens=4, dtype=torch.bfloat16, device=torch.device("cpu")
-    )
+    cache = allocate(model_with(GQA, MLA), num_pages=3, page_tokens=4)
     assert cache[0].k.shape == cache[0].v.shape == (3, 4, 8, 128)
     assert (cache[1].k.shape, cache[1].v) == ((3, 4, 1, 576), None)
     assert cache[0].k.dtype == torch.bfloat16
@@ -88,8 +93,6 @@ def test_a_pool_in_main_memory_costs_nothing_until_it_is_used():
 
     before = psutil.Process().memory_info().rss
     shape = KvShape(num_heads=8, k_dim=128, v_dim=128)
-    cache = allocate(
-        [shape], num_pages=8192, page_tokens=16, dtype=torch.float32, device=torch.device("cpu")
-    )
+    cache = allocate(model_with(shape, dtype=torch.float32), num_pages=8192, page_tokens=16)
     assert cache[0].k.nbytes == 2**29
     assert psutil.Process().memory_info().rss - before < 2**26

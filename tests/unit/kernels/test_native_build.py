@@ -21,10 +21,11 @@ from mxn.kernels.native import library, missing_reason
 
 pytestmark = pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason()))
 
-VARIANT = re.compile(r"mxn::(?:kernels_)?(avx512vnni|avx512|avx2|generic)\b")
+VARIANT = re.compile(r"mxn::(?:kernels_)?(amx|avx512vnni|avx512|avx2|generic)\b")
 HEADER = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 # Names of what only AVX and later have; an instruction with VEX or EVEX encoding begins with a v.
-WIDE = {"ymm": re.compile(r"%ymm"), "zmm": re.compile(r"%zmm"), "vnni": re.compile(r"\bvpdpbusd")}
+WIDE = {"ymm": re.compile(r"%ymm"), "zmm": re.compile(r"%zmm"), "vnni": re.compile(r"\bvpdpbusd"),
+        "tiles": re.compile(r"\btdpbsud")}  # fmt: skip
 ENCODED = re.compile(r"\tv(?!er[rw]\b)[a-z0-9]+\s.*%[xyz]mm")
 KERNELS = ("gemm(", "gemm_glu(", "attend(", "cache_write(", "quantize(", "rms_norm(", "pack_block(")
 
@@ -74,12 +75,19 @@ def test_every_variant_has_every_kernel(functions):
         assert not [k for k in KERNELS if f"mxn::{name}::{k}" not in names]
 
 
-def test_only_avx512vnni_multiplies_with_vpdpbusd_and_it_does(functions):
+def test_only_amx_uses_tiles_and_it_does(functions):
+    for variant in ("avx512vnni", "avx512", "avx2", "generic", None):
+        assert [n for n, uses in used(functions, variant).items() if "tiles" in uses] == []
+    assert any("tiles" in uses for uses in used(functions, "amx").values())
+
+
+def test_only_variants_with_vnni_multiply_with_vpdpbusd_and_they_do(functions):
     for variant in ("avx512", "avx2", "generic", None):
         assert [n for n, uses in used(functions, variant).items() if "vnni" in uses] == []
-    vnni = [n for n, uses in used(functions, "avx512vnni").items() if "vnni" in uses]
-    assert any("tile<" in name for name in vnni), "products"
-    assert any("score_i8" in name or "attend(" in name for name in vnni), "scores"
+    for variant in ("avx512vnni", "amx"):
+        vnni = [n for n, uses in used(functions, variant).items() if "vnni" in uses]
+        assert any("tile<" in name for name in vnni), "products"
+        assert any("score_i8" in name or "attend(" in name for name in vnni), "scores"
 
 
 def test_registers_are_as_wide_as_the_variant_and_no_wider(functions):

@@ -133,7 +133,7 @@ void Pool::wait_for_others(uint32_t round, int64_t num_items, int64_t item_ns) {
   const int64_t began = now_ns(), patience = kPatienceNs + kPatienceItems * item_ns;
   for (int turn = 0; num_done_.load(std::memory_order_acquire) < num_items; ++turn) {
     relax();
-    if (turn % 256 != 255) continue;
+    if (turn % 256 != 255 || is_patient_) continue;
     const int64_t now = now_ns();
     if (now - began < patience) continue;
     for (int thread = 1; thread < num_threads(); ++thread) {

@@ -19,6 +19,8 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
+  // For loops whose items wait for each other: a late thread keeps its place.
+  void keep_late_threads() { is_patient_ = true; }
   // How often a thread was sent to rest, since the start.
   int64_t num_rests() const { return num_rests_.load(std::memory_order_relaxed); }
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
@@ -60,6 +62,7 @@ class Pool {
   std::atomic<bool> is_ending_{false};
   std::atomic<bool> is_taken_{false};
   std::atomic<int64_t> num_rests_{0};
+  bool is_patient_ = false;
   int spin_us_;
   int64_t process_;
   struct alignas(64) Seat {
