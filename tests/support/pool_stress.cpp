@@ -109,11 +109,6 @@ void pinned(int rounds) {
   mxn::Pool pool(3, 20, true);
   for (int i = 0; i < rounds; ++i) {
     count_items(pool, 20, [](int64_t) { burn(20); });
-    std::atomic<int> arrived{0};
-    count_items(pool, 3, [&](int64_t) {
-      arrived.fetch_add(1);
-      while (arrived.load() < 3) std::this_thread::yield();
-    });
     pause_for(i % 3 * 40);
   }
 }
