@@ -66,6 +66,10 @@ class Checkpoint:
         """Return the shape of a tensor as it is stored."""
         return self.storage.shape(name)
 
+    def is_quantized(self, module: str) -> bool:
+        """Whether the weight of `module` is stored quantized."""
+        return self.format is not None and self.format.holds(self, module)
+
     def quantized(self, module: str) -> QuantizedMatrix | None:
         """Return the weight of `module` as it is quantized; None when it is stored plainly.
 

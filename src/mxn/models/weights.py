@@ -179,13 +179,16 @@ class WeightReader:
         if spec.mla:
             return self._mla(spec, prefix)
         names = self.names
-        weight, bias = self.matrix(tuple(prefix + name for name in names.qkv))
+        modules = tuple(prefix + name for name in names.qkv)
         if names.qkv_layout == "grouped":
-            weight = ungroup_qkv(weight, spec)
+            weight, bias = self.matrix(modules)
             bias = None if bias is None else ungroup_qkv(bias, spec)
+            qkv = self.ops.prepare_linear(ungroup_qkv(weight, spec), bias)
+        else:
+            qkv = self.linear(*modules)
         has_norm = spec.qk_norm != "none"
         return GqaWeights(
-            qkv=self.ops.prepare_linear(weight, bias),
+            qkv=qkv,
             out=self.linear(prefix + names.attn_out),
             q_norm=self.norm(prefix + names.q_norm) if has_norm else None,
             k_norm=self.norm(prefix + names.k_norm) if has_norm else None,

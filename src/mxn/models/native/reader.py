@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mxn.kernels.native.formats import BF16, F32, ModelFormat, WeightFormat
-from mxn.kernels.native.pack import PackedWeight, pack, pack_glu
+from mxn.kernels.native.pack import LANES, PackedWeight, glu_order, pack, pack_glu
+from mxn.models.native.stored import can_pack, pack_stored
+from mxn.models.quantized.matrix import QuantizedMatrix
 from mxn.models.spec import AttentionSpec, MlpSpec, MoeSpec
 from mxn.models.weights import MlpWeights, WeightReader
 
@@ -87,6 +89,45 @@ class NativeReader(WeightReader):
     def norm(self, module: str) -> Tensor:
         return super().norm(module).float().contiguous()
 
+    def linear(self, *modules: str) -> PackedWeight:
+        stored = self._stored(modules, self.format.weights)
+        if stored is None:
+            return super().linear(*modules)
+        return pack_stored(stored, self._bias(modules, stored.shape[0]))
+
+    def _stored(
+        self, modules: tuple[str, ...], wanted: WeightFormat
+    ) -> QuantizedMatrix | None:
+        """Return modules joined as their maker quantized them, if that is no finer than `wanted`.
+
+        Rounding numbers that were rounded before loses twice and gains nothing.
+        """
+        if not wanted.is_quantized:
+            return None
+        if any(not self.checkpoint.is_quantized(module) for module in modules):
+            return None
+        parts = [self.checkpoint.quantized(module) for module in modules]
+        found = [part for part in parts if part is not None]
+        if QuantizedMatrix.can_cat(found):
+            joined = QuantizedMatrix.cat(found)
+            if joined.bits <= wanted.bits and can_pack(joined):
+                return joined
+        self.checkpoint.num_parameters -= sum(part.values.numel() for part in found)  # read again
+        return None
+
+    def _bias(self, modules: tuple[str, ...], length: int) -> Tensor | None:
+        """Return the biases of modules, padded to whole blocks; None when none has one."""
+        if not any(f"{module}.bias" in self.checkpoint for module in modules):
+            return None
+        parts = []
+        for module in modules:
+            name = f"{module}.bias"
+            size = self.checkpoint.shape(f"{module}.weight")[0]
+            parts.append(self.tensor(name) if name in self.checkpoint else torch.zeros(size))
+        bias = torch.zeros(-(-length // LANES) * LANES)
+        bias[:length] = torch.cat(parts)
+        return bias
+
     def _ffn(self, spec: MlpSpec | MoeSpec, prefix: str) -> Any:
         if isinstance(spec, MoeSpec):
             return self._native_moe(spec, prefix)
@@ -96,6 +137,10 @@ class NativeReader(WeightReader):
         )
 
     def _mlp(self, spec: MlpSpec, gate_up: tuple[str, ...], down: str) -> MlpWeights:
+        stored = self._stored(gate_up, self.format.weights) if spec.is_gated else None
+        if stored is not None and self._bias(gate_up, stored.shape[0]) is None:
+            up = pack_stored(stored, order=glu_order(stored.shape[0] // 2))
+            return MlpWeights(gate_up=up, down=self.linear(down))
         weight, bias = self.matrix(gate_up)
         if spec.is_gated:
             up = pack_glu(weight, self.format.weights, bias)
