@@ -41,6 +41,7 @@ def start() -> None:
 
     if getattr(InterpreterBuilder, "_rounds_bfloat16", False):
         return
+    _reinterpret_library()
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
@@ -63,6 +64,18 @@ def start() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder._rounds_bfloat16 = True
+
+
+def _reinterpret_library() -> None:
+    """Make triton's own device functions interpreted too, if another module loaded them first."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for module in (tl, tl.standard):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, InterpretedFunction(value.fn))
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
