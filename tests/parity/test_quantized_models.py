@@ -163,3 +163,48 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, device, kind, par
         load_model(tmp_path, device, "float32")
     assert "model.layers.1.mlp.down_proj" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["gptq", "gptq-asym", "awq", "w8a8", "w4a16"])
+def test_native_kernels_read_the_makers_numbers_without_rounding_them_again(kind, tmp_path):
+    from mxn.kernels.native import formats, missing_reason
+    from mxn.models.native.reader import NativeReader
+
+    if missing_reason() is not None:
+        pytest.skip(str(missing_reason()))
+    reference = write(kind, tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    family = find_decoder(checkpoint.config_json)
+    spec = family.spec(load_config(tmp_path, checkpoint.config_json))
+    reader = NativeReader(spec, family.names, checkpoint, formats.parse("int8", "f32"))
+    layer, attention = reader.layer(0), reference.model.layers[0].self_attn
+    packed = layer.attention.qkv
+    assert packed.format.bits == (8 if kind == "w8a8" else 4)
+    want = torch.cat([getattr(attention, f"{n}_proj").weight for n in "qkv"])
+    # Scales and minima are kept as float16: half a unit of 11 bits, of the largest product.
+    assert (packed.dequantize() - want).abs().max() < 2**-10 * want.abs().max()
+    mlp, ffn = reference.model.layers[0].mlp, layer.ffn
+    got = ffn.gate_up.dequantize().view(-1, 2, 16, want.shape[1])
+    rows = mlp.gate_proj.weight.shape[0]
+    for i, part in enumerate((mlp.gate_proj.weight, mlp.up_proj.weight)):
+        found = got[:, i].flatten(0, 1)[:rows]
+        assert (found - part).abs().max() < 2**-10 * part.abs().max()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_kernels_give_the_logits_of_the_dequantized_model(kind, tmp_path):
+    from mxn.chips import find_device
+    from mxn.kernels.native import formats, missing_reason
+
+    if missing_reason() is not None:
+        pytest.skip(str(missing_reason()))
+    reference = write(kind, tmp_path)
+    model = load_model(
+        tmp_path, find_device("cpu"), "float32", format=formats.parse("int8", "f32"), num_threads=1
+    ).model
+    got = Session(model).step({0: PROMPT})[0]
+    want = reference(torch.tensor([PROMPT]), use_cache=False).logits[0]
+    error = (got - want).norm() / want.norm()
+    assert error < 0.05  # activations of 48 columns in 8 bits; a wrong row or order gives 1
