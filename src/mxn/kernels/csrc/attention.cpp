@@ -24,6 +24,11 @@ const uint8_t* block_at(const Attend& c, int64_t token) {
   return c.cache + ((page * s.heads + c.head) * parts + part) * s.block_bytes();
 }
 
+// Pages lie anywhere: the processor cannot guess where the next one is.
+inline void prefetch_bytes(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
+}
+
 struct Query {
   const int8_t* q;       // [rows, k_dim]
   const float* scales;   // [rows] of q, times the softmax scale
@@ -285,6 +290,9 @@ void mix_chunk(const Attend& c, const Work& w, const Chunk& chunk) {
       }
     }
     const uint8_t* values = block + s.value_offset();
+    if (b + 1 < chunk.blocks()) {
+      prefetch_bytes(block_at(c, token + kLanes) + s.value_offset(), s.block_bytes() - s.value_offset());
+    }
     if (c.num_rows > 4 && s.type != CacheType::f32) {
       widen(s.type, values, s.v_dim, n, w.values);
       mix_all(CacheType::f32, reinterpret_cast<const uint8_t*>(w.values), s.v_dim, c.num_rows, weights, n, c.out);
@@ -315,7 +323,9 @@ void attend(const Attend& c) {
     chunk.end = chunk.begin + kChunk < c.end ? chunk.begin + kChunk : c.end;
     const int num = chunk.blocks() * kLanes;
     for (int b = 0; b < chunk.blocks(); ++b) {
-      score_block(c, q, block_at(c, chunk.begin + b * kLanes), w.scores + b * kLanes);
+      const int64_t token = chunk.begin + b * kLanes;
+      if (token + kLanes < c.end) prefetch_bytes(block_at(c, token + kLanes), s.value_offset());
+      score_block(c, q, block_at(c, token), w.scores + b * kLanes);
     }
     for (int r = 0; r < c.num_rows; ++r) {
       float* row = w.scores + r * kChunk;

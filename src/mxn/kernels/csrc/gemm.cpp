@@ -9,6 +9,8 @@
 namespace mxn::MXN_NS {
 namespace {
 
+constexpr int64_t kAhead = 4096;  // bytes of weights fetched ahead: what a core reads while memory answers
+
 using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, float* y, int64_t ldy);
 
 // One group of K for MR rows: sums += scale * (dot - offset * sum of activations).
@@ -26,6 +28,7 @@ inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t 
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
   for (int64_t i = k; i < k + length; i += kStep, w += 64) {
     const B packed = b_load(w);
+    prefetch(w + kAhead);
     if constexpr (IS_U4) {
       const B low = b_low(packed), high = b_high(packed);
       for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], low, a.at(m, i));
@@ -46,6 +49,8 @@ inline void dot_group_deep(const uint8_t*& w, const Values<MR, IS_TILED>& a, int
   int64_t i = k;
   for (; i + 2 * kStep <= k + length; i += 2 * kStep, w += 128) {
     const B first = b_load(w), second = b_load(w + 64);
+    prefetch(w + kAhead);
+    prefetch(w + kAhead + 64);
     if constexpr (IS_U4) {
       const B l0 = b_low(first), h0 = b_high(first), l1 = b_low(second), h1 = b_high(second);
       for (int m = 0; m < MR; ++m) {
