@@ -18,13 +18,14 @@ from mxn.engine.config import KV_FRACTION, KV_FRACTION_HOST, EngineConfig
 from mxn.engine.detokenize import byte_fallback_ids
 from mxn.engine.kvstore import PagePlan, allocate, page_bytes, plan_pages
 from mxn.engine.protocol import ModelInfo
-from mxn.errors import CapacityError
+from mxn.errors import CapacityError, UnsupportedError
 from mxn.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from mxn.engine.core import EngineCore
+    from mxn.engine.draft import NgramDrafter
     from mxn.engine.encoder import EncoderCore
     from mxn.kernels.registry import Ops
     from mxn.models.base import CausalLM, TextEncoder
@@ -207,8 +208,10 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
             max_batch_tokens=config.max_batch_tokens,
             max_sequences=config.max_sequences,
             max_context=max_context,
+            max_draft_rows=config.max_draft_rows,
         ),
         PageTable(plan.num_pages, config.page_tokens, prefix_caching=config.prefix_caching),
+        _drafter(config),
     )
     return EngineCore(
         msgspec.structs.replace(
@@ -222,6 +225,17 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         adapters=adapters,
         grammars=Grammars(replica.tokenizer, info.vocab_size, info.eos_ids),
     )
+
+
+def _drafter(config: EngineConfig) -> NgramDrafter | None:
+    """Return what guesses tokens. Raises: UnsupportedError."""
+    from mxn.engine.draft import NgramDrafter
+
+    if config.speculation == "off":
+        return None
+    if config.speculation == "mtp":
+        raise UnsupportedError("mtp")
+    return NgramDrafter(config.num_draft_tokens)
 
 
 def _bind_ops(replica: LoadedReplica) -> Ops:
