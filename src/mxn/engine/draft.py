@@ -1,7 +1,8 @@
-"""Guesses the next tokens of a sequence from its own past, and knows when that does not pay.
+"""Guesses the next tokens of a sequence, and knows when that does not pay.
 
 Pure: knows token ids and how many guesses came true; knows no tensors, pages and no clock. A wrong
-guess costs time and changes no token: whoever uses it verifies it. Start at `NgramDrafter`.
+guess costs time and changes no token: whoever uses it verifies it. Start at
+`NgramDrafter`; `MtpDrafter` keeps what the runner lets the model guess.
 
 Prompt lookup: where the last tokens stood before, what followed them then may follow them now.
 Source: A. Saxena, "Prompt Lookup Decoding" (2023).
@@ -138,3 +139,44 @@ class NgramDrafter:
 
     def forget(self, seq_id: str) -> None:
         self._drafting.pop(seq_id, None)
+
+
+class MtpDrafter:
+    """Implements `scheduler.Drafter` with guesses that the model's prediction layer made."""
+
+    def __init__(self, num_draft_tokens: int) -> None:
+        self._limit = num_draft_tokens
+        self._lengths: dict[str, DraftLength] = {}
+        self._offered: dict[str, tuple[int, list[int]]] = {}
+        self._num_tokens: dict[str, int] = {}  # of each sequence when it last carried guesses
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def wanted(self, seq: Sequence, num_tokens: int) -> int:
+        """Return how many guesses `seq`, which now has `num_tokens` tokens, can use."""
+        if not seq.can_draft:
+            return 0
+        length = self._lengths.setdefault(seq.seq_id, DraftLength(self._limit))
+        return length.length if num_tokens >= length.resumes_at else 0
+
+    def offer(self, seq_id: str, num_tokens: int, drafts: list[int]) -> None:
+        """Note guesses for the tokens behind the first `num_tokens`."""
+        self._offered[seq_id] = (num_tokens, drafts)
+
+    def propose(self, seq: Sequence, limit: int) -> list[int]:
+        """Return what was offered for just this length of `seq`."""
+        num_tokens, drafts = self._offered.get(seq.seq_id, (0, []))
+        if num_tokens != len(seq.token_ids):
+            return []
+        self._num_tokens[seq.seq_id] = num_tokens
+        return drafts[:limit]
+
+    def observe(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
+        """Learn how many of the last guesses came true."""
+        num_tokens = self._num_tokens[seq_id] + num_accepted + 1
+        self._lengths[seq_id].observe(num_drafted, num_accepted, num_tokens)
+
+    def forget(self, seq_id: str) -> None:
+        for known in (self._lengths, self._offered, self._num_tokens):
+            known.pop(seq_id, None)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from mxn.engine.mtp import Computed, PredictingDecoder, Predictor
 from mxn.engine.stepbatch import Chunk, PageRows, pack
 from mxn.errors import ChipError
 from mxn.models.lora import Part
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mxn.engine.adapters import Adapter, Adapters
+    from mxn.engine.draft import MtpDrafter
     from mxn.engine.protocol import TokenLogprob
     from mxn.engine.sampler import SampledToken, Sampler, SamplingState
     from mxn.engine.scheduler import ScheduledSequence, StepPlan
@@ -80,8 +82,12 @@ class Runner:
         max_sequences: int,
         max_pages: int,
         adapters: Adapters | None = None,
+        drafter: MtpDrafter | None = None,
     ) -> None:
-        """`max_pages` is the longest a sequence can get, `max_sequences` how many hold pages."""
+        """`max_pages` is the longest a sequence can get, `max_sequences` how many hold pages.
+
+        `drafter` gets the guesses of a model that can make them, a `PredictingDecoder`.
+        """
         self._model = model
         self._cache = cache
         self._sampler = sampler
@@ -90,6 +96,10 @@ class Runner:
         self._pages = PageRows(max_sequences, max_pages)
         self._row_of: dict[str, int] = {}
         self._max_rows = max(1, MAX_LOGITS // model.vocab_size)
+        self._predictor: Predictor | None = None
+        if drafter is not None:
+            assert isinstance(model, PredictingDecoder)
+            self._predictor = Predictor(model, cache[-1], self._pages, page_tokens, drafter)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, requests: Mapping[str, Sampled]) -> StepResult:
@@ -143,6 +153,8 @@ class Runner:
         try:
             logits_RV = self._forward(work)
             self._collect(work, logits_RV, result)
+            if self._predictor is not None:
+                self._predict(self._predictor, work, result)
         except Exception as error:  # whatever a chip throws
             check_device(self._model.device, error)
             if _has_drafts(work) or len(work) > 1 or (is_out_of_memory(error) and _can_split(work)):
@@ -207,6 +219,28 @@ class Runner:
                 state = state.after(draft)
                 states.append(state)
         return self._sampler.sample(logits_RV, states)
+
+    def _predict(self, predictor: Predictor, work: list[_Work], result: StepResult) -> None:
+        """Let the model guess what comes behind the tokens of `work`."""
+        parts: list[Computed | None] = []
+        for part in work:
+            chunk, sequence = part.chunk, part.scheduled.sequence
+            tokens = result.tokens.get(sequence.seq_id)
+            num_rows = len(chunk.token_ids)
+            if not part.samples:
+                next_id = sequence.token_ids[chunk.start + num_rows]
+            elif tokens:
+                num_rows += len(tokens) - 1 - len(part.drafts)
+                next_id = tokens[-1].token_id
+            else:
+                parts.append(None)
+                continue
+            num_pages = len(part.scheduled.pages)
+            parts.append(Computed(sequence, chunk, num_pages, num_rows, next_id, part.samples))
+        try:
+            predictor.predict(parts, [len(part.chunk.token_ids) for part in work])
+        except Exception as error:  # the tokens are there: the next step has fewer guesses
+            check_device(self._model.device, error)
 
     def _score_prompt(self, part: _Work, logits_QV: Tensor) -> list[TokenLogprob]:
         """Return the log-probability of each prompt token that these rows predict."""
