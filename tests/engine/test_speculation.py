@@ -38,6 +38,9 @@ class Guesser:
     def observe(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
         self.told.append((num_drafted, num_accepted))
 
+    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        pass
+
     def forget(self, seq_id: str) -> None:
         self.gone.append(seq_id)
 

@@ -122,7 +122,9 @@ class EngineCore:
         if plan is None:
             return before + self._adapters.answers_soon()
         result = self._runner.run(plan, self._requests)
-        self._share(plan, self._clock() - started_s)
+        elapsed_s = self._clock() - started_s
+        self._share(plan, elapsed_s)
+        self._scheduler.took(plan, elapsed_s)
         out = before + self._commit(plan, result) + self._adapters.answers()
         self._counters.steps_total += 1
         ended_s = self._clock()

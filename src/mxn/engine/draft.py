@@ -20,7 +20,8 @@ _SHIFT = 32  # token ids fit below; an n-gram is one integer
 
 _WEIGHT = 1 / 16  # of one draft in the running rate of acceptance
 _START_RATE = 0.6  # what a sequence is credited with before it has shown anything
-_PAYS_FROM = 0.25  # a row more costs about this part of a step that reads all weights anyway
+_UNKNOWN_COST = 0.1  # of a draft, as a part of a step without drafts, until it was measured
+_PAYS_FROM, _PAYS_SURELY = 0.05, 0.8  # bounds of the rate of acceptance from which drafts pay
 _FIRST_PAUSE = 16  # tokens without drafts once they do not pay; doubled each time
 _LONGEST_PAUSE = 512
 
@@ -68,6 +69,32 @@ class NgramIndex:
         return [known[position + i % period] for i in range(num_tokens)]
 
 
+class RowCost:
+    """What a draft adds to the time of a step, as a part of that time, measured as steps go by."""
+
+    def __init__(self) -> None:
+        self._plain_s: dict[int, float] = {}  # number of sequences -> mean time without drafts
+        self.value = _UNKNOWN_COST
+
+    def observe(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        """Learn from a step of decodes only."""
+        plain_s = self._plain_s.get(num_sequences)
+        if not num_drafts:
+            known = elapsed_s if plain_s is None else plain_s
+            # A step that was interrupted is no measure: it counts as twice the usual at most.
+            self._plain_s[num_sequences] = known + _WEIGHT * (min(elapsed_s, 2 * known) - known)
+        elif plain_s:
+            cost = (elapsed_s / plain_s - 1) / num_drafts
+            self.value += _WEIGHT * (min(max(cost, 0.0), 1.0) - self.value)
+
+    def pays_from(self, num_sequences: int) -> float:
+        """Return the rate of acceptance that is worth its time.
+
+        A step makes a token for each sequence: one more is worth that part of a step.
+        """
+        return min(max(self.value * num_sequences, _PAYS_FROM), _PAYS_SURELY)
+
+
 class DraftLength:
     """How many tokens of one sequence to guess: more while all come true, none while few do."""
 
@@ -80,17 +107,22 @@ class DraftLength:
         self._rate = _START_RATE  # running mean of the accepted part of each draft
         self._next_pause = _FIRST_PAUSE
 
-    def observe(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
-        """Learn from one draft of a sequence that had `num_tokens` tokens."""
+    def observe(
+        self, num_drafted: int, num_accepted: int, num_tokens: int, pays_from: float
+    ) -> None:
+        """Learn from one draft of a sequence that now has `num_tokens` tokens.
+
+        `pays_from` is the part that must come true for drafts to pay.
+        """
         if num_accepted == num_drafted:
             self.length = min(self._limit, max(self.length, num_drafted + 1))
         else:
             self.length = max(1, num_accepted)
         self._rate += _WEIGHT * num_drafted * (num_accepted / num_drafted - self._rate)
-        if self._rate < _PAYS_FROM:
+        if self._rate < pays_from:
             self.resumes_at = num_tokens + self._next_pause
             self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
-            self._rate, self.length = (_PAYS_FROM + _START_RATE) / 2, 1
+            self._rate, self.length = max(pays_from, _START_RATE / 2), 1
         elif self._rate > _START_RATE:
             self._next_pause = _FIRST_PAUSE
 
@@ -108,6 +140,8 @@ class NgramDrafter:
 
     def __init__(self, num_draft_tokens: int) -> None:
         self._limit = num_draft_tokens
+        self.cost = RowCost()
+        self._num_sequences = 1  # in the last step
         self._drafting: dict[str, _Drafting] = {}
 
     def __len__(self) -> int:
@@ -135,7 +169,14 @@ class NgramDrafter:
     def observe(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
         """Learn how many of the last guesses came true."""
         found = self._drafting[seq_id]
-        found.length.observe(num_drafted, num_accepted, len(found.index) + num_accepted + 1)
+        num_tokens = len(found.index) + num_accepted + 1
+        pays_from = self.cost.pays_from(self._num_sequences)
+        found.length.observe(num_drafted, num_accepted, num_tokens, pays_from)
+
+    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        """Learn what a step of decodes took."""
+        self._num_sequences = num_sequences
+        self.cost.observe(num_sequences, num_drafts, elapsed_s)
 
     def forget(self, seq_id: str) -> None:
         self._drafting.pop(seq_id, None)
@@ -146,6 +187,8 @@ class MtpDrafter:
 
     def __init__(self, num_draft_tokens: int) -> None:
         self._limit = num_draft_tokens
+        self.cost = RowCost()
+        self._num_sequences = 1  # in the last step
         self._lengths: dict[str, DraftLength] = {}
         self._offered: dict[str, tuple[int, list[int]]] = {}
         self._num_tokens: dict[str, int] = {}  # of each sequence when it last carried guesses
@@ -175,7 +218,13 @@ class MtpDrafter:
     def observe(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
         """Learn how many of the last guesses came true."""
         num_tokens = self._num_tokens[seq_id] + num_accepted + 1
-        self._lengths[seq_id].observe(num_drafted, num_accepted, num_tokens)
+        pays_from = self.cost.pays_from(self._num_sequences)
+        self._lengths[seq_id].observe(num_drafted, num_accepted, num_tokens, pays_from)
+
+    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        """Learn what a step of decodes took."""
+        self._num_sequences = num_sequences
+        self.cost.observe(num_sequences, num_drafts, elapsed_s)
 
     def forget(self, seq_id: str) -> None:
         for known in (self._lengths, self._offered, self._num_tokens):

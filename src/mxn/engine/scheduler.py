@@ -67,6 +67,10 @@ class Drafter(Protocol):
         """Learn how many of the last guesses came true."""
         ...
 
+    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        """Learn what a step of decodes took."""
+        ...
+
     def forget(self, seq_id: str) -> None:
         """The sequence is gone."""
         ...
@@ -268,6 +272,14 @@ class Scheduler:
                 full.append(seq_id)
         self._release_leaving()
         return full
+
+    def took(self, plan: StepPlan, elapsed_s: float) -> None:
+        """Take note of the time of a step, from which follows whether drafts pay."""
+        if self._drafter is None:
+            return
+        num_drafts = sum(len(item.drafts) for item in plan.sequences)
+        if plan.num_tokens == len(plan.sequences) + num_drafts:
+            self._drafter.observe_step(len(plan.sequences), num_drafts, elapsed_s)
 
     def abandon(self, plan: StepPlan) -> None:
         """End a step that failed: nothing counts as computed, the same work is planned again.

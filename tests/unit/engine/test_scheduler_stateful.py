@@ -62,6 +62,9 @@ class RandomDrafter:
         assert self.open.pop(seq_id) == num_drafted >= num_accepted
         self.num_accepted += num_accepted
 
+    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        pass
+
     def forget(self, seq_id: str) -> None:
         self.open.pop(seq_id, None)
 
