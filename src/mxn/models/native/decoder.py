@@ -69,12 +69,7 @@ class NativeDecoder:
         self.device = torch.device("cpu")
         self._lib = library()
         self._pool = pool(num_threads)
-        self._kept: list[Any] = [
-            table_VD,
-            head,
-            layers,
-            final_norm,
-        ]  # the native side has addresses
+        self._kept: list[Any] = [table_VD, head, layers, final_norm]  # the native side has addresses
         self._ropes = _Ropes(spec)
         self._native = self._lib.Decoder()
         self._fill(table_VD, head, final_norm)
