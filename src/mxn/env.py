@@ -22,6 +22,7 @@ VARIABLES = (
     Variable("MXN_DTYPE", "auto", "weights and activations: auto, float32, bfloat16, float16"),
     Variable("MXN_WEIGHTS", "plain", "weights on a CPU: plain, f32, bf16, int8, int4, int4-g32, …"),
     Variable("MXN_KV", "auto", "cache beside packed weights: auto, f32, bf16, int8"),
+    Variable("MXN_SPECULATION", "off", "guess tokens and verify them: off, ngram, mtp"),
     Variable("MXN_THREADS", "0", "CPU threads of an engine; 0 = all cores this process may use"),
     Variable("MXN_KERNELS", "", "pin kernels, such as `linear=torch,rms_norm=naive`"),
     Variable("MXN_KERNEL_TUNING", "on", "measure kernels at load: on, off (priority decides)"),

@@ -21,6 +21,12 @@ def engine_device() -> str:
     return torch_device(os.environ.get("MXN_TEST_DEVICE", "cpu"))
 
 
+@pytest.fixture(autouse=True)
+def no_clock_for_drafts(monkeypatch) -> None:
+    """Whether drafts pay depends on how long steps take; a test must not."""
+    monkeypatch.setattr("mxn.engine.draft.RowCost.observe", lambda *_: None)
+
+
 @pytest.fixture
 def tiny_config(engine_device) -> Callable[..., EngineConfig]:
     """Settings of a replica that runs `TinyModel` or `TinyEncoder`."""

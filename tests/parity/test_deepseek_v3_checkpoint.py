@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from mxn.models.decoder import Decoder
 from mxn.models.load import load_model
 from support import tiny
+from support.mtp import add_mtp_layer, edit_config
 from support.paged import Session
 
 BLOCK = (32, 20)  # ragged at the edges of every weight of the tiny model
@@ -34,11 +33,6 @@ def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
             exact[part] = quantized[part].float() * scale
             scales[i, j] = scale
     return quantized, scales, exact
-
-
-def edit_config(directory, **fields) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 @torch.inference_mode()
@@ -71,25 +65,6 @@ def test_fp8_blocks_with_ragged_edges_load_as_what_they_stand_for(tmp_path, devi
     want = reference(torch.tensor([tokens])).logits[0]
     got = Session(model).step({0: tokens})[0]
     assert ((got - want).abs().max() / want.abs().max()).item() < 1e-4
-
-
-def add_mtp_layer(directory, reference) -> None:
-    """Append the prediction layer that transformers leaves out, with random weights."""
-    generator = torch.Generator().manual_seed(9)
-    stored = load_file(directory / "model.safetensors")
-    last, new = "model.layers.2.", "model.layers.3."
-    for name in [name for name in stored if name.startswith(last)]:
-        shape = stored[name].shape
-        noise = torch.randn(shape, generator=generator)
-        stored[name.replace(last, new)] = 1 + 0.1 * noise if len(shape) == 1 else 0.15 * noise
-    hidden = reference.config.hidden_size
-    for norm in ("enorm", "hnorm", "shared_head.norm"):
-        stored[f"{new}{norm}.weight"] = 1 + 0.1 * torch.randn(hidden, generator=generator)
-    stored[f"{new}eh_proj.weight"] = 0.15 * torch.randn(hidden, 2 * hidden, generator=generator)
-    stored[f"{new}shared_head.head.weight"] = stored["lm_head.weight"].clone()
-    stored[f"{new}embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
-    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
-    edit_config(directory, num_nextn_predict_layers=1)
 
 
 @torch.inference_mode()
@@ -136,7 +111,7 @@ def reference_prediction(directory, reference, tokens: list[int]) -> torch.Tenso
 @torch.inference_mode()
 def test_the_prediction_layer_gives_the_logits_of_the_papers_equations(tmp_path, device):
     reference = tiny.write("deepseek_v3", tmp_path)
-    add_mtp_layer(tmp_path, reference)
+    add_mtp_layer(tmp_path)
     model = load_model(tmp_path, device, "float32").model
     assert isinstance(model, Decoder)
     assert len(model.mtp) == 1

@@ -230,3 +230,16 @@ def test_counting_a_request_is_cheap():
         counts.ended(context, {"path": CHAT}, 200)
         took.append(time.perf_counter() - begun_s)
     assert sorted(took)[1000] < 50e-6
+
+
+def test_totals_of_an_engine_go_on_when_it_restarts():
+    from mxn.engine.protocol import EngineStats
+    from mxn.serve.metrics import Metrics
+
+    metrics = Metrics()
+    for drafted, accepted in ((7, 3), (9, 4), (2, 1)):  # the last from a new process
+        stats = EngineStats(draft_tokens_total=drafted, accepted_draft_tokens_total=accepted)
+        metrics.set_gauges("m", stats)
+    text = metrics.text().decode()
+    assert 'mxn_spec_decode_num_draft_tokens_total{model_name="m"} 11.0' in text
+    assert 'mxn_spec_decode_num_accepted_tokens_total{model_name="m"} 5.0' in text

@@ -27,6 +27,12 @@ Weights = Annotated[
 Kv = Annotated[
     str | None, typer.Option(help="Cache beside packed weights: f32, bf16, int8; auto: by weights.")
 ]
+Speculation = Annotated[
+    str | None,
+    typer.Option(
+        help="Guess tokens and verify them: off, ngram (from the text so far), mtp (by the model)."
+    ),
+]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0: all cores this process may use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 MaxContext = Annotated[

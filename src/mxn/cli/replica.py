@@ -43,6 +43,8 @@ def config_for(model: str, **settings: Any) -> EngineConfig:
         given["weights"] = env.get("MXN_WEIGHTS")
     if given.get("kv") is None:
         given["kv"] = env.get("MXN_KV")
+    if given.get("speculation") is None:
+        given["speculation"] = env.get("MXN_SPECULATION")
     if not given.get("threads"):
         given["threads"] = env.get_int("MXN_THREADS")
     return EngineConfig(model=str(resolve_model(model)), **given)

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from mxn.cli.options import Device, Dtype, Json, Kv, MaxContext, Model, Threads, Weights
+from mxn.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Kv,
+    MaxContext,
+    Model,
+    Speculation,
+    Threads,
+    Weights,
+)
 
 
 def run(
@@ -30,6 +40,7 @@ def run(
     dtype: Dtype = "auto",
     weights: Weights = None,
     kv: Kv = None,
+    speculation: Speculation = None,
     threads: Threads = 0,
     max_context: MaxContext = None,
     as_json: Json = False,
@@ -40,7 +51,7 @@ def run(
 
     config = config_for(
         model, device=device, dtype=dtype, weights=weights, kv=kv, threads=threads,
-        max_context=max_context,
+        max_context=max_context, speculation=speculation,
     )  # fmt: skip
     asyncio.run(_run(config, text, max_tokens, temperature, seed, is_chat=chat, as_json=as_json))
 

@@ -15,6 +15,7 @@ from mxn.cli.options import (
     Otlp,
     Port,
     ReasoningParser,
+    Speculation,
     Threads,
     ToolParser,
     Weights,
@@ -58,6 +59,7 @@ def serve(
     dtype: Dtype = "auto",
     weights: Weights = None,
     kv: Kv = None,
+    speculation: Speculation = None,
     threads: Threads = 0,
     max_context: MaxContext = None,
     max_sequences: Annotated[
@@ -124,7 +126,7 @@ def serve(
             aliases=aliases(model, served_name) if models.count(model) == 1 else (),
             config=config_for(
                 model, device=devices[0], dtype=dtype, weights=weights, kv=kv, threads=threads,
-                max_context=max_context,
+                max_context=max_context, speculation=speculation,
                 max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
                 kv_bytes=parse_bytes(kv_memory) if kv_memory else None,
                 prefix_caching=prefix_caching, allow_fallback=fallback,

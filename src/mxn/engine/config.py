@@ -15,6 +15,8 @@ from mxn.errors import ConfigError
 
 KV_FRACTION = 0.85  # of what the weights leave free on a device with memory of its own
 KV_FRACTION_HOST = 0.3  # main memory belongs to everybody on the machine
+SPECULATIONS = ("off", "ngram", "mtp")
+MAX_DRAFT_TOKENS = 32
 DEFAULT_LOADER = "mxn.engine.load:load_checkpoint"
 
 
@@ -39,6 +41,9 @@ class EngineConfig:
     prefix_caching: bool = True
     allow_fallback: bool = True  # run through transformers when there is no native spec
     prefer_fallback: bool = False
+    speculation: str = "off"  # guess tokens and verify them: off, ngram, mtp (where a model has it)
+    num_draft_tokens: int = 4  # guesses of one sequence in one step
+    max_draft_rows: int = 16  # tokens in one step from which on it carries no more guesses
     loader: str = DEFAULT_LOADER  # "module:function" that turns this config into a `LoadedReplica`
 
     def __post_init__(self) -> None:
@@ -56,6 +61,7 @@ class EngineConfig:
         if self.kv_bytes is not None and self.kv_bytes < 1:
             raise ConfigError(f"kv_bytes must be at least 1, got {self.kv_bytes!r}")
         self._check_formats()
+        self._check_speculation()
         if self.max_batch_tokens < self.max_sequences:
             raise ConfigError(
                 f"max_batch_tokens {self.max_batch_tokens!r} is less than max_sequences "
@@ -73,6 +79,19 @@ class EngineConfig:
                 f"the cache format {self.kv!r} needs weights that the native kernels read",
                 hint="--weights bf16, int8 or int4",
             )
+
+    def _check_speculation(self) -> None:
+        if self.speculation not in SPECULATIONS:
+            raise ConfigError(
+                f"speculation must be one of {', '.join(SPECULATIONS)}, got {self.speculation!r}"
+            )
+        if not 1 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(
+                f"num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}, got {self.num_draft_tokens!r}",
+                hint="speculation='off' makes no drafts",
+            )
+        if self.max_draft_rows < 0:
+            raise ConfigError(f"max_draft_rows must be 0 or more, got {self.max_draft_rows!r}")
 
     def to_json(self) -> str:
         """Return the settings as one line of JSON; `from_json` reads it back."""

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mxn.engine.grammar import Grammars, GrammarState
     from mxn.engine.protocol import Grammar
     from mxn.engine.runner import Runner, StepResult
+    from mxn.engine.sampler import SampledToken
     from mxn.engine.scheduler import Scheduler, StepPlan
 
 log = logging.getLogger("mxn.engine")
@@ -121,7 +122,9 @@ class EngineCore:
         if plan is None:
             return before + self._adapters.answers_soon()
         result = self._runner.run(plan, self._requests)
-        self._share(plan, self._clock() - started_s)
+        elapsed_s = self._clock() - started_s
+        self._share(plan, elapsed_s)
+        self._scheduler.took(plan, elapsed_s)
         out = before + self._commit(plan, result) + self._adapters.answers()
         self._counters.steps_total += 1
         ended_s = self._clock()
@@ -143,6 +146,9 @@ class EngineCore:
         self._counters.preemptions_total = now.preemptions_total
         self._counters.prompt_tokens_total = now.prompt_tokens_total
         self._counters.cached_tokens_total = now.cached_tokens_total
+        self._counters.drafts_total = now.drafts_total
+        self._counters.draft_tokens_total = now.draft_tokens_total
+        self._counters.accepted_draft_tokens_total = now.accepted_draft_tokens_total
         return self._counters.stats(
             request_id,
             num_running=now.num_running,
@@ -240,6 +246,8 @@ class EngineCore:
             return [_refusal(request_id, str(error), error.code)]
         self._requests[request_id] = request
         self._counters.requests_total += 1
+        if self._scheduler.has_drafter and not request.sequence.can_draft:
+            self._counters.undrafted_requests_total += 1
         return []
 
     def _use(self, request: Request, name: str | None) -> None:
@@ -287,24 +295,35 @@ class EngineCore:
                 request.prompt_logprobs += scored
         sampled: dict[str, tuple[int, ...]] = {}
         finished: list[str] = []
-        for request_id, token in result.tokens.items():
+        for request_id, tokens in result.tokens.items():
             try:
-                delta = requests[request_id].advance(token)
+                deltas = _advance(requests[request_id], tokens)
             except MxnError as error:  # its grammar failed; the others of the step go on
                 self._drop(request_id, error.message)
                 out.append(_error(request_id, error))
                 continue
-            sampled[request_id] = (token.token_id,)
-            self._counters.generation_tokens_total += len(delta.token_ids)
-            if delta.finish_reason:
+            sampled[request_id] = tuple(token.token_id for token in tokens[: len(deltas)])
+            self._counters.generation_tokens_total += sum(len(d.token_ids) for d in deltas)
+            if deltas[-1].finish_reason:
                 finished.append(request_id)
-            out.append(delta)
+            out += deltas
         self._scheduler.commit(plan, sampled, finished)
         for request_id in finished:
             request = requests.pop(request_id)
             self._runner.forget(request_id)
             self._adapters.release(request.adapter)
         return out
+
+
+def _advance(request: Request, tokens: list[SampledToken]) -> list[Delta]:
+    """Return a delta for each token, up to the one that ends the answer. Raises: MxnError."""
+    deltas = []
+    for token in tokens:
+        delta = request.advance(token)
+        deltas.append(delta)
+        if delta.finish_reason:
+            break
+    return deltas
 
 
 def _refusal(request_id: str, message: str, code: str | None) -> Failed:

@@ -18,6 +18,10 @@ class Counters:
     requests_cancelled_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    drafts_total: int = 0
+    draft_tokens_total: int = 0
+    accepted_draft_tokens_total: int = 0
+    undrafted_requests_total: int = 0
     busy_s: float = 0.0
 
     def stats(self, request_id: str, **gauges: int) -> EngineStats:

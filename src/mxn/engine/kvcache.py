@@ -171,6 +171,26 @@ class PageTable:
         self._take(holding, num_fresh)
         return True
 
+    def trim(self, seq_id: str, num_tokens: int) -> None:
+        """Take back the pages behind those of `num_tokens`; they hold nothing that counts.
+
+        Raises: InternalError when one of them was committed.
+        """
+        holding = self._holdings[seq_id]
+        num_kept = -(-num_tokens // self.page_tokens)
+        surplus = holding.pages[num_kept:]
+        if not surplus:
+            return
+        if num_kept < holding.num_committed:
+            raise InternalError(
+                f"sequence {seq_id!r}: {holding.num_committed} pages are committed, "
+                f"{num_kept} were to stay"
+            )
+        del holding.pages[num_kept:]
+        for page in surplus:
+            self._references[page] = 0
+        self._blank.give(surplus[::-1])
+
     def commit(self, seq_id: str, token_ids: list[int], num_computed: int) -> None:
         """Make the full pages among the first `num_computed` tokens findable by their content.
 

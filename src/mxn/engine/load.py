@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from mxn.engine.core import EngineCore
+    from mxn.engine.draft import MtpDrafter, NgramDrafter
     from mxn.engine.encoder import EncoderCore
     from mxn.kernels.registry import Ops
     from mxn.models.base import CausalLM, TextEncoder
@@ -144,9 +145,8 @@ def context_of(config: EngineConfig, model_context: int, page_bytes: int, fits_t
     return model_context
 
 
-def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
+def _plan(config: EngineConfig, replica: LoadedReplica, model: CausalLM) -> tuple[PagePlan, int]:
     """Return the page pool and the context it can serve."""
-    model = replica.decoder
     size = page_bytes(model, config.page_tokens)
     available = config.kv_bytes
     if available is None and replica.free_bytes is not None:
@@ -170,15 +170,20 @@ def _plan(config: EngineConfig, replica: LoadedReplica) -> tuple[PagePlan, int]:
 def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> EngineCore:
     from mxn.engine.adapters import Adapters
     from mxn.engine.core import EngineCore
+    from mxn.engine.draft import MtpDrafter
     from mxn.engine.grammar import Grammars
     from mxn.engine.kvcache import PageTable
+    from mxn.engine.mtp import PredictingDecoder
     from mxn.engine.runner import Runner
     from mxn.engine.sampler import Sampler
     from mxn.engine.scheduler import Scheduler, SchedulerConfig
 
-    plan, max_context = _plan(config, replica)
-    report("cache", 0, plan.total_bytes)
     model = replica.decoder
+    if config.speculation == "mtp":
+        model = PredictingDecoder.wrap(model)
+    drafter = _drafter(config)
+    plan, max_context = _plan(config, replica, model)
+    report("cache", 0, plan.total_bytes)
     cache = allocate(model, num_pages=plan.num_pages, page_tokens=config.page_tokens)
     report("cache", plan.total_bytes, plan.total_bytes)
     log.info(
@@ -192,7 +197,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         vocab_size=vocab_size,
         eos_ids=tuple(token for token in replica.loaded.eos_ids if token < vocab_size),
     )
-    adapters = Adapters(model, max_adapters=config.max_adapters)
+    adapters = Adapters(replica.decoder, max_adapters=config.max_adapters)
     runner = Runner(
         model,
         cache,
@@ -201,14 +206,17 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         max_sequences=config.max_sequences,
         max_pages=-(-max_context // config.page_tokens),
         adapters=adapters,
+        drafter=drafter if isinstance(drafter, MtpDrafter) else None,
     )
     scheduler = Scheduler(
         SchedulerConfig(
             max_batch_tokens=config.max_batch_tokens,
             max_sequences=config.max_sequences,
             max_context=max_context,
+            max_draft_rows=config.max_draft_rows,
         ),
         PageTable(plan.num_pages, config.page_tokens, prefix_caching=config.prefix_caching),
+        drafter,
     )
     return EngineCore(
         msgspec.structs.replace(
@@ -222,6 +230,16 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         adapters=adapters,
         grammars=Grammars(replica.tokenizer, info.vocab_size, info.eos_ids),
     )
+
+
+def _drafter(config: EngineConfig) -> NgramDrafter | MtpDrafter | None:
+    """Return what guesses tokens."""
+    from mxn.engine.draft import MtpDrafter, NgramDrafter
+
+    if config.speculation == "off":
+        return None
+    kind = MtpDrafter if config.speculation == "mtp" else NgramDrafter
+    return kind(config.num_draft_tokens)
 
 
 def _bind_ops(replica: LoadedReplica) -> Ops:

@@ -165,6 +165,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     requests_cancelled_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    drafts_total: int = 0  # times that a sequence carried guessed tokens in a step
+    draft_tokens_total: int = 0
+    accepted_draft_tokens_total: int = 0
+    undrafted_requests_total: int = 0  # with a grammar: they run without guesses
     busy_s: float = 0.0
 
 

@@ -58,6 +58,7 @@ class Request:
             arrival_s=now_s,
             priority=message.priority,
             wants_prompt_logits=sampling.prompt_logprobs is not None,
+            can_draft=grammar is None,  # what it allows depends on each token before
         )
         ends = () if sampling.ignore_eos else info.eos_ids
         self.sampling_state = SamplingState(sampling, prompt, eos_ids=ends, grammar=grammar)
@@ -101,11 +102,14 @@ class Request:
         return len(self.sampling_state.output_ids)
 
     def advance(self, token: SampledToken) -> Delta:
-        """Return what `token`, which the scheduler has not appended yet, adds to the answer."""
+        """Return what `token`, which the scheduler has not appended yet, adds to the answer.
+
+        Several tokens of one step are given one by one.
+        """
         if self.sampling.max_tokens == 0:
             return self._delta([], "", None, "length", None)
         self.sampling_state.append(token.token_id)
-        num_tokens = len(self.sequence.token_ids) + 1
+        num_tokens = self.sequence.num_prompt + self.num_output
         text, finish, stop = self._text_of(token.token_id, num_tokens)
         logprobs = None if token.logprob is None else [token.logprob]
         return self._delta([token.token_id], text, logprobs, finish, stop)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from mxn.engine.mtp import Computed, PredictingDecoder, Predictor
 from mxn.engine.stepbatch import Chunk, PageRows, pack
 from mxn.errors import ChipError
 from mxn.models.lora import Part
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mxn.engine.adapters import Adapter, Adapters
+    from mxn.engine.draft import MtpDrafter
     from mxn.engine.protocol import TokenLogprob
     from mxn.engine.sampler import SampledToken, Sampler, SamplingState
     from mxn.engine.scheduler import ScheduledSequence, StepPlan
@@ -51,7 +53,7 @@ class Sampled(Protocol):
 class StepResult:
     """What a step brought, by request id."""
 
-    tokens: dict[str, SampledToken] = field(default_factory=dict)
+    tokens: dict[str, list[SampledToken]] = field(default_factory=dict)  # one, and one each draft
     prompt_logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # request id -> reason
 
@@ -64,6 +66,7 @@ class _Work:
     request: Sampled
     chunk: Chunk
     samples: bool
+    drafts: Sequence[int] = ()  # the last tokens of `chunk`, guessed
 
 
 class Runner:
@@ -79,8 +82,12 @@ class Runner:
         max_sequences: int,
         max_pages: int,
         adapters: Adapters | None = None,
+        drafter: MtpDrafter | None = None,
     ) -> None:
-        """`max_pages` is the longest a sequence can get, `max_sequences` how many hold pages."""
+        """`max_pages` is the longest a sequence can get, `max_sequences` how many hold pages.
+
+        `drafter` gets the guesses of a model that can make them, a `PredictingDecoder`.
+        """
         self._model = model
         self._cache = cache
         self._sampler = sampler
@@ -89,6 +96,10 @@ class Runner:
         self._pages = PageRows(max_sequences, max_pages)
         self._row_of: dict[str, int] = {}
         self._max_rows = max(1, MAX_LOGITS // model.vocab_size)
+        self._predictor: Predictor | None = None
+        if drafter is not None:
+            assert isinstance(model, PredictingDecoder)
+            self._predictor = Predictor(model, cache[-1], self._pages, page_tokens, drafter)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, requests: Mapping[str, Sampled]) -> StepResult:
@@ -99,7 +110,11 @@ class Runner:
         for seq_id in plan.preempted:
             self.forget(seq_id)
         result = StepResult()
-        self._run(self._work(plan, requests), result)
+        work = self._work(plan, requests)
+        self._run(work, result)
+        for part in work:
+            if part.drafts:  # pages behind those that stay may be others next time
+                self._pages.cut(part.chunk.table_row, part.chunk.start // self._page_tokens)
         return result
 
     def forget(self, seq_id: str) -> None:
@@ -117,14 +132,14 @@ class Runner:
         work = []
         pages, row_of = self._pages, self._row_of
         for scheduled in plan.sequences:
-            sequence, start, num_tokens, page_ids, samples, num_logits = scheduled
+            sequence, start, num_tokens, page_ids, samples, num_logits, drafts = scheduled
             row = row_of.get(sequence.seq_id)
             if row is None:
                 row = row_of[sequence.seq_id] = pages.take()
             pages.update(row, page_ids)
             new = sequence.token_ids[start : start + num_tokens]
-            chunk = Chunk(row, start, new, num_logits)
-            work.append(_Work(scheduled, requests[sequence.seq_id], chunk, samples))
+            chunk = Chunk(row, start, [*new, *drafts] if drafts else new, num_logits)
+            work.append(_Work(scheduled, requests[sequence.seq_id], chunk, samples, drafts))
         return work
 
     def _run(self, work: list[_Work], result: StepResult) -> None:
@@ -133,19 +148,25 @@ class Runner:
         if not work:
             return
         if sum(part.chunk.num_logits for part in work) > self._max_rows and _can_split(work):
-            self._run_halves(work, result)
+            self._run_smaller(work, result)
             return
         try:
             logits_RV = self._forward(work)
             self._collect(work, logits_RV, result)
+            if self._predictor is not None:
+                self._predict(self._predictor, work, result)
         except Exception as error:  # whatever a chip throws
             check_device(self._model.device, error)
-            if len(work) > 1 or (is_out_of_memory(error) and _can_split(work)):
-                self._run_halves(work, result)
+            if _has_drafts(work) or len(work) > 1 or (is_out_of_memory(error) and _can_split(work)):
+                self._run_smaller(work, result)
             else:
                 result.failed[work[0].scheduled.seq_id] = _reason(error, work[0])
 
-    def _run_halves(self, work: list[_Work], result: StepResult) -> None:
+    def _run_smaller(self, work: list[_Work], result: StepResult) -> None:
+        """Run `work` without its drafts, which nobody waits for, or in two halves."""
+        if _has_drafts(work):
+            self._run([_without_drafts(part) for part in work], result)
+            return
         first, second = _halve(work)
         self._run(first, result)
         self._run(second, result)
@@ -170,23 +191,56 @@ class Runner:
         for part in work:
             first, num_rows = num_rows, num_rows + part.chunk.num_logits
             if part.samples:
-                rows.append(num_rows - 1)
+                rows.extend(range(num_rows - 1 - len(part.drafts), num_rows))
                 sampling.append(part)
             if part.request.num_prompt_logprobs is not None and part.chunk.num_logits:
                 scored[part.scheduled.seq_id] = self._score_prompt(part, logits_RV[first:num_rows])
         tokens = self._sample(sampling, rows, logits_RV) if sampling else []
         for seq_id, logprobs in scored.items():
             result.prompt_logprobs.setdefault(seq_id, []).extend(logprobs)
-        for part, token in zip(sampling, tokens, strict=True):
-            if token.is_broken:
+        first = 0
+        for part in sampling:
+            last = first + len(part.drafts)
+            found = tokens[first : last + 1] if part.drafts else [tokens[first]]
+            first = last + 1
+            if found[0].is_broken:
                 result.failed[part.scheduled.seq_id] = "the model gave no finite logit"
             else:
-                result.tokens[part.scheduled.seq_id] = token
+                result.tokens[part.scheduled.seq_id] = _verified(found, part.drafts)
 
     def _sample(self, work: list[_Work], rows: list[int], logits_RV: Tensor) -> list[SampledToken]:
         if len(rows) != len(logits_RV):
             logits_RV = logits_RV[torch.tensor(rows, device=logits_RV.device)]
-        return self._sampler.sample(logits_RV, [part.request.sampling_state for part in work])
+        states: list[SamplingState] = []
+        for part in work:
+            state = part.request.sampling_state
+            states.append(state)
+            for draft in part.drafts:
+                state = state.after(draft)
+                states.append(state)
+        return self._sampler.sample(logits_RV, states)
+
+    def _predict(self, predictor: Predictor, work: list[_Work], result: StepResult) -> None:
+        """Let the model guess what comes behind the tokens of `work`."""
+        parts: list[Computed | None] = []
+        for part in work:
+            chunk, sequence = part.chunk, part.scheduled.sequence
+            tokens = result.tokens.get(sequence.seq_id)
+            num_rows = len(chunk.token_ids)
+            if not part.samples:
+                next_id = sequence.token_ids[chunk.start + num_rows]
+            elif tokens:
+                num_rows += len(tokens) - 1 - len(part.drafts)
+                next_id = tokens[-1].token_id
+            else:
+                parts.append(None)
+                continue
+            num_pages = len(part.scheduled.pages)
+            parts.append(Computed(sequence, chunk, num_pages, num_rows, next_id, part.samples))
+        try:
+            predictor.predict(parts, [len(part.chunk.token_ids) for part in work])
+        except Exception as error:  # the tokens are there: the next step has fewer guesses
+            check_device(self._model.device, error)
 
     def _score_prompt(self, part: _Work, logits_QV: Tensor) -> list[TokenLogprob]:
         """Return the log-probability of each prompt token that these rows predict."""
@@ -197,6 +251,31 @@ class Runner:
             return []
         num_top = part.request.num_prompt_logprobs or 0
         return self._sampler.prompt_logprobs(logits_QV[: len(next_ids)], next_ids, num_top)
+
+
+def _verified(tokens: list[SampledToken], drafts: Sequence[int]) -> list[SampledToken]:
+    """Return the tokens that would have come one by one: those behind drafts that came true.
+
+    Each was drawn from its own row with the random number of its own position, so it does not
+    depend on whether it was guessed. A broken one stays away; the next step meets it again.
+    """
+    num_kept = 1
+    for draft, token, following in zip(drafts, tokens, tokens[1:], strict=False):
+        if draft != token.token_id or following.is_broken:
+            break
+        num_kept += 1
+    return tokens[:num_kept]
+
+
+def _has_drafts(work: Sequence[_Work]) -> bool:
+    return any(part.drafts for part in work)
+
+
+def _without_drafts(part: _Work) -> _Work:
+    if not part.drafts:
+        return part
+    chunk = part.chunk.without_last(len(part.drafts))
+    return _Work(part.scheduled, part.request, chunk, part.samples)
 
 
 def _rows_of(part: _Work) -> Part:

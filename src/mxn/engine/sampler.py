@@ -10,6 +10,7 @@ A token depends on its own logits, params, seed and position only, never on othe
 from __future__ import annotations
 
 import secrets
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,13 @@ class TokenCounts:
             self._size += 1
         self._counts[at] += 1
 
+    def copy(self) -> TokenCounts:
+        """Return counts that grow apart from these."""
+        other = copy(self)
+        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        other._index = dict(self._index)
+        return other
+
     @property
     def ids(self) -> np.ndarray:
         return self._ids[: self._size]
@@ -66,7 +74,7 @@ class TokenCounts:
 class SamplingState:
     """What the sampler remembers of one sequence. Call `append` for each token that was kept."""
 
-    __slots__ = ("_counts", "eos_ids", "grammar", "output_ids", "params", "seed")
+    __slots__ = ("_counts", "_num_ahead", "eos_ids", "grammar", "output_ids", "params", "seed")
 
     def __init__(
         self,
@@ -82,6 +90,7 @@ class SamplingState:
         self.eos_ids = eos_ids
         self.grammar = grammar
         self.output_ids: list[int] = []
+        self._num_ahead = 0
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self.seed = _mix(seed + index * 0x632BE59BD9B4E019)
         self._counts: TokenCounts | None = None
@@ -96,6 +105,24 @@ class SamplingState:
             self.grammar.consume(token_id)
         if self._counts is not None:
             self._counts.add(token_id)
+
+    def after(self, token_id: int) -> SamplingState:
+        """Return the state as it would be with one more token, for a row behind a draft.
+
+        Its `output_ids` are those of this state. Not for states with a grammar.
+        """
+        assert self.grammar is None, "a grammar cannot look ahead"
+        ahead = copy(self)
+        ahead._num_ahead += 1
+        if self._counts is not None:
+            ahead._counts = self._counts.copy()
+            ahead._counts.add(token_id)
+        return ahead
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the output, with those looked ahead."""
+        return len(self.output_ids) + self._num_ahead
 
     @property
     def is_greedy(self) -> bool:
@@ -114,12 +141,12 @@ class SamplingState:
             and self._counts is None
             and not self.params.logit_bias
             and self.params.logprobs is None
-            and len(self.output_ids) >= self.params.min_tokens
+            and self.num_output >= self.params.min_tokens
         )
 
     def uniform(self) -> float:
         """Return the random number in [0, 1) of the next token; 24 bits, exact in float32."""
-        return (_mix(self.seed + len(self.output_ids)) >> 40) / (1 << 24)
+        return (_mix(self.seed + self.num_output) >> 40) / (1 << 24)
 
     def penalties(self) -> tuple[np.ndarray, float, np.ndarray] | None:
         """Return (token ids, repetition penalty, what to subtract from each), or None."""
@@ -132,7 +159,7 @@ class SamplingState:
     def bias(self) -> dict[int, float]:
         """Return what is added to which logit: `logit_bias`, and -inf for what may not end yet."""
         p = self.params
-        if len(self.output_ids) >= p.min_tokens or self.grammar is not None:
+        if self.num_output >= p.min_tokens or self.grammar is not None:
             return p.logit_bias  # a grammar may leave nothing but the end
         return p.logit_bias | dict.fromkeys((*self.eos_ids, *p.stop_token_ids), float("-inf"))
 

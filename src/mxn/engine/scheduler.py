@@ -8,7 +8,8 @@ goes to prompts in chunks, in order. The order is arrival time plus `priority_st
 of priority, so that a request can only be overtaken by those that arrive a bounded time after it. A
 sequence enters when pages for all its tokens are free, and nobody behind it enters before, unless
 its prefix is just being computed by another. When pages run out, the last in order gives its pages
-up and is computed again later.
+up and is computed again later. While a step stays small, decodes carry guesses of their next tokens
+(a `Drafter` makes them); only those that came true count as computed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Container, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from mxn.engine.kvcache import PageTable
 from mxn.engine.sequence import Sequence, SequenceState
@@ -35,6 +36,7 @@ class SchedulerConfig:
     max_context: int  # prompt and output tokens of one sequence
     prefill_chunk: int | None = None  # new tokens of one sequence in one step; None: the budget
     priority_step_s: float = 10.0  # one level of priority is worth this much earlier arrival
+    max_draft_rows: int = 16  # drafts make no step larger than this; 0: no drafts
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_context"):
@@ -48,12 +50,37 @@ class SchedulerConfig:
             )
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk must be at least 1, got {self.prefill_chunk!r}")
+        if self.max_draft_rows < 0:
+            raise ConfigError(f"max_draft_rows must be 0 or more, got {self.max_draft_rows!r}")
         if self.priority_step_s < 0:
             raise ConfigError(f"priority_step_s must not be negative, got {self.priority_step_s!r}")
 
 
+class Drafter(Protocol):
+    """Guesses the next tokens of sequences that decode; see `mxn.engine.draft`."""
+
+    def propose(self, seq: Sequence, limit: int) -> list[int]:
+        """Return up to `limit` tokens that may follow `seq`; none where a guess does not pay."""
+        ...
+
+    def observe(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
+        """Learn how many of the last guesses came true."""
+        ...
+
+    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        """Learn what a step of decodes took."""
+        ...
+
+    def forget(self, seq_id: str) -> None:
+        """The sequence is gone."""
+        ...
+
+
 class ScheduledSequence(NamedTuple):
-    """The part of one sequence in a step: tokens ``start : start + num_tokens`` are computed."""
+    """The part of one sequence in a step: tokens ``start : start + num_tokens`` are computed.
+
+    The last `drafts` of them are guesses behind the tokens of the sequence.
+    """
 
     sequence: Sequence
     start: int  # tokens before it are in the cache
@@ -63,6 +90,7 @@ class ScheduledSequence(NamedTuple):
     num_logits: (
         int  # logits are wanted for this many last rows of the chunk; 1 when it only samples
     )
+    drafts: Ordered[int] = ()
 
     @property
     def seq_id(self) -> str:
@@ -90,14 +118,20 @@ class SchedulerStats(NamedTuple):
     preemptions_total: int
     prompt_tokens_total: int  # of sequences scheduled at least once
     cached_tokens_total: int  # of those, found in the prefix cache
+    drafts_total: int  # times that a sequence carried drafts in a step
+    draft_tokens_total: int
+    accepted_draft_tokens_total: int
 
 
 class Scheduler:
     """Continuous batching over one page table. Not thread safe."""
 
-    def __init__(self, config: SchedulerConfig, pages: PageTable) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pages: PageTable, drafter: Drafter | None = None
+    ) -> None:
         self.config = config
         self.pages = pages
+        self._drafter = drafter
         self.max_context = min(config.max_context, pages.num_pages * pages.page_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # both sorted by order
@@ -109,6 +143,9 @@ class Scheduler:
         self._preemptions = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._drafts = 0
+        self._draft_tokens = 0
+        self._accepted_draft_tokens = 0
 
     @property
     def num_running(self) -> int:
@@ -117,6 +154,10 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def has_drafter(self) -> bool:
+        return self._drafter is not None
 
     @property
     def is_idle(self) -> bool:
@@ -183,6 +224,8 @@ class Scheduler:
         admitted: list[str] = []
         if not preempted:  # or it would take back the pages it has just given up
             budget = self._admit(scheduled, admitted, budget, now_s)
+            if self._drafter is not None:
+                budget = self._plan_drafts(scheduled, budget, self._drafter)
         if not scheduled:
             raise InternalError(f"no sequence can run: {self.stats()}")
         self._steps += 1
@@ -201,22 +244,27 @@ class Scheduler:
     ) -> list[str]:
         """Enter the results of a step: new tokens of each sequence that samples, and who is done.
 
+        Of a sequence with drafts, all tokens but the last must be drafts that came true, in order.
         Returns the ids that ended because they reached `max_total_tokens`, beside those in
         `finished`. Results of sequences cancelled meanwhile are ignored. Raises: InternalError when
         `plan` is not the step in flight or a sequence that samples has no token.
         """
         self._end(plan)
         full: list[str] = []
-        for seq, start, num_tokens, _, samples, num_logits in plan.sequences:
+        for seq, start, num_tokens, _, samples, num_logits, drafts in plan.sequences:
             if seq.state is SequenceState.FINISHED:
                 continue
             seq_id = seq.seq_id
             seq.num_computed = start + num_tokens
+            if drafts:
+                seq.num_computed -= self._count_rejected(seq_id, drafts, sampled.get(seq_id, ()))
+            if samples:
+                self._append(seq, sampled.get(seq_id, ()))
             if num_logits and seq.num_prompt_logits < seq.num_prompt:
                 seq.num_prompt_logits = min(seq.num_computed, seq.num_prompt)
             self.pages.commit(seq_id, seq.token_ids, seq.num_computed)
-            if samples:
-                self._append(seq, sampled.get(seq_id, ()))
+            if drafts:
+                self.pages.trim(seq_id, len(seq.token_ids))
             if seq_id in finished:
                 self._finish(seq)
             elif len(seq.token_ids) >= (seq.max_total_tokens or 0):
@@ -225,6 +273,14 @@ class Scheduler:
         self._release_leaving()
         return full
 
+    def took(self, plan: StepPlan, elapsed_s: float) -> None:
+        """Take note of the time of a step, from which follows whether drafts pay."""
+        if self._drafter is None:
+            return
+        num_drafts = sum(len(item.drafts) for item in plan.sequences)
+        if plan.num_tokens == len(plan.sequences) + num_drafts:
+            self._drafter.observe_step(len(plan.sequences), num_drafts, elapsed_s)
+
     def abandon(self, plan: StepPlan) -> None:
         """End a step that failed: nothing counts as computed, the same work is planned again.
 
@@ -232,6 +288,9 @@ class Scheduler:
         """
         self._end(plan)
         self._release_leaving()
+        for item in plan.sequences:
+            if item.drafts and item.sequence.state is SequenceState.RUNNING:
+                self.pages.trim(item.seq_id, item.sequence.num_tokens)
 
     def stats(self) -> SchedulerStats:
         pages = self.pages
@@ -245,6 +304,9 @@ class Scheduler:
             preemptions_total=self._preemptions,
             prompt_tokens_total=self._prompt_tokens,
             cached_tokens_total=self._cached_tokens,
+            drafts_total=self._drafts,
+            draft_tokens_total=self._draft_tokens,
+            accepted_draft_tokens_total=self._accepted_draft_tokens,
         )
 
     def validate(self) -> None:
@@ -339,6 +401,60 @@ class Scheduler:
         scheduled.append(ScheduledSequence(seq, start, num_tokens, pages, samples, num_logits))
         return num_tokens
 
+    def _plan_drafts(
+        self, scheduled: list[ScheduledSequence], budget: int, drafter: Drafter
+    ) -> int:
+        """Let decodes carry drafts while the step stays small; return the budget left."""
+        num_rows = self.config.max_batch_tokens - budget
+        room = min(budget, self.config.max_draft_rows - num_rows)
+        decodes = [
+            (index, item)
+            for index, item in enumerate(scheduled)
+            if item.num_tokens == 1 and item.samples and item.start >= item.sequence.num_prompt
+        ]
+        for place, (index, item) in enumerate(decodes):
+            if room <= 0:
+                break
+            seq = item.sequence
+            left = (seq.max_total_tokens or self.max_context) - len(seq.token_ids)
+            share = -(-room // (len(decodes) - place))
+            limit = min(share, left - 1)  # one more token comes with the drafts
+            if limit <= 0 or not seq.can_draft:
+                continue
+            drafts = self._give_pages(seq, drafter.propose(seq, limit)[:limit])
+            if drafts:
+                num_tokens = 1 + len(drafts)
+                scheduled[index] = item._replace(
+                    num_tokens=num_tokens, num_logits=num_tokens, drafts=drafts
+                )
+                room -= len(drafts)
+                budget -= len(drafts)
+        return budget
+
+    def _give_pages(self, seq: Sequence, drafts: list[int]) -> list[int]:
+        """Return as many of `drafts` as have a place without taking a page that others may need."""
+        pages, num_tokens = self.pages, len(seq.token_ids)
+        num_held = len(pages.pages_of(seq.seq_id))
+        num_fresh = pages.pages_needed(num_tokens + len(drafts)) - num_held
+        if num_fresh <= 0:
+            return drafts
+        if num_fresh + len(self._running) <= pages.pages_free:
+            pages.grow(seq.seq_id, num_tokens + len(drafts))
+            return drafts
+        return drafts[: num_held * pages.page_tokens - num_tokens]
+
+    def _count_rejected(self, seq_id: str, drafts: Ordered[int], tokens: Ordered[int]) -> int:
+        """Return how many of `drafts` do not count as computed; note the others."""
+        num_accepted = min(max(0, len(tokens) - 1), len(drafts))
+        if list(tokens[:num_accepted]) != list(drafts[:num_accepted]):
+            raise InternalError(f"sequence {seq_id!r}: {tokens!r} do not follow drafts {drafts!r}")
+        self._drafts += 1
+        self._draft_tokens += len(drafts)
+        self._accepted_draft_tokens += num_accepted
+        if self._drafter is not None:
+            self._drafter.observe(seq_id, len(drafts), num_accepted)
+        return len(drafts) - num_accepted
+
     def _admit(
         self, scheduled: list[ScheduledSequence], admitted: list[str], budget: int, now_s: float
     ) -> int:
@@ -404,6 +520,8 @@ class Scheduler:
     def _forget(self, seq: Sequence) -> None:
         seq.state = SequenceState.FINISHED
         del self._sequences[seq.seq_id]
+        if self._drafter is not None:
+            self._drafter.forget(seq.seq_id)
 
     def _end(self, plan: StepPlan) -> None:
         if plan is not self._in_flight:

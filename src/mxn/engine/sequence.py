@@ -29,6 +29,7 @@ class Sequence:
     __slots__ = (
         "arrival_s",
         "cached_tokens",
+        "can_draft",
         "first_scheduled_s",
         "keys",
         "max_total_tokens",
@@ -56,6 +57,7 @@ class Sequence:
         priority: int = 0,
         salt: bytes = b"",
         wants_prompt_logits: bool = False,
+        can_draft: bool = True,
     ) -> None:
         self.seq_id = seq_id
         # Output that another replica made comes with the prompt, and is computed like it.
@@ -66,6 +68,7 @@ class Sequence:
         self.priority = priority  # smaller runs first
         self.salt = salt  # sequences with different salts never share pages
         self.wants_prompt_logits = wants_prompt_logits
+        self.can_draft = can_draft  # a step may carry guesses of its next tokens
         self.state = SequenceState.NEW
         self.num_computed = 0  # leading tokens whose keys and values are in the cache
         self.num_prompt_logits = 0  # leading prompt positions whose logits were delivered

@@ -30,6 +30,11 @@ class Chunk:
     token_ids: Sequence[int]
     num_logits: int  # how many of its last rows have their logits wanted
 
+    def without_last(self, num_tokens: int) -> Chunk:
+        """Return the chunk without its last tokens and their logits."""
+        kept = self.token_ids[: len(self.token_ids) - num_tokens]
+        return Chunk(self.table_row, self.start, kept, self.num_logits - num_tokens)
+
     def split(self, at: int) -> tuple[Chunk, Chunk]:
         """Return the first `at` tokens and the rest, which together want the same logits."""
         num_rest = len(self.token_ids) - at
@@ -73,6 +78,13 @@ class PageRows:
             self._filled[row] = num_pages
             since = self.table[row, max(0, filled - 1) : num_pages]
             self._is_run[row] = self._is_run[row] and bool((np.diff(since) == 1).all())
+
+    def cut(self, row: int, num_pages: int) -> None:
+        """Forget the pages behind the first `num_pages`: the sequence may get others there."""
+        if self._filled[row] > num_pages:
+            self._filled[row] = num_pages
+            kept = self.table[row, :num_pages]
+            self._is_run[row] = bool((np.diff(kept) == 1).all())
 
     def run_start(self, row: int) -> int:
         """Return the first page if the row's pages lie one behind the other in memory, else -1."""

@@ -146,7 +146,11 @@ class Decoder:
         hidden_TD = self.hidden(batch, cache)
         if batch.logits_rows_R is not None:
             hidden_TD = hidden_TD[batch.logits_rows_R]
-        return self._logits(self.final_normed(hidden_TD), self.head)
+        return self.logits(self.final_normed(hidden_TD))
+
+    def logits(self, normed_RD: Tensor) -> Tensor:
+        """Return the logits [R, V], float32, of rows that are behind the final norm."""
+        return self._logits(normed_RD, self.head)
 
     def hidden(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Return the residual stream behind the last layer, before the final norm: [T, D]."""
@@ -164,7 +168,8 @@ class Decoder:
 
         `normed_TD` is the model's output behind its final norm at positions t (`final_normed`);
         `batch` holds the tokens at t + 1, at positions t; `cache` is the layer's own. Returns
-        logits [T, V] and the layer's output [T, D]. Source: arXiv 2412.19437, section 2.2.
+        logits [R, V] of the rows that `batch` wants, and the layer's output [T, D]. Source: arXiv
+        2412.19437, section 2.2.
         """
         weights, eps = self.mtp[depth], self.spec.norm_eps
         token_TD = self.ops.rms_norm(self._embed(batch.token_ids_T), weights.token_norm, eps)
@@ -174,7 +179,9 @@ class Decoder:
             stream, self.spec.layers[-1], weights.layer, self._angles(batch), batch.attention, cache
         )
         out_TD = stream.value()
-        normed = self.ops.rms_norm(out_TD, weights.final_norm, eps)
+        rows_R = batch.logits_rows_R
+        wanted_RD = out_TD if rows_R is None else out_TD[rows_R]
+        normed = self.ops.rms_norm(wanted_RD, weights.final_norm, eps)
         return self._logits(normed, weights.head), out_TD
 
     def final_normed(self, hidden_TD: Tensor) -> Tensor:

@@ -21,6 +21,32 @@ _BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1,
 _WHOLE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
+# Totals that the engine keeps: counter here, field of its stats, what it counts.
+_ENGINE_TOTALS = (
+    (
+        "num_preemptions",
+        "preemptions_total",
+        "Requests that lost their pages and were recomputed",
+    ),
+    (
+        "spec_decode_num_drafts",
+        "drafts_total",
+        "Times that a request carried guessed tokens in a step",
+    ),
+    ("spec_decode_num_draft_tokens", "draft_tokens_total", "Guessed tokens"),
+    (
+        "spec_decode_num_accepted_tokens",
+        "accepted_draft_tokens_total",
+        "Guessed tokens that came true",
+    ),
+    (
+        "spec_decode_num_undrafted_requests",
+        "undrafted_requests_total",
+        "Requests with a grammar, which run without guessed tokens",
+    ),
+)
+
+
 class Metrics:
     """All metrics of one server, in a registry of their own."""
 
@@ -35,7 +61,7 @@ class Metrics:
                 ("prompt_tokens", "Prompt tokens of answered requests"),
                 ("cached_prompt_tokens", "Prompt tokens found in the prefix cache"),
                 ("generation_tokens", "Generated tokens that left the server"),
-                ("num_preemptions", "Requests that lost their pages and were recomputed"),
+                *((name, text) for name, _, text in _ENGINE_TOTALS),
             )
         }
         self._outcomes = Counter(
@@ -86,7 +112,7 @@ class Metrics:
             ("kv_cache_usage_perc", used),
         ):
             self._gauges[gauge].labels(name).set(value)
-        self.model(name).set_preemptions(stats.preemptions_total)
+        self.model(name).set_totals(stats)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -103,18 +129,22 @@ class ModelMetrics:
         self.between_tokens = metrics._histograms["inter_token_latency_seconds"].labels(name)
         self.whole = metrics._histograms["e2e_request_latency_seconds"].labels(name)
         self._outcomes = metrics._outcomes
-        self._preemptions = metrics._counters["num_preemptions"].labels(name)
-        self._preemptions_seen = 0
+        self._totals = {
+            field: metrics._counters[counter].labels(name) for counter, field, _ in _ENGINE_TOTALS
+        }
+        self._totals_seen = dict.fromkeys(self._totals, 0)
         self._name = name
 
     def finished(self, outcome: Outcome) -> None:
         self._outcomes.labels(self._name, outcome).inc()
 
-    def set_preemptions(self, total: int) -> None:
-        # A restarted replica counts from zero again; what it has counted since is new.
-        seen = self._preemptions_seen if total >= self._preemptions_seen else 0
-        self._preemptions.inc(total - seen)
-        self._preemptions_seen = total
+    def set_totals(self, stats: EngineStats) -> None:
+        """Add what the engine has counted since the last time."""
+        for field, counter in self._totals.items():
+            total, seen = getattr(stats, field), self._totals_seen[field]
+            # A restarted replica counts from zero again; what it has counted since is new.
+            counter.inc(total - seen if total >= seen else total)
+            self._totals_seen[field] = total
 
 
 class Trace:

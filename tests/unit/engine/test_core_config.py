@@ -96,3 +96,16 @@ def test_a_pool_in_main_memory_costs_nothing_until_it_is_used():
     cache = allocate(model_with(shape, dtype=torch.float32), num_pages=8192, page_tokens=16)
     assert cache[0].k.nbytes == 2**29
     assert psutil.Process().memory_info().rss - before < 2**26
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"speculation": "luck"}, "one of off, ngram, mtp, got 'luck'"),
+        ({"num_draft_tokens": 0}, "num_draft_tokens must be 1 to 32, got 0"),
+        ({"max_draft_rows": -1}, "max_draft_rows must be 0 or more, got -1"),
+    ],
+)
+def test_impossible_ways_to_guess_are_refused(settings, part):
+    with pytest.raises(ConfigError, match=part):
+        EngineConfig(model="x", **settings)

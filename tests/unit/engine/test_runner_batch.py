@@ -122,3 +122,25 @@ def test_a_row_is_a_run_only_while_its_pages_follow_each_other(updates, first):
     again = rows.take()
     rows.update(again, [4])
     assert rows.run_start(again) == 4
+
+
+def test_a_row_that_was_cut_takes_other_pages_of_the_same_number():
+    rows = PageRows(1, 8)
+    row = rows.take()
+    rows.update(row, [4, 5, 7])
+    assert rows.run_start(row) == -1
+    rows.cut(row, 5)
+    assert rows.run_start(row) == -1
+    rows.cut(row, 2)
+    assert rows.run_start(row) == 4
+    rows.update(row, [4, 5, 6])
+    assert rows.table[row, :3].tolist() == [4, 5, 6]
+    assert rows.run_start(row) == 4
+    rows.cut(row, 0)
+    rows.update(row, [4, 5, 9])
+    assert rows.run_start(row) == -1
+
+
+def test_a_chunk_without_its_last_tokens_wants_fewer_logits():
+    chunk = Chunk(0, 10, list(range(6)), 4).without_last(3)
+    assert (chunk.start, chunk.token_ids, chunk.num_logits) == (10, [0, 1, 2], 1)

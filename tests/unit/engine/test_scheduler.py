@@ -213,8 +213,100 @@ def test_steps_cannot_overlap_and_need_their_tokens():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_batch_tokens", 3), ("max_sequences", 0), ("prefill_chunk", 0), ("priority_step_s", -1)],
+    [
+        ("max_batch_tokens", 3),
+        ("max_sequences", 0),
+        ("prefill_chunk", 0),
+        ("priority_step_s", -1),
+        ("max_draft_rows", -1),
+    ],
 )
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(ConfigError, match=name):
         make(**{name: value})
+
+
+class Guess:
+    """Always guesses the same."""
+
+    def __init__(self, *drafts: int) -> None:
+        self.drafts = list(drafts)
+        self.told: list[tuple[str, int, int]] = []
+
+    def propose(self, seq: Sequence, limit: int) -> list[int]:
+        return self.drafts[:limit]
+
+    def observe(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
+        self.told.append((seq_id, num_drafted, num_accepted))
+
+    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        pass
+
+    def forget(self, seq_id: str) -> None:
+        pass
+
+
+def make_guessing(*drafts: int, num_pages: int = 64, **config: object) -> tuple[Scheduler, Guess]:
+    scheduler = make(num_pages, **config)
+    scheduler._drafter = guess = Guess(*drafts)
+    return scheduler, guess
+
+
+def test_a_decode_carries_drafts_and_only_accepted_ones_count():
+    scheduler, guess = make_guessing(7, 8, 9)
+    scheduler.add(seq("a", 3))
+    assert step(scheduler) == [("a", 0, 3, True)]
+    plan = scheduler.next(0.0)
+    assert shape(plan) == [("a", 3, 4, True)]
+    item = plan.sequences[0]  # type: ignore[union-attr]
+    assert (item.drafts, item.num_logits, len(item.pages)) == ([7, 8, 9], 4, 2)
+    scheduler.commit(plan, {"a": [7, 5]})  # type: ignore[arg-type]
+    a = scheduler["a"]
+    assert (a.output_ids, a.num_computed, len(scheduler.pages.pages_of("a"))) == ([0, 7, 5], 5, 2)
+    assert guess.told == [("a", 3, 1)]
+    assert scheduler.stats()[-3:] == (1, 3, 1)
+    assert shape(scheduler.next(0.0)) == [("a", 5, 4, True)]
+
+
+def test_pages_of_rejected_drafts_are_given_back():
+    scheduler, _ = make_guessing(*range(7, 15))
+    scheduler.add(seq("a", 3))
+    step(scheduler)
+    plan = scheduler.next(0.0)
+    assert plan is not None
+    assert len(plan.sequences[0].pages) == 3
+    scheduler.commit(plan, {"a": [5]})
+    assert scheduler.stats().pages_used == 2
+    plan = scheduler.next(0.0)
+    assert plan is not None
+    scheduler.abandon(plan)
+    assert scheduler.stats().pages_used == 2
+    scheduler.validate()
+
+
+def test_drafts_share_the_room_and_a_large_step_has_none():
+    scheduler, _ = make_guessing(1, 2, 3, 4, 5, max_draft_rows=8)
+    for name in "abc":
+        scheduler.add(seq(name, 2))
+    step(scheduler)
+    assert [item[2] for item in step(scheduler)] == [3, 3, 2]
+    scheduler.add(seq("long", 40))
+    assert [item[2] for item in step(scheduler)] == [1, 1, 1, 13]
+
+
+def test_drafts_take_no_page_that_others_may_need():
+    for num_pages, num_tokens in ((4, 6), (3, 3)):  # the last free one stays; its own hold three
+        scheduler, _ = make_guessing(1, 2, 3, 4, 5, num_pages=num_pages, max_context=12)
+        scheduler.add(seq("a", 5))
+        assert step(scheduler) == [("a", 0, 5, True)]
+        assert step(scheduler) == [("a", 5, num_tokens, True)]
+
+
+def test_tokens_that_do_not_follow_the_drafts_are_an_error():
+    scheduler, _ = make_guessing(7, 8)
+    scheduler.add(seq("a", 3))
+    step(scheduler)
+    plan = scheduler.next(0.0)
+    assert plan is not None
+    with pytest.raises(InternalError, match="do not follow drafts"):
+        scheduler.commit(plan, {"a": [8, 5]})

@@ -1,8 +1,8 @@
-"""Random adds, steps, failures, cancels and finishes on tiny pools, against a written memory.
+"""Random adds, steps, drafts, failures, cancels and finishes on tiny pools, against a memory.
 
 `ShadowMemory` does what the model does: it writes each token of a step to its slot, then reads the
-whole context through the page list. A wrong page, a page given out twice, a stale prefix or a lost
-token shows as a wrong content.
+whole context through the page list. A wrong page, a page given out twice, a stale prefix, a lost
+token or one left by a rejected draft shows as a wrong content.
 """
 
 from __future__ import annotations
@@ -30,16 +30,43 @@ class ShadowMemory:
 
     def run(self, plan: StepPlan) -> None:
         written: set[int] = set()
-        for seq, start, num_tokens, pages, *_ in plan.sequences:
+        for seq, start, num_tokens, pages, _, _, drafts in plan.sequences:
+            token_ids = (*seq.token_ids, *drafts)
             for position in range(start, start + num_tokens):
                 slot = self.slot(pages, position)
                 assert slot not in written, f"slot {slot} is written twice in a step"
                 written.add(slot)
-                self.slots[slot] = (seq.salt, tuple(seq.token_ids[: position + 1]))
-        for seq, start, num_tokens, pages, *_ in plan.sequences:
+                self.slots[slot] = (seq.salt, token_ids[: position + 1])
+        for seq, start, num_tokens, pages, _, _, drafts in plan.sequences:
+            token_ids = (*seq.token_ids, *drafts)
             for position in range(start + num_tokens):
-                want = (seq.salt, tuple(seq.token_ids[: position + 1]))
+                want = (seq.salt, token_ids[: position + 1])
                 assert self.slots[self.slot(pages, position)] == want, (seq, position)
+
+
+class RandomDrafter:
+    """Guesses what it is told to, and checks that it is told of each guess once."""
+
+    def __init__(self) -> None:
+        self.token = 0
+        self.num_tokens = 0
+        self.open: dict[str, int] = {}
+        self.num_accepted = 0
+
+    def propose(self, seq: Sequence, limit: int) -> list[int]:
+        assert limit >= 1
+        assert seq.can_draft
+        return [self.token] * min(limit, self.num_tokens)
+
+    def observe(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
+        assert self.open.pop(seq_id) == num_drafted >= num_accepted
+        self.num_accepted += num_accepted
+
+    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
+        pass
+
+    def forget(self, seq_id: str) -> None:
+        self.open.pop(seq_id, None)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -50,16 +77,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare=st.integers(0, 12),
         chunk=st.none() | st.integers(1, 5),
         prefix_caching=st.booleans(),
+        draft_rows=st.integers(0, 12),
     )
-    def begin(self, num_pages, page_tokens, max_sequences, spare, chunk, prefix_caching):
+    def begin(
+        self, num_pages, page_tokens, max_sequences, spare, chunk, prefix_caching, draft_rows
+    ):
         self.pages = PageTable(num_pages, page_tokens, prefix_caching=prefix_caching)
         self.config = SchedulerConfig(
             max_batch_tokens=max_sequences + spare,
             max_sequences=max_sequences,
             max_context=max(3, num_pages * page_tokens - 1),
             prefill_chunk=chunk,
+            max_draft_rows=draft_rows,
         )
-        self.scheduler = Scheduler(self.config, self.pages)
+        self.drafter = RandomDrafter()
+        self.scheduler = Scheduler(self.config, self.pages, self.drafter)
         self.memory = ShadowMemory(self.pages)
         self.live: dict[str, Sequence] = {}
         self.prompts: dict[str, list[int]] = {}
@@ -77,8 +109,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         salt=st.sampled_from([b"", b"", b"a"]),
         wants_logits=st.sampled_from([False, False, True]),
+        can_draft=st.sampled_from([True, True, False]),
     )
-    def add(self, length, kind, tail, new, priority, salt, wants_logits):
+    def add(self, length, kind, tail, new, priority, salt, wants_logits, can_draft):
         length = min(length, self.scheduler.max_context - 1)
         if length < 1:
             return
@@ -86,7 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count += 1
         seq = Sequence(
             f"s{self.count}", prompt, max_total_tokens=length + new, arrival_s=self.now_s,
-            priority=priority, salt=salt, wants_prompt_logits=wants_logits,
+            priority=priority, salt=salt, wants_prompt_logits=wants_logits, can_draft=can_draft,
         )  # fmt: skip
         self.scheduler.add(seq)
         self.live[seq.seq_id] = seq
@@ -95,14 +128,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.logits[seq.seq_id] = []
 
     @precondition(lambda self: self.plan is None)
-    @rule()
-    def plan_a_step(self):
+    @rule(token=st.integers(0, 2), num_drafts=st.integers(0, 6))
+    def plan_a_step(self, token, num_drafts):
         self.now_s += 1
+        self.drafter.token, self.drafter.num_tokens = token, num_drafts
         plan = self.scheduler.next(self.now_s)
         assert (plan is None) == (not self.live)
         if plan is None:
             return
         self.check_plan(plan)
+        self.drafter.open = {i.seq_id: len(i.drafts) for i in plan.sequences if i.drafts}
         self.memory.run(plan)
         self.plan = plan
 
@@ -117,23 +152,38 @@ class SchedulerMachine(RuleBasedStateMachine):
         for item in plan.sequences:
             assert item.num_tokens >= 1
             assert item.start == item.sequence.num_computed
-            end = item.start + item.num_tokens
-            assert item.samples == (end == item.sequence.num_tokens)
-            assert len(item.pages) == self.pages.pages_needed(item.sequence.num_tokens)
+            seq, end = item.sequence, item.start + item.num_tokens - len(item.drafts)
+            assert item.samples == (end == seq.num_tokens)
+            num_tokens = seq.num_tokens + len(item.drafts)
+            assert len(item.pages) == self.pages.pages_needed(num_tokens)
+            if item.drafts:
+                assert item.num_logits == item.num_tokens == 1 + len(item.drafts)
+                assert num_tokens < (seq.max_total_tokens or 0)
+                assert seq.can_draft
+                assert not plan.preempted
+                assert plan.num_tokens <= config.max_draft_rows
         for seq in self.live.values():  # nothing stops a decode
             is_decode = seq.state is SequenceState.RUNNING and seq.remaining_tokens == 1
             if is_decode and seq.num_output and seq.num_computed >= seq.num_prompt:
                 assert seq.seq_id in scheduled
 
     @precondition(lambda self: self.plan is not None)
-    @rule(token=st.integers(0, 2), stop=st.integers(0, 4), cancel=st.integers(0, 8))
-    def commit(self, token, stop, cancel):
+    @rule(
+        token=st.integers(0, 2),
+        stop=st.integers(0, 4),
+        cancel=st.integers(0, 8),
+        accepted=st.integers(0, 6),
+    )
+    def commit(self, token, stop, cancel, accepted):
         plan, self.plan = self.plan, None
         for item in plan.sequences[cancel : cancel + 1]:
             if item.seq_id in self.live:
                 self.cancel_one(item.seq_id, in_flight=True)
         live = [item for item in plan.sequences if item.seq_id in self.live]
-        sampled = {item.seq_id: [token] for item in plan.sequences if item.samples}
+        sampled = {
+            item.seq_id: [*item.drafts[:accepted], token] for item in plan.sequences if item.samples
+        }
+        before = self.drafter.num_accepted
         finished = {item.seq_id for item in live[stop : stop + 1] if item.samples}
         for item in live:
             if item.sequence.wants_prompt_logits:
@@ -141,9 +191,17 @@ class SchedulerMachine(RuleBasedStateMachine):
                 rows = range(end - item.num_logits, end)
                 self.logits[item.seq_id] += [row for row in rows if row < item.sequence.num_prompt]
             if item.samples:
-                self.outputs[item.seq_id].append(token)
+                self.outputs[item.seq_id] += sampled[item.seq_id]
         full = self.scheduler.commit(plan, sampled, finished)
         assert not set(full) & finished
+        want = sum(min(accepted, len(item.drafts)) for item in live)
+        assert self.drafter.num_accepted - before == want
+        for item in live:
+            seq = item.sequence
+            if item.drafts and not seq.is_finished:
+                assert seq.remaining_tokens == 1
+                needed = self.pages.pages_needed(seq.num_computed)
+                assert needed <= len(self.pages.pages_of(seq.seq_id)) <= needed + 1
         for item in live:
             if item.seq_id in finished or item.seq_id in full:
                 self.check_finished(self.live.pop(item.seq_id), is_full=item.seq_id in full)
@@ -198,8 +256,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         work = sum(seq.max_total_tokens or 0 for seq in self.live.values())
         bound = work * (len(self.live) + 1) + 1  # each preemption costs at most one recomputation
         while self.live:
-            self.plan_a_step()
-            self.commit(token=1, stop=99, cancel=99)
+            self.plan_a_step(token=1, num_drafts=2)
+            self.commit(token=1, stop=99, cancel=99, accepted=bound % 3)
             bound -= 1
             assert bound >= 0, "a sequence starves"
         assert self.scheduler.next(0.0) is None

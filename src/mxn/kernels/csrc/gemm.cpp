@@ -139,20 +139,19 @@ void plain_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, fl
                    : f_load(reinterpret_cast<const float*>(data) + k * kLanes);
   };
   int64_t k = 0;
-  if constexpr (MR <= 4) {
-    for (; k + 2 <= w.k; k += 2) {
-      const F first = load(k), second = load(k + 1);
-      for (int m = 0; m < MR; ++m) {
-        even[m] = f_fma(first, f_set(x[m][k]), even[m]);
-        odd[m] = f_fma(second, f_set(x[m][k + 1]), odd[m]);
-      }
+  // The same order of sums for every number of rows: a row must not see how many are beside it.
+  for (; k + 2 <= w.k; k += 2) {
+    const F first = load(k), second = load(k + 1);
+    for (int m = 0; m < MR; ++m) {
+      even[m] = f_fma(first, f_set(x[m][k]), even[m]);
+      odd[m] = f_fma(second, f_set(x[m][k + 1]), odd[m]);
     }
   }
   for (; k < w.k; ++k) {
     const F v = load(k);
     for (int m = 0; m < MR; ++m) even[m] = f_fma(v, f_set(x[m][k]), even[m]);
   }
-  for (int m = 0; m < MR; ++m) f_store(y + m * ldy, MR <= 4 ? f_add(even[m], odd[m]) : even[m]);
+  for (int m = 0; m < MR; ++m) f_store(y + m * ldy, f_add(even[m], odd[m]));
 }
 
 template <template <int> class Maker, int... MR>

@@ -132,9 +132,7 @@ class NativeReader(WeightReader):
         if isinstance(spec, MoeSpec):
             return self._native_moe(spec, prefix)
         names = self.names
-        return self._mlp(
-            spec, tuple(prefix + name for name in names.gate_up), prefix + names.down
-        )
+        return self._mlp(spec, tuple(prefix + name for name in names.gate_up), prefix + names.down)
 
     def _mlp(self, spec: MlpSpec, gate_up: tuple[str, ...], down: str) -> MlpWeights:
         stored = self._stored(gate_up, self.format.weights) if spec.is_gated else None

@@ -1,0 +1,157 @@
+"""Lets a model guess the tokens behind the next one with its multi-token-prediction layer.
+
+Knows hidden states, pages and the layer; knows no policy (`MtpDrafter` says how many guesses are
+wanted) and no verification. Start at `Predictor.predict`. A wrong guess costs time and changes no
+token, so whatever is approximate here (the last slot of a shared page, guesses made from guesses)
+shows in the rate of acceptance alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mxn.engine.stepbatch import Chunk, PageRows, pack
+from mxn.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxn.engine.draft import MtpDrafter
+    from mxn.engine.sequence import Sequence as TokenSequence
+    from mxn.kernels.batch import StepBatch
+    from mxn.models.base import LayerCache
+    from mxn.models.decoder import Decoder
+
+
+class PredictingDecoder:
+    """A decoder with one more layer of cache, for its prediction layer. Implements `CausalLM`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.vocab_size = decoder.vocab_size
+        self.max_positions = decoder.max_positions
+        self.kv_shapes = (*decoder.kv_shapes, decoder.kv_shapes[-1])
+        self.dtype, self.device = decoder.dtype, decoder.device
+        self.normed_TD: Tensor | None = None  # of the last pass, behind the final norm
+
+    @classmethod
+    def wrap(cls, model: Any) -> PredictingDecoder:
+        """Return `model` with its prediction layer. Raises: UnsupportedError when it has none."""
+        from mxn.models.decoder import Decoder
+
+        if not isinstance(model, Decoder):
+            raise UnsupportedError(
+                f"speculation mtp runs on plain weights, not on a {type(model).__name__}",
+                hint="--weights plain, or --speculation ngram",
+            )
+        if not model.mtp:
+            raise UnsupportedError(
+                f"speculation mtp: this {model.spec.family} checkpoint has no prediction layer",
+                hint="--speculation ngram",
+            )
+        return cls(model)
+
+    def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
+        """Write the step's keys and values into `cache` and return logits [R, V], float32."""
+        normed_TD = self.decoder.final_normed(self.decoder.hidden(batch, cache[:-1]))
+        self.normed_TD = normed_TD
+        rows_R = batch.logits_rows_R
+        return self.decoder.logits(normed_TD if rows_R is None else normed_TD[rows_R])
+
+
+@dataclass(slots=True)
+class Computed:
+    """What a pass computed of one sequence, and what came of it."""
+
+    sequence: TokenSequence
+    chunk: Chunk
+    num_pages: int  # that the sequence holds now
+    num_rows: int  # leading rows of the chunk that count: without rejected guesses
+    next_id: int  # the token behind the last of them
+    samples: bool  # `next_id` was just sampled, so guesses behind it are of use
+
+
+class Predictor:
+    """Runs the prediction layer behind each pass, over the same pages."""
+
+    def __init__(
+        self,
+        model: PredictingDecoder,
+        cache: LayerCache,
+        pages: PageRows,
+        page_tokens: int,
+        drafter: MtpDrafter,
+    ) -> None:
+        self._model, self._cache, self._pages = model, cache, pages
+        self._page_tokens = page_tokens
+        self._drafter = drafter
+
+    def predict(self, parts: Sequence[Computed | None], num_rows: Sequence[int]) -> None:
+        """Take note of the positions of the last pass and offer guesses where they are wanted.
+
+        `num_rows` counts the rows of each part in that pass; None: the part brought nothing.
+        """
+        normed_TD = self._model.normed_TD
+        assert normed_TD is not None, "a pass goes before"
+        rows, known, first = [], [], 0
+        for part, count in zip(parts, num_rows, strict=True):
+            if part is not None:
+                rows.extend(range(first, first + part.num_rows))
+                known.append((part, self._num_wanted(part)))
+            first += count
+        if not known:
+            return
+        chunks = [
+            Chunk(
+                part.chunk.table_row, part.chunk.start,
+                [*part.chunk.token_ids[1 : part.num_rows], part.next_id], int(wanted > 0),
+            )
+            for part, wanted in known
+        ]  # fmt: skip
+        logits_RV, out_TD = self._run(
+            chunks, normed_TD[torch.tensor(rows, device=normed_TD.device)]
+        )
+        ends = torch.tensor([len(chunk.token_ids) for chunk in chunks]).cumsum(0) - 1
+        drawn = [index for index, (_, wanted) in enumerate(known) if wanted]
+        if drawn:
+            last_SD = out_TD[ends[drawn].to(out_TD.device)]
+            self._chain([known[index] for index in drawn], logits_RV, last_SD)
+
+    def _num_wanted(self, part: Computed) -> int:
+        """Return the guesses to make: no more than the pages that are held have slots for."""
+        if not part.samples:
+            return 0
+        num_tokens = part.chunk.start + part.num_rows + 1
+        wanted = self._drafter.wanted(part.sequence, num_tokens)
+        return min(wanted, 1 + max(0, part.num_pages * self._page_tokens - num_tokens + 1))
+
+    def _chain(
+        self, known: list[tuple[Computed, int]], logits_SV: Tensor, hidden_SD: Tensor
+    ) -> None:
+        """Guess one token after the other, each from the guess before, and offer them."""
+        drafts: list[list[int]] = [[] for _ in known]
+        going = list(range(len(known)))
+        while True:
+            for index, token in zip(going, logits_SV.argmax(-1).tolist(), strict=True):
+                drafts[index].append(token)
+            kept = [i for i, index in enumerate(going) if len(drafts[index]) < known[index][1]]
+            if not kept:
+                break
+            going = [going[i] for i in kept]
+            chunks = []
+            for index in going:
+                part, made = known[index][0], drafts[index]
+                start = part.chunk.start + part.num_rows - 1 + len(made)
+                chunks.append(Chunk(part.chunk.table_row, start, [made[-1]], 1))
+            hidden_SD = hidden_SD[torch.tensor(kept, device=hidden_SD.device)]
+            logits_SV, hidden_SD = self._run(chunks, hidden_SD)
+        for (part, _), made in zip(known, drafts, strict=True):
+            self._drafter.offer(part.sequence.seq_id, part.chunk.start + part.num_rows + 1, made)
+
+    def _run(self, chunks: list[Chunk], hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        batch = pack(chunks, self._pages, self._page_tokens, self._model.device)
+        return self._model.decoder.predict_after_next(hidden_TD, batch, self._cache)
