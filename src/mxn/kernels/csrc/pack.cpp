@@ -1,5 +1,6 @@
 // Quantizes one block of 16 rows and lays it out as `Weight` says. Loops over plain arrays: the compiler
 // vectorizes them for each variant.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -17,15 +18,16 @@ struct Fit {
 
 inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
-// Squared error of values in [first, first + levels] times scale, plus low.
+// Squared error, in units of scale, of values in [first, last] times scale, plus low. The unit keeps the
+// squares of very large and very small weights within float.
 float error_of(const float* w, int64_t n, float scale, float low, float first, float last) {
-  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  const float inverse = 1.0f / scale;
   float error = 0.0f;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
+    const float exact = (w[i] - low) * inverse;
     // Adding 1.5 * 2^23 rounds to the nearest whole number, and vectorizes everywhere.
-    const float q = clamp((clamp((w[i] - low) * inverse, -16.0f, 16.0f) + 12582912.0f) - 12582912.0f, first, last);
-    const float d = q * scale + low - w[i];
+    const float d = clamp((exact + 12582912.0f) - 12582912.0f, first, last) - exact;
     error += d * d;
   }
   return error;
@@ -33,7 +35,7 @@ float error_of(const float* w, int64_t n, float scale, float low, float first, f
 
 // The scale (and the low end) with the least squared error for the values that `fit` rounds to.
 Fit refit(const float* w, int64_t n, const Fit& fit, bool is_symmetric) {
-  const float first = is_symmetric ? -8.0f : 0.0f, inverse = fit.scale == 0.0f ? 0.0f : 1.0f / fit.scale;
+  const float first = is_symmetric ? -8.0f : 0.0f, inverse = 1.0f / fit.scale;
   float sum_q = 0.0f, sum_qq = 0.0f, sum_w = 0.0f, sum_qw = 0.0f;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
@@ -52,30 +54,31 @@ Fit refit(const float* w, int64_t n, const Fit& fit, bool is_symmetric) {
   return found;
 }
 
+// A scale whose inverse would be infinite: such a group is 0.
+inline bool is_nothing(float scale) { return std::fabs(scale) < 1e-37f; }
+
 Fit fit4(const float* w, int64_t n, bool is_symmetric) {
   float least = 0.0f, most = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
     least = w[i] < least ? w[i] : least;
     most = w[i] > most ? w[i] : most;
   }
+  // Symmetric: the value of largest size becomes -8, so the scale may be negative.
+  // In units of the whole range, errors of fits with different scales compare.
+  const float unit = is_symmetric ? (most > -least ? most : least) / -8.0f : (most - least) / 15.0f;
+  const float first = is_symmetric ? -8.0f : 0.0f;
   Fit best;
-  for (float shrink : kShrink) {
-    Fit fit;
-    if (is_symmetric) {  // the value of largest size becomes -8, so the scale may be negative
-      fit.scale = (most > -least ? most : least) * shrink / -8.0f;
-    } else {
-      fit.scale = (most - least) * shrink / 15.0f;
-      fit.low = least * shrink;
-    }
-    const float first = is_symmetric ? -8.0f : 0.0f;
-    fit.error = error_of(w, n, fit.scale, fit.low, first, first + 15.0f);
-    if (fit.error < best.error) best = fit;
-  }
-  for (int turn = 0; turn < kRefits; ++turn) {
-    Fit fit = refit(w, n, best, is_symmetric);
-    fit.error = error_of(w, n, fit.scale, fit.low, is_symmetric ? -8.0f : 0.0f, is_symmetric ? 7.0f : 15.0f);
-    if (!(fit.error < best.error)) break;
+  auto is_better = [&](Fit fit) {
+    if (is_nothing(fit.scale)) return false;
+    const float size = fit.scale / unit;
+    fit.error = error_of(w, n, fit.scale, fit.low, first, first + 15.0f) * size * size;
+    if (!(fit.error < best.error)) return false;
     best = fit;
+    return true;
+  };
+  for (float shrink : kShrink) is_better({unit * shrink, is_symmetric ? 0.0f : least * shrink, 0.0f});
+  for (int turn = 0; turn < kRefits && best.scale != 0.0f; ++turn) {
+    if (!is_better(refit(w, n, best, is_symmetric))) break;
   }
   return best;
 }
@@ -88,29 +91,40 @@ void pack_block(const float* const* rows, int64_t k, int64_t k_padded, int64_t g
   std::memset(data, 0, static_cast<size_t>(k_padded * kLanes * bits / 8));
   alignas(64) float w[256];
   for (int lane = 0; lane < kLanes; ++lane) {
-    float whole = 0.0f;  // scale of a row that has only one
+    float whole = 0.0f, fault = 0.0f;  // largest value of a row that has one scale; NaN beside a fault
     if (group == k_padded && rows[lane]) {
-      for (int64_t i = 0; i < k; ++i) whole = std::fabs(rows[lane][i]) > whole ? std::fabs(rows[lane][i]) : whole;
+      for (int64_t i = 0; i < k; ++i) {
+        whole = std::fabs(rows[lane][i]) > whole ? std::fabs(rows[lane][i]) : whole;
+        fault += rows[lane][i] - rows[lane][i];
+      }
     }
     for (int64_t begin = 0; begin < k_padded; begin += 128) {
       const int64_t step = group < 128 ? group : 128, end = begin + 128 < k_padded ? begin + 128 : k_padded;
       for (int64_t start = begin; start < end; start += step) {
         const int64_t n = start + step < k_padded ? step : k_padded - start;
-        for (int64_t i = 0; i < n; ++i) w[i] = rows[lane] && start + i < k ? rows[lane][start + i] : 0.0f;
+        if (group != k_padded) fault = 0.0f;
+        for (int64_t i = 0; i < n; ++i) {
+          w[i] = rows[lane] && start + i < k ? rows[lane][start + i] : 0.0f;
+          fault += w[i] - w[i];
+        }
         Fit fit;
         if (bits == 8) {
           float most = whole;
           if (group != k_padded) {
             for (int64_t i = 0; i < n; ++i) most = std::fabs(w[i]) > most ? std::fabs(w[i]) : most;
           }
-          fit.scale = most / 127.0f;
+          fit.scale = is_nothing(most / 127.0f) ? 0.0f : most / 127.0f;
         } else {
           fit = fit4(w, n, mins == nullptr);
         }
         const int64_t g = start / group;
+        if (fault != 0.0f) {  // no value of the group means anything, and none may pass for a number
+          fit = Fit{fault, 0.0f, 0.0f};
+          std::fill_n(w, n, 0.0f);
+        }
         scales[g * kLanes + lane] = fit.scale;
         if (mins) mins[g * kLanes + lane] = -fit.low;
-        const float inverse = fit.scale == 0.0f ? 0.0f : 1.0f / fit.scale;
+        const float inverse = fit.scale == 0.0f || fault != 0.0f ? 0.0f : 1.0f / fit.scale;
         const float offset = bits == 8 ? 128.0f : mins ? 0.0f : 8.0f;
         const float last = bits == 8 ? 255.0f : 15.0f;
         for (int64_t i = 0; i < n; ++i) {

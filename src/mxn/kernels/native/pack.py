@@ -142,12 +142,14 @@ def assemble(
 ) -> PackedWeight:
     """Return a weight from interleaved values and float32 scales and minima [F / 16, G, 16].
 
-    Scales are kept as float16 times a common power of two, so that none leaves its range.
+    Scales are kept as float16 times a common power of two, so that none leaves its range: the
+    largest becomes about 2^9, a minimum may be 64 times larger, and 2^23 times smaller ones keep
+    all their bits.
     """
-    top = float(scales.abs().max()) if scales.numel() else 0.0
-    if mins is not None and mins.numel():
-        top = max(top, float(mins.abs().max()) / 2**6)
-    gain = 2.0 ** math.ceil(math.log2(top)) if 0 < top < math.inf else 1.0
+    top = _largest(scales)
+    if mins is not None:
+        top = max(top, _largest(mins) / 2**6)
+    gain = 2.0 ** (math.ceil(math.log2(top)) - 9) if top > 0 else 1.0
     return PackedWeight(
         wanted,
         out_features,
@@ -158,6 +160,12 @@ def assemble(
         bias,
         gain,
     )
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest size of a finite value, 0 where there is none."""
+    sizes = values.abs().nan_to_num(nan=0.0, posinf=0.0)
+    return float(sizes.max()) if sizes.numel() else 0.0
 
 
 def _kept_half(values: Tensor) -> Tensor:
