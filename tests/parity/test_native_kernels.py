@@ -89,6 +89,21 @@ def test_products_equal_float64_for_all_numbers_of_rows(variant, threads, name):
             assert (off <= allowed[:m] + rest).all(), (n, k, m)
 
 
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "int8-g64", "int4-g128-sym"])
+def test_tiled_rows_give_the_same_bits(variant, threads, name):
+    """From some number of rows on, activations lie tile by tile: only a matter of speed."""
+    for n, k, rows in ((37, 131, (0, 1, 2, 7, 9, 24, 65)), (20, 8200, (97, 130))):
+        weight = pack(normal(n, k), formats.parse_weights(name))
+        x = normal(max(rows), k, seed=3)
+        for m in rows:
+            weight.handle.tiled_from = 1 << 30
+            want = product(threads, weight, x[:m])
+            weight.handle.tiled_from = 0
+            assert torch.equal(product(threads, weight, x[:m]), want), (n, k, m)
+            alone = library().Pool(1)
+            assert torch.equal(product(alone, weight, x[:m]), want), "other threads, other bits"
+
+
 @pytest.mark.parametrize("name", ["int8", "int4-g32", "int8-g64"])
 def test_rows_may_lie_apart_in_memory(variant, threads, name):
     weight = pack(normal(33, 100), formats.parse_weights(name))

@@ -33,7 +33,7 @@ void spread(Pool& pool, const Weight& w, int64_t m, int64_t units, const Fn& fn)
 
 // The rows with `tiled` made, where there are so many that it pays.
 Rows tiled(Pool& pool, const Weight& w, const Rows& rows, int64_t m) {
-  if (!w.is_quantized() || m < w.tiled_from) return rows;
+  if (!w.is_quantized() || m == 0 || m < w.tiled_from) return rows;
   static thread_local Buffer<int8_t> memory;  // of the caller: it lives until the product is done
   int8_t* to = memory.at_least(m * rows.k_padded);
   const int64_t step = rows_at_once(w, m), parts = (m + step - 1) / step;
