@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "src/mxn/kernels/csrc"
 TESTS = [f"tests/parity/test_native_{name}.py" for name in ("kernels", "attention", "recompute")]
+TESTS += ["tests/unit/kernels/test_native_pack.py"]
 FLAGS = (
     "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
     " -fno-omit-frame-pointer -g1"
