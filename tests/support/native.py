@@ -124,6 +124,7 @@ class PagedCache:
         self.shape.type = getattr(lib.CacheType, self.kind)
         self.shape.heads, self.shape.k_dim, self.shape.v_dim = self.heads, self.k_dim, self.v_dim
         self.shape.latent, self.shape.page_tokens = self.latent, self.page_tokens
+        self.shape.num_pages = self.num_pages
         size = self.shape.page_bytes
         guarded = torch.full((64 + size * self.num_pages + 64,), 0xFF, dtype=torch.uint8)
         guarded[:64], guarded[-64:] = 0xA5, 0xA5
@@ -158,7 +159,7 @@ class PagedCache:
         parts = self.page_tokens // LANES
         page = int(self.pages[position // self.page_tokens])
         part, slot = position % self.page_tokens // LANES, position % LANES
-        start = ((page * self.heads + head) * parts + part) * block_bytes
+        start = ((head * self.num_pages + page) * parts + part) * block_bytes
         block = self.memory[start : start + block_bytes].clone()
         keys, values = block[: LANES * self.k_dim * item], block[LANES * self.k_dim * item :]
         values = values[: LANES * self.v_dim * item]

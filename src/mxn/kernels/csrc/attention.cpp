@@ -19,14 +19,13 @@ struct Chunk {
 
 const uint8_t* block_at(const Attend& c, int64_t token) {
   const CacheShape& s = c.shape;
-  const int64_t page = c.pages[token / s.page_tokens];
-  const int64_t part = (token % s.page_tokens) / kLanes, parts = s.page_tokens / kLanes;
-  return c.cache + ((page * s.heads + c.head) * parts + part) * s.block_bytes();
+  return c.cache + s.block_start(c.pages[token / s.page_tokens], token % s.page_tokens, c.head);
 }
 
-// Pages lie anywhere: the processor cannot guess where the next one is.
-inline void prefetch_bytes(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
+// The block that is wanted one chunk later, fetched line by line beside the work on `token`'s: pages lie
+// anywhere and keys and values take turns, so the processor cannot guess.
+inline const uint8_t* block_ahead(const Attend& c, int64_t token) {
+  return block_at(c, token + kChunk < c.end ? token + kChunk : token);
 }
 
 struct Query {
@@ -47,6 +46,45 @@ void score_i8(const Attend& c, const Query& q, int r0, const uint8_t* block, flo
   const F scale = f_load(reinterpret_cast<const float*>(block + c.shape.scale_offset()));
   for (int r = 0; r < MR; ++r) {
     f_store(out + r * kChunk, f_mul(f_mul(f_int(sum[r]), scale), f_set(q.scales[r0 + r])));
+  }
+}
+
+// Two blocks at once: a few rows alone would wait for the latency of their own sums.
+template <int MR>
+void score_pair_i8(const Attend& c, const Query& q, const uint8_t* one, const uint8_t* two, const uint8_t* ahead,
+                   float* out) {
+  const int dim = c.shape.k_dim;
+  I first[MR], second[MR];
+  for (int r = 0; r < MR; ++r) first[r] = second[r] = i_set(-128 * q.isums[r]);
+  for (int h = 0; h < dim; h += 4) {
+    const B a = b_load(one + h * kLanes), b = b_load(two + h * kLanes);
+    prefetch(ahead + h * kLanes);
+    prefetch(ahead + (two - one) + h * kLanes);
+    for (int r = 0; r < MR; ++r) {
+      const int32_t four = four_bytes(q.q + r * dim + h);
+      first[r] = dot_u8(first[r], a, four);
+      second[r] = dot_u8(second[r], b, four);
+    }
+  }
+  const F x = f_load(reinterpret_cast<const float*>(one + c.shape.scale_offset()));
+  const F y = f_load(reinterpret_cast<const float*>(two + c.shape.scale_offset()));
+  for (int r = 0; r < MR; ++r) {
+    const F scale = f_set(q.scales[r]);
+    f_store(out + r * kChunk, f_mul(f_mul(f_int(first[r]), x), scale));
+    f_store(out + r * kChunk + kLanes, f_mul(f_mul(f_int(second[r]), y), scale));
+  }
+}
+
+// Scores blocks `one` and `two`, neighbours in the context; false where single blocks are as good.
+bool score_pair(const Attend& c, const Query& q, const uint8_t* one, const uint8_t* two, const uint8_t* ahead,
+                float* out) {
+  if (c.shape.type != CacheType::i8 || kTileRows < 8) return false;
+  switch (c.num_rows) {
+    case 1: score_pair_i8<1>(c, q, one, two, ahead, out); return true;
+    case 2: score_pair_i8<2>(c, q, one, two, ahead, out); return true;
+    case 3: score_pair_i8<3>(c, q, one, two, ahead, out); return true;
+    case 4: score_pair_i8<4>(c, q, one, two, ahead, out); return true;
+    default: return false;
   }
 }
 
@@ -135,7 +173,8 @@ inline F value_at(CacheType type, const uint8_t* p, int64_t i) {
 
 // sums[r][v] += weight * value over the tokens of one block. `n` of its 16 tokens exist.
 template <int MR, int NV>
-void mix(CacheType type, const uint8_t* values, int dim, int j, const float* weights, int n, float* out) {
+void mix(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, int j, const float* weights, int n,
+         float* out) {
   F sum[MR][NV];
   for (int r = 0; r < MR; ++r) {
     for (int v = 0; v < NV; ++v) sum[r][v] = f_load(out + r * dim + j + v * kLanes);
@@ -143,6 +182,10 @@ void mix(CacheType type, const uint8_t* values, int dim, int j, const float* wei
   for (int t = 0; t < n; ++t) {
     F row[NV];
     for (int v = 0; v < NV; ++v) row[v] = value_at(type, values, int64_t{t} * dim + j + v * kLanes);
+    if constexpr (NV == 8) {  // 128 dims: two lines of bytes
+      prefetch(ahead + int64_t{t} * dim + j);
+      prefetch(ahead + int64_t{t} * dim + j + 64);
+    }
     for (int r = 0; r < MR; ++r) {
       const F weight = f_set(weights[r * kChunk + t]);
       for (int v = 0; v < NV; ++v) sum[r][v] = f_fma(row[v], weight, sum[r][v]);
@@ -173,21 +216,21 @@ void mix_tail(CacheType type, const uint8_t* values, int dim, int j, int rows, c
 }
 
 template <int MR>
-void mix_rows(CacheType type, const uint8_t* values, int dim, const float* weights, int n, float* out) {
+void mix_rows(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, const float* weights, int n, float* out) {
   constexpr int kWide = kMixVectors / MR >= 8 ? 8 : kMixVectors / MR >= 4 ? 4 : kMixVectors / MR >= 2 ? 2 : 1;
   int j = 0;
-  for (; j + kWide * kLanes <= dim; j += kWide * kLanes) mix<MR, kWide>(type, values, dim, j, weights, n, out);
-  for (; j + kLanes <= dim; j += kLanes) mix<MR, 1>(type, values, dim, j, weights, n, out);
+  for (; j + kWide * kLanes <= dim; j += kWide * kLanes) mix<MR, kWide>(type, values, ahead, dim, j, weights, n, out);
+  for (; j + kLanes <= dim; j += kLanes) mix<MR, 1>(type, values, ahead, dim, j, weights, n, out);
   if (j < dim) mix_tail(type, values, dim, j, MR, weights, n, out);
 }
 
-void mix_all(CacheType type, const uint8_t* values, int dim, int rows, const float* weights, int n, float* out) {
+void mix_all(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, int rows, const float* weights, int n, float* out) {
   int r = 0;
   if constexpr (kMixVectors >= 16) {
-    for (; r + 4 <= rows; r += 4) mix_rows<4>(type, values, dim, weights + r * kChunk, n, out + r * dim);
+    for (; r + 4 <= rows; r += 4) mix_rows<4>(type, values, ahead, dim, weights + r * kChunk, n, out + r * dim);
   }
-  for (; r + 2 <= rows; r += 2) mix_rows<2>(type, values, dim, weights + r * kChunk, n, out + r * dim);
-  if (r < rows) mix_rows<1>(type, values, dim, weights + r * kChunk, n, out + r * dim);
+  for (; r + 2 <= rows; r += 2) mix_rows<2>(type, values, ahead, dim, weights + r * kChunk, n, out + r * dim);
+  if (r < rows) mix_rows<1>(type, values, ahead, dim, weights + r * kChunk, n, out + r * dim);
 }
 
 // The values of a block as float, for rows that would convert them again and again.
@@ -290,14 +333,12 @@ void mix_chunk(const Attend& c, const Work& w, const Chunk& chunk) {
       }
     }
     const uint8_t* values = block + s.value_offset();
-    if (b + 1 < chunk.blocks()) {
-      prefetch_bytes(block_at(c, token + kLanes) + s.value_offset(), s.block_bytes() - s.value_offset());
-    }
+    const uint8_t* ahead = block_ahead(c, token) + s.value_offset();
     if (c.num_rows > 4 && s.type != CacheType::f32) {
       widen(s.type, values, s.v_dim, n, w.values);
-      mix_all(CacheType::f32, reinterpret_cast<const uint8_t*>(w.values), s.v_dim, c.num_rows, weights, n, c.out);
+      mix_all(CacheType::f32, reinterpret_cast<const uint8_t*>(w.values), ahead, s.v_dim, c.num_rows, weights, n, c.out);
     } else {
-      mix_all(s.type, values, s.v_dim, c.num_rows, weights, n, c.out);
+      mix_all(s.type, values, ahead, s.v_dim, c.num_rows, weights, n, c.out);
     }
   }
 }
@@ -324,7 +365,11 @@ void attend(const Attend& c) {
     const int num = chunk.blocks() * kLanes;
     for (int b = 0; b < chunk.blocks(); ++b) {
       const int64_t token = chunk.begin + b * kLanes;
-      if (token + kLanes < c.end) prefetch_bytes(block_at(c, token + kLanes), s.value_offset());
+      if (b % 2 == 0 && b + 1 < chunk.blocks() &&
+          score_pair(c, q, block_at(c, token), block_at(c, token + kLanes), block_ahead(c, token), w.scores + b * kLanes)) {
+        ++b;
+        continue;
+      }
       score_block(c, q, block_at(c, token), w.scores + b * kLanes);
     }
     for (int r = 0; r < c.num_rows; ++r) {
@@ -353,9 +398,8 @@ void attend(const Attend& c) {
 
 void cache_write(const CacheShape& s, uint8_t* cache, const int64_t* pages, int64_t position, int head,
                  const float* k, const float* v) {
-  const int64_t page = pages[position / s.page_tokens];
-  const int64_t part = (position % s.page_tokens) / kLanes, slot = position % kLanes;
-  uint8_t* block = cache + ((page * s.heads + head) * (s.page_tokens / kLanes) + part) * s.block_bytes();
+  const int64_t slot = position % kLanes;
+  uint8_t* block = cache + s.block_start(pages[position / s.page_tokens], position % s.page_tokens, head);
   if (s.type != CacheType::i8) {
     for (int h = 0; h < s.k_dim; ++h) {
       if (s.type == CacheType::f32) {

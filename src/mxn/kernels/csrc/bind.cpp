@@ -53,6 +53,7 @@ void bind_weight(nb::module_& m) {
       .def_rw("v_dim", &CacheShape::v_dim)
       .def_rw("latent", &CacheShape::latent)
       .def_rw("page_tokens", &CacheShape::page_tokens)
+      .def_rw("num_pages", &CacheShape::num_pages)
       .def_prop_ro("page_bytes", &CacheShape::page_bytes);
 }
 
@@ -166,8 +167,11 @@ void bind_decoder(nb::module_& m) {
       .def("add_rope", [](Decoder& d, const Rope& r) { d.ropes.push_back(r); })
       .def("set_rope", [](Decoder& d, size_t i, const Rope& r) { d.ropes.at(i) = r; })
       .def("add_layer", [](Decoder& d, const Layer& l) { d.layers.push_back(l); })
-      .def("set_page_tokens", [](Decoder& d, int n) {
-        for (Layer& layer : d.layers) layer.cache.page_tokens = n;
+      .def("set_pages", [](Decoder& d, int page_tokens, int64_t num_pages) {
+        for (Layer& layer : d.layers) {
+          layer.cache.page_tokens = page_tokens;
+          layer.cache.num_pages = num_pages;
+        }
       })
       .def("forward", forward, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -55,19 +55,25 @@ struct Rows {
 enum class Act : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
 enum class CacheType : int { f32 = 0, bf16 = 1, i8 = 2 };
 
-// Keys and values of 16 tokens for one key/value head.
+// Keys and values of 16 tokens for one key/value head are a block; a cache is [heads][pages][blocks of
+// a page], so that a head's context is one stream where its pages are neighbours.
 //   i8:        keys [H/4][16][4] as value + 128, values [16][J], scales of keys [16], of values [16]
 //   f32, bf16: keys [H][16], values [16][J]
 // J == 0: the values are the first `latent` dims of the keys (MLA).
 struct CacheShape {
   CacheType type = CacheType::f32;
   int heads = 1, k_dim = 0, v_dim = 0, latent = 0, page_tokens = 16;
+  int64_t num_pages = 0;
 
   int64_t item() const { return type == CacheType::f32 ? 4 : type == CacheType::bf16 ? 2 : 1; }
   int64_t value_offset() const { return int64_t{kLanes} * k_dim * item(); }
   int64_t scale_offset() const { return value_offset() + int64_t{kLanes} * v_dim * item(); }
   int64_t block_bytes() const {
     return scale_offset() + (type == CacheType::i8 ? 4 * kLanes * (v_dim ? 2 : 1) : 0);
+  }
+  int64_t block_start(int64_t page, int64_t token_in_page, int head) const {
+    const int64_t parts = page_tokens / kLanes;
+    return ((head * num_pages + page) * parts + token_in_page / kLanes) * block_bytes();
   }
   int64_t page_bytes() const { return block_bytes() * heads * (page_tokens / kLanes); }
 };

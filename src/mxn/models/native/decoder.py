@@ -101,7 +101,7 @@ class NativeDecoder:
     def _build(self) -> None:
         """Describe the model to the native side, which copies the descriptions."""
         self._native = self._lib.Decoder()
-        self._page_tokens = 0
+        self._pages = (0, 0)
         parts = self.parts
         self._fill(parts.table_VD, parts.head, parts.final_norm)
         for layer, weights in zip(self.spec.layers, parts.layers, strict=True):
@@ -112,7 +112,10 @@ class NativeDecoder:
         return sum(self._cache_shape(layer, page_tokens).page_bytes for layer in self.spec.layers)
 
     def make_cache(self, num_pages: int, page_tokens: int) -> list[LayerCache]:
-        """Return the zeroed cache of each layer: bytes in the layout of `csrc/common.h`."""
+        """Return the zeroed cache of each layer: bytes in the layout of `csrc/common.h`.
+
+        The shape [num_pages, bytes of a page] tells the size; a page is not in one piece.
+        """
         from mxn.kernels.native.memory import lazy_zeros
 
         caches = []
@@ -125,8 +128,9 @@ class NativeDecoder:
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Write the step's keys and values into `cache` and return logits [R, V], float32."""
         attention = batch.attention
-        if attention.page_tokens != self._page_tokens:
-            self._set_page_tokens(attention.page_tokens)
+        pages = (attention.page_tokens, len(cache[0].k))
+        if pages != self._pages:
+            self._set_pages(*pages)
         num_tokens = len(batch.token_ids_T)
         rows_R = batch.logits_rows_R
         if rows_R is None:
@@ -312,10 +316,10 @@ class NativeDecoder:
         shape.page_tokens = page_tokens
         return shape
 
-    def _set_page_tokens(self, page_tokens: int) -> None:
+    def _set_pages(self, page_tokens: int, num_pages: int) -> None:
         self._cache_shape(self.spec.layers[0], page_tokens)
-        self._native.set_page_tokens(page_tokens)
-        self._page_tokens = page_tokens
+        self._native.set_pages(page_tokens, num_pages)
+        self._pages = (page_tokens, num_pages)
 
     def _grow_ropes(self, length: int) -> None:
         if self._ropes.grow(length):
