@@ -91,7 +91,21 @@ def built(contender: Contender, model: Path, peers: Path) -> Path:
                 env=llama_env(peers),
             )  # fmt: skip
         return out
+    if contender.is_ours and contender.weights != "plain":
+        return _packed(contender, model, folder)
     return model
+
+
+def _packed(contender: Contender, model: Path, folder: Path) -> Path:
+    """Return an artifact of mxn, as its users would make with `mxn pack`."""
+    from mxn.kernels.native import formats
+    from mxn.models.load import pack_model
+
+    weights, _, cache = contender.weights.partition("/")
+    out = folder / f"{model.name}-mxn-{contender.weights.replace('/', '-')}"
+    if not out.is_dir():
+        pack_model(model, formats.parse(weights, cache or "auto"), out)
+    return out
 
 
 def _group(model: Path) -> str:

@@ -189,7 +189,7 @@ class Sampler:
         """Return one token for each row. `logits_RV` is float32 and stays as it is."""
         logits_RV = self._allowed(logits_RV[:, : self._vocab_size], requests)
         if all(state.is_plain for state in requests):
-            return [SampledToken(token) for token in _argmax(logits_RV).tolist()]
+            return [SampledToken(token) for token in self._ops.argmax(logits_RV).tolist()]
         changed_RV = self._with_penalties(logits_RV, requests)
         ids_R = self._choose(changed_RV, requests)
         return self._with_logprobs(logits_RV, ids_R, requests)
@@ -249,10 +249,10 @@ class Sampler:
     def _choose(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
         drawn = [row for row, state in enumerate(requests) if not state.is_greedy]
         if not drawn:
-            return _argmax(logits_RV).tolist()
+            return self._ops.argmax(logits_RV).tolist()
         if len(drawn) == len(requests):
             return self._draw(logits_RV, requests)
-        ids_R = _argmax(logits_RV).tolist()
+        ids_R = self._ops.argmax(logits_RV).tolist()
         rows = torch.tensor(drawn, device=self._device)
         found = self._draw(logits_RV[rows], [requests[row] for row in drawn])
         for row, token in zip(drawn, found, strict=True):
@@ -338,12 +338,6 @@ class Sampler:
         found = self._ops.token_logprobs(logits_RV[rows_W], ids_W, max(num_tops))
         by_row = dict(zip(wanted, _token_logprobs(chosen, found, num_tops), strict=True))
         return [SampledToken(token, by_row.get(row)) for row, token in enumerate(ids)]
-
-
-def _argmax(logits_RV: Tensor) -> Tensor:
-    """Return the best token of each row, -1 where the best logit is no finite number."""
-    values_R, ids_R = logits_RV.max(dim=1)
-    return torch.where(values_R.isfinite(), ids_R, -1)
 
 
 def _rules(params: list[SamplingParams]) -> tuple[bool, bool, bool]:

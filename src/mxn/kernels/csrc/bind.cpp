@@ -215,6 +215,14 @@ void bind_ops(nb::module_& m) {
         });
       },
       nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "argmax",
+      [](Pool& pool, uintptr_t x, int64_t ldx, int64_t rows, int64_t n, uintptr_t ids) {
+        pool.run(rows, [&](int64_t row, int) {
+          at<int64_t>(ids)[row] = kernels().argmax(at<const float>(x) + row * ldx, n);
+        });
+      },
+      nb::call_guard<nb::gil_scoped_release>());
   m.def("rms_norm", [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t rows, int64_t n, float eps) {
     for (int64_t i = 0; i < rows; ++i) kernels().rms_norm(at<const float>(x) + i * n, at<const float>(w), at<float>(y) + i * n, n, eps);
   });

@@ -124,7 +124,7 @@ struct Kernels {
                       int head, const float* k, const float* v);
   void (*attend)(const Attend&);
   void (*softcap)(float* x, int64_t n, float cap);
-  float (*max)(const float* x, int64_t n);
+  int64_t (*argmax)(const float* x, int64_t n);  // -1: not finite, or a NaN among them
   void (*pack_block)(const float* const* rows, int64_t k, int64_t k_padded, int64_t group, int bits,
                      uint8_t* data, float* scales, float* mins);
 };

@@ -32,6 +32,8 @@ constexpr int64_t kPatienceItems = 4;
 constexpr int64_t kFirstRestNs = 40'000'000;   // doubled while a thread is late again at once
 constexpr int64_t kLongestRestNs = 640'000'000;
 constexpr int64_t kLongestNapNs = 50'000'000;  // so that the end of the pool is seen
+constexpr int64_t kSameNs = 1'000'000;         // within it, it is one and the same delay
+constexpr int64_t kOftenNs = 60'000'000;       // three delays within it are a core lost
 constexpr int64_t kForgottenNs = 1'000'000'000;
 
 int64_t now_ns() {
@@ -119,6 +121,16 @@ int64_t Pool::take_all(uint32_t round, int thread) {
   return count;
 }
 
+// Being late once is no reason: every thread is interrupted now and then.
+void Pool::note_late(int thread, int64_t now) {
+  Seat& seat = seats_[static_cast<size_t>(thread)];
+  if (now - seat.late_ns[1] < kSameNs) return;
+  const bool is_usual = now - seat.late_ns[0] < kOftenNs;
+  seat.late_ns[0] = seat.late_ns[1];
+  seat.late_ns[1] = now;
+  if (is_usual) rest(thread, now);
+}
+
 void Pool::rest(int thread, int64_t now) {
   Seat& seat = seats_[static_cast<size_t>(thread)];
   const bool is_again = now - seat.rested_ns < seat.penalty_ns + kForgottenNs;
@@ -139,7 +151,7 @@ void Pool::wait_for_others(uint32_t round, int64_t num_items, int64_t item_ns) {
     for (int thread = 1; thread < num_threads(); ++thread) {
       Seat& seat = seats_[static_cast<size_t>(thread)];
       const bool is_late = seat.round.load(std::memory_order_relaxed) == round;
-      if (is_late && seat.rests_until.load(std::memory_order_relaxed) < now) rest(thread, now);
+      if (is_late && seat.rests_until.load(std::memory_order_relaxed) < now) note_late(thread, now);
     }
   }
 }

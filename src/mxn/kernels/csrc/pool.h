@@ -48,6 +48,7 @@ class Pool {
   bool take(uint32_t round, int64_t* item);
   int64_t take_all(uint32_t round, int thread);
   void wait_for_others(uint32_t round, int64_t num_items, int64_t item_ns);
+  void note_late(int thread, int64_t now_ns);
   void rest(int thread, int64_t now_ns);
 
   // High half: the loop's number; low half: its next item. One word, so that a thread that slept
@@ -70,6 +71,7 @@ class Pool {
     std::atomic<int64_t> rests_until{0};  // ns
     int64_t penalty_ns = 0;             // of its last rest; only the caller's thread touches it
     int64_t rested_ns = 0;
+    int64_t late_ns[2] = {0, 0};        // when it was late the last times
   };
   std::unique_ptr<Seat[]> seats_;
   std::vector<std::thread> workers_;

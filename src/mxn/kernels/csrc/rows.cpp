@@ -73,14 +73,30 @@ void softcap_row(float* x, int64_t n, float cap) {
   }
 }
 
-float max_row(const float* x, int64_t n) {
-  float most = -INFINITY;
-  F top = f_set(-INFINITY);
+// A first pass finds the largest, a second its place: both read at the speed of memory.
+int64_t argmax_row(const float* x, int64_t n) {
+  F top = f_set(-INFINITY), fault = f_zero();
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) top = f_max(top, f_load(x + i));
-  most = f_top(top);
-  for (; i < n; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+  for (; i + kLanes <= n; i += kLanes) {
+    const F v = f_load(x + i);
+    top = f_max(top, v);
+    fault = f_add(fault, f_mul(v, f_zero()));  // NaN for NaN and for infinities
+  }
+  float most = f_top(top);
+  bool is_odd = f_sum(fault) != 0.0f;
+  for (; i < n; ++i) {
+    most = x[i] > most ? x[i] : most;
+    is_odd = is_odd || !std::isfinite(x[i]);
+  }
+  if (is_odd) {  // -inf is usual where a grammar forbids; NaN and +inf are faults
+    for (i = 0; i < n; ++i) {
+      if (std::isnan(x[i])) return -1;
+      most = i == 0 || x[i] > most ? x[i] : most;
+    }
+  }
+  if (n == 0 || !std::isfinite(most)) return -1;
+  for (i = 0; x[i] != most; ++i) {}
+  return i;
 }
 
 // Rotates the first 2 * half dims of one head.

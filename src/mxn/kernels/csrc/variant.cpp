@@ -16,7 +16,7 @@ void rope(float*, const float*, const float*, int, bool);
 void cache_write(const CacheShape&, uint8_t*, const int64_t*, int64_t, int, const float*, const float*);
 void attend(const Attend&);
 void softcap_row(float*, int64_t, float);
-float max_row(const float*, int64_t);
+int64_t argmax_row(const float*, int64_t);
 void pack_block(const float* const*, int64_t, int64_t, int64_t, int, uint8_t*, float*, float*);
 }  // namespace MXN_NS
 
@@ -29,7 +29,7 @@ const Kernels& MXN_TABLE(MXN_NS)() {
   namespace v = MXN_NS;
   static const Kernels table{MXN_NAME(MXN_NS), v::tile_rows(), v::tile_rows_of, v::gemm, v::gemm_glu, v::rms_norm,
                              v::quantize, v::activate_row, v::add_row, v::rope, v::cache_write,
-                             v::attend, v::softcap_row, v::max_row, v::pack_block};
+                             v::attend, v::softcap_row, v::argmax_row, v::pack_block};
   return table;
 }
 

@@ -10,6 +10,7 @@ from mxn import env
 from mxn.errors import ConfigError, UnsupportedError
 
 log = logging.getLogger("mxn.kernels")
+_num_threads = 1
 
 
 @cache
@@ -41,6 +42,18 @@ def missing_reason() -> str | None:
     except ImportError as error:
         return f"the native kernels are not built: {error}"
     return None
+
+
+def shared_pool() -> Any:
+    """Return the threads of this process's decoder, or a caller's own when there is none."""
+    return pool(_num_threads)
+
+
+def use_threads(num_threads: int) -> Any:
+    """Make threads for the decoder of this process, which operators then share."""
+    global _num_threads
+    _num_threads = num_threads
+    return pool(num_threads)
 
 
 @cache

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mxn.errors import UnsupportedError
-from mxn.kernels.native.library import library, pool
+from mxn.kernels.native.library import library, use_threads
 from mxn.kernels.native.pack import PackedWeight
 from mxn.models.base import LayerCache
 from mxn.models.native.reader import NativeMla, NativeMoe, NativeReader
@@ -93,7 +93,7 @@ class NativeDecoder:
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self._lib = library()
-        self._pool = pool(num_threads)
+        self._pool = use_threads(num_threads)
         self._ropes = _Ropes(spec)
         self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
         self._build()
