@@ -43,7 +43,7 @@ class Session:
     def step(self, new: dict[int, list[int]], *, all_rows: bool = True) -> dict[int, torch.Tensor]:
         """Add tokens to sequences in one step; return logits per sequence on the CPU."""
         batch, lengths = self._batch(new, all_rows)
-        logits = self.model.forward(batch, self.cache).cpu()
+        logits = self.model.forward(batch, self.cache).cpu().clone()
         rows = lengths if all_rows else [1] * len(lengths)
         return dict(zip(new, logits.split(rows), strict=True))
 

@@ -258,7 +258,9 @@ def _bind_ops(replica: LoadedReplica) -> Ops:
 
 def _byte_ids(tokenizer: Any) -> frozenset[int]:
     raw = getattr(tokenizer, "raw", None)
-    return byte_fallback_ids(raw.get_vocab(with_added_tokens=True)) if raw else frozenset()
+    if raw is None or raw.token_to_id("<0x00>") is None:
+        return frozenset()
+    return byte_fallback_ids(raw.get_vocab(with_added_tokens=True))
 
 
 def _encoder(config: EngineConfig, replica: LoadedReplica) -> EncoderCore:

@@ -28,6 +28,10 @@ inline const uint8_t* block_ahead(const Attend& c, int64_t token) {
   return block_at(c, token + kChunk < c.end ? token + kChunk : token);
 }
 
+inline void prefetch_bytes(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
+}
+
 struct Query {
   const int8_t* q;       // [rows, k_dim]
   const float* scales;   // [rows] of q, times the softmax scale
@@ -360,6 +364,10 @@ void attend(const Attend& c) {
     top[r] = kNothing;
   }
   for (int64_t i = 0; i < int64_t{c.num_rows} * out_dim; ++i) c.out[i] = 0.0f;
+  // Nothing came before the first chunk that could have fetched it.
+  for (int64_t token = c.begin; token < c.begin + kChunk && token < c.end; token += kLanes) {
+    prefetch_bytes(block_at(c, token), s.block_bytes());
+  }
   for (Chunk chunk{c.begin, 0}; chunk.begin < c.end; chunk.begin = chunk.end) {
     chunk.end = chunk.begin + kChunk < c.end ? chunk.begin + kChunk : c.end;
     const int num = chunk.blocks() * kLanes;

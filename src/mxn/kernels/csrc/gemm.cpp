@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kAhead = 4096;  // bytes of weights fetched ahead: what a core reads while memory answers
 
-using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, float* y, int64_t ldy);
+// `ahead`: how many bytes in front of what it reads a tile fetches.
+using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, int64_t ahead, float* y);
 
 // One group of K for MR rows: sums += scale * (dot - offset * sum of activations).
 // Rows of a tile where they lie, or interleaved as one stream, which the processor fetches ahead.
@@ -24,11 +25,12 @@ struct Values {
 };
 
 template <int MR, bool IS_U4, bool IS_TILED>
-inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length, I (&sum)[MR]) {
+inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length, int64_t ahead,
+                      I (&sum)[MR]) {
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
   for (int64_t i = k; i < k + length; i += kStep, w += 64) {
     const B packed = b_load(w);
-    prefetch(w + kAhead);
+    prefetch(w + ahead);
     if constexpr (IS_U4) {
       const B low = b_low(packed), high = b_high(packed);
       for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], low, a.at(m, i));
@@ -42,15 +44,15 @@ inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t 
 // A few rows leave room for independent sums over K, which hide the latency of the dot product.
 template <int MR, bool IS_U4, bool IS_TILED>
 inline void dot_group_deep(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length,
-                           I (&sum)[MR]) {
+                           int64_t ahead, I (&sum)[MR]) {
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
   I other[MR];
   for (int m = 0; m < MR; ++m) other[m] = i_zero();
   int64_t i = k;
   for (; i + 2 * kStep <= k + length; i += 2 * kStep, w += 128) {
     const B first = b_load(w), second = b_load(w + 64);
-    prefetch(w + kAhead);
-    prefetch(w + kAhead + 64);
+    prefetch(w + ahead);
+    prefetch(w + ahead + 64);
     if constexpr (IS_U4) {
       const B l0 = b_low(first), h0 = b_high(first), l1 = b_low(second), h1 = b_high(second);
       for (int m = 0; m < MR; ++m) {
@@ -66,12 +68,12 @@ inline void dot_group_deep(const uint8_t*& w, const Values<MR, IS_TILED>& a, int
       }
     }
   }
-  dot_group<MR, IS_U4, IS_TILED>(w, a, i, k + length - i, sum);
+  dot_group<MR, IS_U4, IS_TILED>(w, a, i, k + length - i, ahead, sum);
   for (int m = 0; m < MR; ++m) sum[m] = i_add(sum[m], other[m]);
 }
 
 template <int MR, bool IS_U4, bool HAS_MIN, bool IS_TILED>
-void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, float* y, int64_t ldy) {
+void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, int64_t ahead, float* y) {
   // A scale for each feature (group = all of K) is applied once, behind the activations' own groups.
   const bool is_grouped = w.group < w.k_padded;
   const int64_t length = is_grouped ? w.group : rows.group, num_groups = w.k_padded / length;
@@ -94,8 +96,8 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
     for (int m = 0; m < MR; ++m) {
       sum[m] = HAS_MIN ? i_zero() : i_set(offset * rows.isums[at + m * rows.num_groups]);
     }
-    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4, IS_TILED>(data, a, g * length, length, sum);
-    else dot_group<MR, IS_U4, IS_TILED>(data, a, g * length, length, sum);
+    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4, IS_TILED>(data, a, g * length, length, ahead, sum);
+    else dot_group<MR, IS_U4, IS_TILED>(data, a, g * length, length, ahead, sum);
     const F scale = is_grouped ? f_half(scales + g * kLanes) : ones;
     for (int m = 0; m < MR; ++m) {
       const F factor = f_mul(scale, f_set(rows.scales[at + m * rows.num_groups]));
@@ -122,11 +124,11 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
     }
   }
   const F gain = f_set(w.gain);
-  for (int m = 0; m < MR; ++m) f_store(y + m * ldy, f_mul(total[m], gain));
+  for (int m = 0; m < MR; ++m) f_store(y + m * kLanes, f_mul(total[m], gain));
 }
 
 template <int MR, bool IS_BF16>
-void plain_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, float* y, int64_t ldy) {
+void plain_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, int64_t /*ahead*/, float* y) {
   const uint8_t* data = w.data + block * w.block_bytes();
   const float* x[MR];
   F even[MR], odd[MR];
@@ -151,7 +153,7 @@ void plain_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, fl
     const F v = load(k);
     for (int m = 0; m < MR; ++m) even[m] = f_fma(v, f_set(x[m][k]), even[m]);
   }
-  for (int m = 0; m < MR; ++m) f_store(y + m * ldy, f_add(even[m], odd[m]));
+  for (int m = 0; m < MR; ++m) f_store(y + m * kLanes, f_add(even[m], odd[m]));
 }
 
 template <template <int> class Maker, int... MR>
@@ -300,8 +302,11 @@ void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, Fn 
     }
   }
 #endif
+  // With several tiles the first one fetches the next block while the others work on this one.
+  const int64_t next = m1 - m0 > choice.most ? w.block_bytes() : kAhead;
   each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
-    fn(m, count, [&](int64_t block, float* tile) { choice.tiles[count - 1](w, rows, m, block, tile, kLanes); });
+    const int64_t ahead = m == m0 ? next : 0;
+    fn(m, count, [&](int64_t block, float* tile) { choice.tiles[count - 1](w, rows, m, block, ahead, tile); });
   });
 }
 

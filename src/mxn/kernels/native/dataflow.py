@@ -1,8 +1,8 @@
-"""Which way of multiplying is fastest for a shape on this processor: measured, stored, read at load.
+"""Which way of multiplying is fastest for a shape here: measured, stored, read at load.
 
 A product of M rows can read its rows where they lie ("flat") or copy them first into one stream for
-each tile ("tiled"), which costs a little and lets the processor fetch ahead. Source of the idea: the
-heuristic dataflow of FlashDecoding++, arXiv 2311.01282, section 5. Start at `tiled_from`.
+each tile ("tiled"), which costs a little and lets the processor fetch ahead. Source of the idea:
+the heuristic dataflow of FlashDecoding++, arXiv 2311.01282, section 5. Start at `tiled_from`.
 """
 
 from __future__ import annotations

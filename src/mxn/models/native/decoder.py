@@ -15,6 +15,7 @@ import torch
 
 from mxn.errors import UnsupportedError
 from mxn.kernels.native.library import library, use_threads
+from mxn.kernels.native.memory import lazy_zeros
 from mxn.kernels.native.pack import PackedWeight
 from mxn.models.base import LayerCache
 from mxn.models.native.reader import NativeMla, NativeMoe, NativeReader
@@ -96,6 +97,7 @@ class NativeDecoder:
         self._pool = use_threads(num_threads)
         self._ropes = _Ropes(spec)
         self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
+        self._logits_area = torch.empty(0)
         self._build()
 
     def _build(self) -> None:
@@ -116,8 +118,6 @@ class NativeDecoder:
 
         The shape [num_pages, bytes of a page] tells the size; a page is not in one piece.
         """
-        from mxn.kernels.native.memory import lazy_zeros
-
         caches = []
         for layer in self.spec.layers:
             size = self._cache_shape(layer, page_tokens).page_bytes
@@ -126,7 +126,11 @@ class NativeDecoder:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
-        """Write the step's keys and values into `cache` and return logits [R, V], float32."""
+        """Write the step's keys and values into `cache` and return logits [R, V], float32.
+
+        The result is overwritten by the next call: fresh memory for 32 rows of a large vocabulary
+        would cost more page faults than a layer costs time.
+        """
         attention = batch.attention
         pages = (attention.page_tokens, len(cache[0].k))
         if pages != self._pages:
@@ -136,7 +140,7 @@ class NativeDecoder:
         if rows_R is None:
             rows_R = torch.arange(num_tokens)
         self._grow_ropes(max(attention.context_lens, default=1))
-        logits_RV = torch.empty(len(rows_R), self.vocab_size)
+        logits_RV = self._logits(len(rows_R))
         pages_SP = attention.page_table_SP
         self._native.forward(
             self._pool,
@@ -189,6 +193,11 @@ class NativeDecoder:
     def num_recomputed(self) -> int:
         """Query rows of attention whose maximum left the calibrated range, since the start."""
         return self._native.num_recomputed
+
+    def _logits(self, num_rows: int) -> Tensor:
+        if num_rows * self.vocab_size > self._logits_area.numel():
+            self._logits_area = lazy_zeros(4 * num_rows * self.vocab_size).view(torch.float32)
+        return self._logits_area[: num_rows * self.vocab_size].view(num_rows, self.vocab_size)
 
     def _addresses(self, cache: list[LayerCache]) -> int:
         """Return the address of the layers' addresses."""

@@ -5,7 +5,7 @@ Knows names and formats; knows nothing of steps. See `mxn.models.weights` for th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,7 @@ class PackingOps:
     """What `WeightReader` asks of the operators: where tensors go, and how a linear is kept."""
 
     wanted: WeightFormat
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
 
     def prepare_linear(self, weight_FD: Tensor, bias_F: Tensor | None = None) -> PackedWeight:
@@ -95,9 +95,7 @@ class NativeReader(WeightReader):
             return super().linear(*modules)
         return pack_stored(stored, self._bias(modules, stored.shape[0]))
 
-    def _stored(
-        self, modules: tuple[str, ...], wanted: WeightFormat
-    ) -> QuantizedMatrix | None:
+    def _stored(self, modules: tuple[str, ...], wanted: WeightFormat) -> QuantizedMatrix | None:
         """Return modules joined as their maker quantized them, if that is no finer than `wanted`.
 
         Rounding numbers that were rounded before loses twice and gains nothing.

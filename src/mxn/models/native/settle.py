@@ -43,7 +43,9 @@ def settle(
         if report:
             report(done + 1, len(weights))
     model.set_dataflow(found, lambda weight: dataflow.key_of(weight, num_threads))
-    notes["maximum"] = use_maxima(model, calibrate.stored(calibrate.fingerprint(config_json, model)))
+    notes["maximum"] = use_maxima(
+        model, calibrate.stored(calibrate.fingerprint(config_json, model))
+    )
     return notes
 
 
