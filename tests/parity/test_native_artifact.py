@@ -97,6 +97,15 @@ def test_a_broken_manifest_is_named(packed, text):
         load(packed)
 
 
+@pytest.mark.parametrize("name", ["parts", "format", "spec", "num_parameters"])
+def test_a_manifest_that_lacks_a_part_is_broken(packed, name):
+    manifest = json.loads((packed / MANIFEST).read_text())
+    del manifest[name]
+    (packed / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(NotFoundError, match=f"is broken: KeyError.*{name}"):
+        load(packed)
+
+
 def test_another_layout_must_be_packed_again(packed):
     manifest = json.loads((packed / MANIFEST).read_text())
     (packed / MANIFEST).write_text(json.dumps(manifest | {"layout": 99}))

@@ -113,7 +113,10 @@ def targets_of(model: Any) -> dict[str, Target]:
         return _native(model, model.names)
     if isinstance(model, FallbackDecoder):
         return _fallback(model)
-    raise UnsupportedError(f"{type(model).__name__} takes no adapters")
+    raise UnsupportedError(
+        f"{type(model).__name__} takes no adapters",
+        hint="packed weights take none: serve the model without --weights",
+    )
 
 
 def why_no_target(module: str, targets: dict[str, Target]) -> str:

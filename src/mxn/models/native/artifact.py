@@ -94,8 +94,8 @@ def load(directory: Path) -> tuple[NativeParts, DecoderSpec | None]:
     try:
         manifest = json.loads(path.read_text())
         layout, expected = manifest["layout"], manifest["bytes"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise NotFoundError(f"{str(path)!r} is broken: {error!r}", hint="pack it again") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise _broken(path, error) from None
     if layout != LAYOUT:
         raise UnsupportedError(
             f"{str(directory)!r} was packed in layout {layout}, this mxn reads {LAYOUT}",
@@ -110,11 +110,15 @@ def load(directory: Path) -> tuple[NativeParts, DecoderSpec | None]:
         area = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     area.madvise(mmap.MADV_WILLNEED)
     memory = torch.frombuffer(area, dtype=torch.uint8)
-    parts = _decode(manifest["parts"], memory)
-    found_parts = NativeParts(
-        format=_format(manifest["format"]), num_parameters=manifest["num_parameters"], **parts
-    )
-    return found_parts, _decode(manifest["spec"], memory)
+    try:
+        parts = NativeParts(
+            format=_format(manifest["format"]),
+            num_parameters=manifest["num_parameters"],
+            **_decode(manifest["parts"], memory),
+        )
+        return parts, _decode(manifest["spec"], memory)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise _broken(path, error) from None
 
 
 def _copy_files(source: Path, directory: Path) -> None:
@@ -126,6 +130,10 @@ def _copy_files(source: Path, directory: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != MANIFEST:
             shutil.copyfile(file, directory / file.name)
+
+
+def _broken(path: Path, error: Exception) -> NotFoundError:
+    return NotFoundError(f"{str(path)!r} is broken: {error!r}", hint="pack it again")
 
 
 def _as_dict(parts: NativeParts) -> dict[str, Any]:
