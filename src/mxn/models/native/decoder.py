@@ -98,6 +98,7 @@ class NativeDecoder:
         self._ropes = _Ropes(spec)
         self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
         self._logits_area = torch.empty(0)
+        self._rows = torch.arange(64)
         self._build()
 
     def _build(self) -> None:
@@ -132,21 +133,22 @@ class NativeDecoder:
         would cost more page faults than a layer costs time.
         """
         attention = batch.attention
-        pages = (attention.page_tokens, len(cache[0].k))
+        pages = (attention.page_tokens, cache[0].k.shape[0])
         if pages != self._pages:
             self._set_pages(*pages)
-        num_tokens = len(batch.token_ids_T)
+        num_tokens = batch.token_ids_T.shape[0]  # `len` of a tensor takes ten times as long
         rows_R = batch.logits_rows_R
         if rows_R is None:
-            rows_R = torch.arange(num_tokens)
+            rows_R = self._all_rows(num_tokens)
+        num_rows = rows_R.shape[0]
         self._grow_ropes(max(attention.context_lens, default=1))
-        logits_RV = self._logits(len(rows_R))
+        logits_RV = self._logits(num_rows)
         pages_SP = attention.page_table_SP
         self._native.forward(
             self._pool,
             num_tokens,
             attention.num_sequences,
-            len(rows_R),
+            num_rows,
             pages_SP.shape[1],
             batch.token_ids_T.data_ptr(),
             batch.positions_T.data_ptr(),
@@ -193,6 +195,11 @@ class NativeDecoder:
     def num_recomputed(self) -> int:
         """Query rows of attention whose maximum left the calibrated range, since the start."""
         return self._native.num_recomputed
+
+    def _all_rows(self, num_tokens: int) -> Tensor:
+        if num_tokens > self._rows.shape[0]:
+            self._rows = torch.arange(2 * num_tokens)
+        return self._rows[:num_tokens]
 
     def _logits(self, num_rows: int) -> Tensor:
         if num_rows * self.vocab_size > self._logits_area.numel():
