@@ -24,7 +24,7 @@ struct Weight {
   const uint16_t* mins = nullptr;    // fp16 [N/16][G][16], or null: symmetric
   const float* bias = nullptr;       // [N padded], or null
   float gain = 1.0f;                 // multiplies every scale and min
-  int64_t tiled_from = 64;           // rows from which on `Rows::tiled` pays; measured
+  int64_t tiled_from = INT64_MAX;    // rows from which on `Rows::tiled` pays, where measured
 
   int64_t num_blocks() const { return (n + kLanes - 1) / kLanes; }
   int64_t num_groups() const { return group ? k_padded / group : 0; }

@@ -11,8 +11,20 @@ namespace {
 
 constexpr int64_t kAhead = 4096;  // bytes of weights fetched ahead: what a core reads while memory answers
 
-// `ahead`: how many bytes in front of what it reads a tile fetches.
-using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, int64_t ahead, float* y);
+// What a tile fetches beside its work: with each 64 bytes that it reads, the line at `at`, `step` bytes
+// further on every time.
+struct Fetch {
+  const uint8_t* at;
+  int64_t step;
+  template <bool IS_FAR>
+  void next() {
+    if constexpr (IS_FAR) prefetch_far(at);
+    else prefetch(at);
+    at += step;
+  }
+};
+
+using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, Fetch, float* y);
 
 // One group of K for MR rows: sums += scale * (dot - offset * sum of activations).
 // Rows of a tile where they lie, or interleaved as one stream, which the processor fetches ahead.
@@ -25,12 +37,14 @@ struct Values {
 };
 
 template <int MR, bool IS_U4, bool IS_TILED>
-inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length, int64_t ahead,
+inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length, Fetch& fetch,
                       I (&sum)[MR]) {
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
+  // Bytes come twice as fast as nibbles: beside the rows of several tiles they overrun the first cache.
+  constexpr bool kIsFar = !IS_U4 && MR > 4;
   for (int64_t i = k; i < k + length; i += kStep, w += 64) {
     const B packed = b_load(w);
-    prefetch(w + ahead);
+    fetch.next<kIsFar>();
     if constexpr (IS_U4) {
       const B low = b_low(packed), high = b_high(packed);
       for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], low, a.at(m, i));
@@ -44,15 +58,15 @@ inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t 
 // A few rows leave room for independent sums over K, which hide the latency of the dot product.
 template <int MR, bool IS_U4, bool IS_TILED>
 inline void dot_group_deep(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length,
-                           int64_t ahead, I (&sum)[MR]) {
+                           Fetch& fetch, I (&sum)[MR]) {
   constexpr int64_t kStep = IS_U4 ? 8 : 4;
   I other[MR];
   for (int m = 0; m < MR; ++m) other[m] = i_zero();
   int64_t i = k;
   for (; i + 2 * kStep <= k + length; i += 2 * kStep, w += 128) {
     const B first = b_load(w), second = b_load(w + 64);
-    prefetch(w + ahead);
-    prefetch(w + ahead + 64);
+    fetch.next<false>();
+    fetch.next<false>();
     if constexpr (IS_U4) {
       const B l0 = b_low(first), h0 = b_high(first), l1 = b_low(second), h1 = b_high(second);
       for (int m = 0; m < MR; ++m) {
@@ -68,12 +82,12 @@ inline void dot_group_deep(const uint8_t*& w, const Values<MR, IS_TILED>& a, int
       }
     }
   }
-  dot_group<MR, IS_U4, IS_TILED>(w, a, i, k + length - i, ahead, sum);
+  dot_group<MR, IS_U4, IS_TILED>(w, a, i, k + length - i, fetch, sum);
   for (int m = 0; m < MR; ++m) sum[m] = i_add(sum[m], other[m]);
 }
 
 template <int MR, bool IS_U4, bool HAS_MIN, bool IS_TILED>
-void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, int64_t ahead, float* y) {
+void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, Fetch fetch, float* y) {
   // A scale for each feature (group = all of K) is applied once, behind the activations' own groups.
   const bool is_grouped = w.group < w.k_padded;
   const int64_t length = is_grouped ? w.group : rows.group, num_groups = w.k_padded / length;
@@ -96,8 +110,8 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
     for (int m = 0; m < MR; ++m) {
       sum[m] = HAS_MIN ? i_zero() : i_set(offset * rows.isums[at + m * rows.num_groups]);
     }
-    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4, IS_TILED>(data, a, g * length, length, ahead, sum);
-    else dot_group<MR, IS_U4, IS_TILED>(data, a, g * length, length, ahead, sum);
+    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4, IS_TILED>(data, a, g * length, length, fetch, sum);
+    else dot_group<MR, IS_U4, IS_TILED>(data, a, g * length, length, fetch, sum);
     const F scale = is_grouped ? f_half(scales + g * kLanes) : ones;
     for (int m = 0; m < MR; ++m) {
       const F factor = f_mul(scale, f_set(rows.scales[at + m * rows.num_groups]));
@@ -128,7 +142,7 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
 }
 
 template <int MR, bool IS_BF16>
-void plain_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, int64_t /*ahead*/, float* y) {
+void plain_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, Fetch, float* y) {
   const uint8_t* data = w.data + block * w.block_bytes();
   const float* x[MR];
   F even[MR], odd[MR];
@@ -203,15 +217,24 @@ Choice choose(const Weight& w, const Rows& rows) {
   }
 }
 
-// Calls fn(first row, count) for tiles of nearly equal size: 9 rows are 5 and 4, never 8 and 1.
+// Calls fn(first row, count, index, tiles) for tiles of nearly equal size: 9 rows are 5 and 4, never 8 and 1.
 template <typename Fn>
 void each_tile(int64_t m0, int64_t m1, int most, Fn fn) {
   const int64_t num = m1 - m0, tiles = (num + most - 1) / most;
   for (int64_t t = 0, m = m0; t < tiles; ++t) {
     const int64_t count = (num * (t + 1)) / tiles - (num * t) / tiles;
-    fn(m, static_cast<int>(count));
+    fn(m, static_cast<int>(count), t, tiles);
     m += count;
   }
+}
+
+// One tile fetches a little ahead of itself. Of several, each fetches its part of the block that comes
+// `stride` blocks later, so that memory is as busy under the last as under the first.
+Fetch fetch_of(const Weight& w, int64_t block, int64_t stride, int64_t tile, int64_t tiles) {
+  const uint8_t* data = w.data + block * w.block_bytes();
+  if (tiles == 1) return {data + kAhead, 64};
+  const int64_t step = tiles < 64 ? 64 / tiles : 1;
+  return {data + stride * w.block_bytes() + w.block_bytes() * tile / tiles, step};
 }
 
 void finish(const Weight& w, int64_t block, const float* tile, int count, float* y, int64_t ldy, bool is_added) {
@@ -291,8 +314,9 @@ void amx_tile(Tiles& tiles, const Weight& w, const Rows& rows, int64_t m0, int64
 #endif
 
 // Calls fn(first row, count, compute) for the tiles of rows [m0, m1); compute(block, tile) fills one.
+// `stride`: the block that follows one, counted in blocks.
 template <typename Fn>
-void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, Fn fn) {
+void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t stride, Fn fn) {
   const Choice choice = choose(w, rows);
 #if defined(MXN_AMX)
   if (m1 - m0 >= kTileM && !rows.tiled && fits_tiles(w, rows)) {
@@ -302,11 +326,10 @@ void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, Fn 
     }
   }
 #endif
-  // With several tiles the first one fetches the next block while the others work on this one.
-  const int64_t next = m1 - m0 > choice.most ? w.block_bytes() : kAhead;
-  each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
-    const int64_t ahead = m == m0 ? next : 0;
-    fn(m, count, [&](int64_t block, float* tile) { choice.tiles[count - 1](w, rows, m, block, ahead, tile); });
+  each_tile(m0, m1, choice.most, [&](int64_t m, int count, int64_t index, int64_t tiles) {
+    fn(m, count, [&](int64_t block, float* tile) {
+      choice.tiles[count - 1](w, rows, m, block, fetch_of(w, block, stride, index, tiles), tile);
+    });
   });
 }
 
@@ -322,7 +345,7 @@ void gemm(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t b0,
   alignas(64) float tile[16 * kLanes];
   for (int64_t block = b0; block < b1; ++block) {
     if (block + 1 < b1) prefetch_block(w, block + 1);
-    each_product(w, rows, m0, m1, [&](int64_t m, int count, const auto& compute) {
+    each_product(w, rows, m0, m1, 1, [&](int64_t m, int count, const auto& compute) {
       compute(block, tile);
       finish(w, block, tile, count, y + m * ldy, ldy, is_added);
     });
@@ -349,7 +372,7 @@ void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t
     const int64_t width = n - pair * kLanes < kLanes ? n - pair * kLanes : kLanes;
     const F gate_bias = w.bias ? f_load(w.bias + 2 * pair * kLanes) : f_zero();
     const F up_bias = w.bias ? f_load(w.bias + (2 * pair + 1) * kLanes) : f_zero();
-    each_product(w, rows, m0, m1, [&](int64_t m, int count, const auto& compute) {
+    each_product(w, rows, m0, m1, 2, [&](int64_t m, int count, const auto& compute) {
       compute(2 * pair, gate);
       compute(2 * pair + 1, up);
       for (int i = 0; i < count; ++i) {
@@ -366,7 +389,7 @@ void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t
 namespace mxn::MXN_NS {
 
 void tile_rows_of(const Rows& rows, int64_t m0, int64_t m1, int8_t* tiled) {
-  each_tile(m0, m1, kTileRows, [&](int64_t m, int count) {
+  each_tile(m0, m1, kTileRows, [&](int64_t m, int count, int64_t, int64_t) {
     int32_t* to = reinterpret_cast<int32_t*>(tiled + m * rows.k_padded);
     const int64_t quads = rows.k_padded / 4;
     for (int r = 0; r < count; ++r) {

@@ -84,6 +84,7 @@ inline B b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline B b_low(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline B b_high(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // to the second cache
 
 #if defined(MXN_VNNI)
 inline I dot_u4(I sum, B u, int32_t a) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(a)); }

@@ -71,6 +71,7 @@ inline B b_load(const uint8_t* p) { B r; std::memcpy(r.v, p, 64); return r; }
 inline B b_low(B x) { for (uint8_t& b : x.v) b &= 15; return x; }
 inline B b_high(B x) { for (uint8_t& b : x.v) b >>= 4; return x; }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline I dot_u8(I sum, B u, int32_t a) {
   int8_t v[4];

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NEVER = 1 << 62
 ROWS = (16, 64, 256)
-_DEFAULT = 64  # where nothing was measured
+_DEFAULT = NEVER  # where nothing was measured
 _BUDGET_S = 0.04  # for each way and number of rows
 _MARGIN = 1.01
 
