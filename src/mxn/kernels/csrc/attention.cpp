@@ -22,10 +22,19 @@ const uint8_t* block_at(const Attend& c, int64_t token) {
   return c.cache + s.block_start(c.pages[token / s.page_tokens], token % s.page_tokens, c.head);
 }
 
-// The block that is wanted one chunk later, fetched line by line beside the work on `token`'s: pages lie
-// anywhere and keys and values take turns, so the processor cannot guess.
+// The block that is wanted `kAhead` blocks later, fetched line by line beside the work on `token`'s: pages
+// lie anywhere and keys and values take turns, so the processor cannot guess. Behind the last block of a
+// call come the first ones of the next.
+constexpr int64_t kAhead = kChunk / kLanes;
+
 inline const uint8_t* block_ahead(const Attend& c, int64_t token) {
-  return block_at(c, token + kChunk < c.end ? token + kChunk : token);
+  const CacheShape& s = c.shape;
+  const int64_t ahead = token + kAhead * kLanes;
+  if (ahead < c.end) return block_at(c, ahead);
+  const int64_t last = c.begin + (c.end - c.begin + kLanes - 1) / kLanes * kLanes;
+  const int64_t next = c.next_begin + (ahead > last ? ahead - last : 0);
+  if (next >= c.next_end) return block_at(c, token);
+  return c.cache + s.block_start(c.next_pages[next / s.page_tokens], next % s.page_tokens, c.next_head);
 }
 
 inline void prefetch_bytes(const uint8_t* p, int64_t bytes) {
@@ -55,15 +64,16 @@ void score_i8(const Attend& c, const Query& q, int r0, const uint8_t* block, flo
 
 // Two blocks at once: a few rows alone would wait for the latency of their own sums.
 template <int MR>
-void score_pair_i8(const Attend& c, const Query& q, const uint8_t* one, const uint8_t* two, const uint8_t* ahead,
-                   float* out) {
+void score_pair_i8(const Attend& c, const Query& q, int64_t token, float* out) {
+  const uint8_t *one = block_at(c, token), *two = block_at(c, token + kLanes);
+  const uint8_t *one_ahead = block_ahead(c, token), *two_ahead = block_ahead(c, token + kLanes);
   const int dim = c.shape.k_dim;
   I first[MR], second[MR];
   for (int r = 0; r < MR; ++r) first[r] = second[r] = i_set(-128 * q.isums[r]);
   for (int h = 0; h < dim; h += 4) {
     const B a = b_load(one + h * kLanes), b = b_load(two + h * kLanes);
-    prefetch(ahead + h * kLanes);
-    prefetch(ahead + (two - one) + h * kLanes);
+    prefetch(one_ahead + h * kLanes);
+    prefetch(two_ahead + h * kLanes);
     for (int r = 0; r < MR; ++r) {
       const int32_t four = four_bytes(q.q + r * dim + h);
       first[r] = dot_u8(first[r], a, four);
@@ -79,15 +89,14 @@ void score_pair_i8(const Attend& c, const Query& q, const uint8_t* one, const ui
   }
 }
 
-// Scores blocks `one` and `two`, neighbours in the context; false where single blocks are as good.
-bool score_pair(const Attend& c, const Query& q, const uint8_t* one, const uint8_t* two, const uint8_t* ahead,
-                float* out) {
+// Scores the blocks of `token` and of 16 tokens later; false where single blocks are as good.
+bool score_pair(const Attend& c, const Query& q, int64_t token, float* out) {
   if (c.shape.type != CacheType::i8 || kTileRows < 8) return false;
   switch (c.num_rows) {
-    case 1: score_pair_i8<1>(c, q, one, two, ahead, out); return true;
-    case 2: score_pair_i8<2>(c, q, one, two, ahead, out); return true;
-    case 3: score_pair_i8<3>(c, q, one, two, ahead, out); return true;
-    case 4: score_pair_i8<4>(c, q, one, two, ahead, out); return true;
+    case 1: score_pair_i8<1>(c, q, token, out); return true;
+    case 2: score_pair_i8<2>(c, q, token, out); return true;
+    case 3: score_pair_i8<3>(c, q, token, out); return true;
+    case 4: score_pair_i8<4>(c, q, token, out); return true;
     default: return false;
   }
 }
@@ -148,16 +157,8 @@ float top_of(const float* row, int num) {
   return f_top(top);
 }
 
-bool has_nan(const float* row, int num) {
-  F all = f_zero();
-  for (int i = 0; i < num; i += kLanes) {
-    const F v = f_load(row + i);
-    all = f_add(all, f_sub(v, v));
-  }
-  return f_sum(all) != 0.0f;
-}
-
-// Turns scores into weights exp(score - reference); returns their sum.
+// Turns scores into weights exp(score - reference); returns their sum. A maximum can lose a NaN, the sum
+// keeps it.
 float weigh(float reference, int num, float* row) {
   const F ref = f_set(reference);
   F sum = f_zero();
@@ -170,7 +171,6 @@ float weigh(float reference, int num, float* row) {
 }
 
 inline F value_at(CacheType type, const uint8_t* p, int64_t i) {
-  if (type == CacheType::i8) return f_s8(reinterpret_cast<const int8_t*>(p) + i);
   if (type == CacheType::bf16) return f_bf16(reinterpret_cast<const uint16_t*>(p) + i);
   return f_load(reinterpret_cast<const float*>(p) + i);
 }
@@ -206,9 +206,7 @@ void mix_tail(CacheType type, const uint8_t* values, int dim, int j, int rows, c
     for (int i = j; i < dim; ++i) {
       const int64_t at = int64_t{t} * dim + i;
       float value;
-      if (type == CacheType::i8) {
-        value = reinterpret_cast<const int8_t*>(values)[at];
-      } else if (type == CacheType::bf16) {
+      if (type == CacheType::bf16) {
         const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(values)[at]) << 16;
         std::memcpy(&value, &bits, 4);
       } else {
@@ -240,6 +238,84 @@ void mix_all(CacheType type, const uint8_t* values, const uint8_t* ahead, int di
 // The values of a block as float, for rows that would convert them again and again.
 void widen(CacheType type, const uint8_t* values, int dim, int n, float* out) {
   for (int i = 0; i < n * dim; i += kLanes) f_store(out + i, value_at(type, values, i));
+}
+
+// Weights of one chunk as whole numbers of 14 bits, in two digits of 7, so that values of 8 bits can be
+// multiplied as such: what is lost is at most 2^-15 of the chunk's largest weight.
+struct Digits {
+  uint8_t* high;  // [rows][kChunk]
+  uint8_t* low;
+  float* scales;  // [rows] of the whole numbers
+};
+
+constexpr float kLargest = 127.0f * 128.0f + 127.0f;
+
+// One row of weights, times the scales of the values. A hidden token has weight 0, whatever its scale is.
+void split_row(float* weights, const float* scales, int num, int r, const Digits& d) {
+  F top = f_zero();
+  for (int i = 0; i < num; i += kLanes) {
+    const F p = f_load(weights + i);
+    const F w = f_zero_where_below(f_mul(p, f_load(scales + i)), p, f_set(1e-38f));
+    top = f_max(top, w);
+    f_store(weights + i, w);
+  }
+  const float most = f_top(top);
+  const bool is_nothing = most < 1e-32f;  // the factor would be infinite
+  const F factor = f_set(is_nothing ? 0.0f : kLargest / most), to_high = f_set(1.0f / 128.0f);
+  d.scales[r] = is_nothing ? 0.0f : most / kLargest;
+  for (int i = 0; i < num; i += kLanes) {
+    const F whole = f_round(f_mul(f_load(weights + i), factor));
+    const F high = f_floor(f_mul(whole, to_high));
+    i_store_s8(reinterpret_cast<int8_t*>(d.high) + r * kChunk + i, i_nearest(high));
+    i_store_s8(reinterpret_cast<int8_t*>(d.low) + r * kChunk + i, i_nearest(f_fnma(high, f_set(128.0f), whole)));
+  }
+}
+
+// out[r][j ...] += weights * values over the blocks of a chunk, NV vectors of dims at once.
+template <int MR, int NV>
+void mix_i8(const uint8_t* const* values, const uint8_t* const* ahead, int blocks, int dim, int j, int r0,
+            const Digits& d, float* out) {
+  I high[MR][NV], low[MR][NV];
+  for (int r = 0; r < MR; ++r) {
+    for (int v = 0; v < NV; ++v) high[r][v] = low[r][v] = i_zero();
+  }
+  for (int b = 0; b < blocks; ++b) {
+    for (int t = 0; t < kLanes; t += 4) {
+      const int64_t at = (int64_t{t} * dim) + 4 * j;
+      B four[NV];
+      for (int v = 0; v < NV; ++v) {
+        four[v] = b_load(values[b] + at + 64 * v);
+        prefetch(ahead[b] + at + 64 * v);
+      }
+      for (int r = 0; r < MR; ++r) {
+        const int64_t from = (r0 + r) * kChunk + b * kLanes + t;
+        const int32_t h = four_bytes(reinterpret_cast<const int8_t*>(d.high) + from);
+        const int32_t l = four_bytes(reinterpret_cast<const int8_t*>(d.low) + from);
+        for (int v = 0; v < NV; ++v) {
+          high[r][v] = dot_s8(high[r][v], h, four[v]);
+          low[r][v] = dot_s8(low[r][v], l, four[v]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    const F scale = f_set(d.scales[r0 + r]);
+    for (int v = 0; v < NV; ++v) {
+      float* to = out + (r0 + r) * dim + j + v * kLanes;
+      const int n = dim - j - v * kLanes;
+      const F sum = f_fma(f_int(high[r][v]), f_set(128.0f), f_int(low[r][v]));
+      f_store_n(to, f_fma(sum, scale, f_load_n(to, n)), n);
+    }
+  }
+}
+
+template <int MR>
+void mix_rows_i8(const uint8_t* const* values, const uint8_t* const* ahead, int blocks, int dim, int r0,
+                 const Digits& d, float* out) {
+  constexpr int kWide = kMixVectors / (2 * MR) > 0 ? kMixVectors / (2 * MR) : 1;
+  int j = 0;
+  for (; j + kWide * kLanes <= dim; j += kWide * kLanes) mix_i8<MR, kWide>(values, ahead, blocks, dim, j, r0, d, out);
+  for (; j < dim; j += kLanes) mix_i8<MR, 1>(values, ahead, blocks, dim, j, r0, d, out);
 }
 
 // Values are the first `latent` dims of the keys, which lie as [dim / 4][16 tokens][4].
@@ -275,6 +351,7 @@ struct Work {
   int8_t* q;       // [rows][k_dim]
   float* q_scales; // [rows]
   int32_t* q_isums;
+  Digits digits;
 };
 
 Work carve(const Attend& c) {
@@ -284,6 +361,9 @@ Work carve(const Attend& c) {
   w.values = p, p += kLanes * (c.shape.v_dim + kLanes);
   w.q_scales = p, p += kMaxQueryRows;
   w.q_isums = reinterpret_cast<int32_t*>(p), p += kMaxQueryRows;
+  w.digits.scales = p, p += kMaxQueryRows;
+  w.digits.high = reinterpret_cast<uint8_t*>(p), p += kMaxQueryRows * kChunk / 4;
+  w.digits.low = reinterpret_cast<uint8_t*>(p), p += kMaxQueryRows * kChunk / 4;
   w.q = reinterpret_cast<int8_t*>(p);
   return w;
 }
@@ -307,38 +387,92 @@ void quantize_queries(const Attend& c, const Work& w) {
   }
 }
 
-void mix_chunk(const Attend& c, const Work& w, const Chunk& chunk) {
+void mix_latent(const Attend& c, const Work& w, const Chunk& chunk) {
   const CacheShape& s = c.shape;
-  const bool is_i8 = s.type == CacheType::i8;
   for (int b = 0; b < chunk.blocks(); ++b) {
     const int64_t token = chunk.begin + b * kLanes;
     const uint8_t* block = block_at(c, token);
     const int n = static_cast<int>(chunk.end - token < kLanes ? chunk.end - token : kLanes);
     float* weights = w.scores + b * kLanes;
-    if (s.v_dim == 0) {
-      if (!is_i8) {
-        mix_latent_plain(s.type, block, weights, n, c.num_rows, s.latent, c.out);
-        continue;
-      }
-      const F scale = f_load_n(reinterpret_cast<const float*>(block + s.scale_offset()), n);
-      float sums[kMaxQueryRows];
-      for (int r = 0; r < c.num_rows; ++r) {
-        const F v = f_mul(f_load(weights + r * kChunk), scale);
-        sums[r] = f_sum(v);
-        f_store(weights + r * kChunk, v);
-      }
-      mix_latent_i8(block, weights, c.num_rows, s.latent, sums, c.out);
+    if (s.type != CacheType::i8) {
+      mix_latent_plain(s.type, block, weights, n, c.num_rows, s.latent, c.out);
       continue;
     }
-    if (is_i8) {
-      const F scale = f_load(reinterpret_cast<const float*>(block + s.scale_offset()) + kLanes);
-      for (int r = 0; r < c.num_rows; ++r) {
-        f_store(weights + r * kChunk, f_mul(f_load(weights + r * kChunk), scale));
+    const F scale = f_load_n(reinterpret_cast<const float*>(block + s.scale_offset()), n);
+    float sums[kMaxQueryRows];
+    for (int r = 0; r < c.num_rows; ++r) {
+      const F p = f_load(weights + r * kChunk);  // 0 where hidden, and then whatever the scale is
+      const F v = f_zero_where_below(f_mul(p, scale), p, f_set(1e-38f));
+      sums[r] = f_sum(v);
+      f_store(weights + r * kChunk, v);
+    }
+    mix_latent_i8(block, weights, c.num_rows, s.latent, sums, c.out);
+  }
+}
+
+void mix_chunk_i8(const Attend& c, const Work& w, const Chunk& chunk) {
+  const CacheShape& s = c.shape;
+  const uint8_t *values[kChunk / kLanes], *ahead[kChunk / kLanes];
+  alignas(64) float scales[kChunk];
+  const int blocks = chunk.blocks(), num = blocks * kLanes;
+  float fault = 0.0f;
+  for (int b = 0; b < blocks; ++b) {
+    const uint8_t* block = block_at(c, chunk.begin + b * kLanes);
+    values[b] = block + s.value_offset();
+    ahead[b] = block_ahead(c, chunk.begin + b * kLanes) + s.value_offset();
+    const F v = f_load(reinterpret_cast<const float*>(block + s.scale_offset()) + kLanes);
+    f_store(scales + b * kLanes, v);
+    fault += f_sum(f_sub(v, v));
+  }
+  for (int r = 0; r < c.num_rows; ++r) {
+    float* weights = w.scores + r * kChunk;
+    if (fault != 0.0f) {  // a scale of values is NaN; whoever sees that token must know
+      for (int i = 0; i < num; ++i) {
+        if (weights[i] > 0.0f && !(scales[i] - scales[i] == 0.0f)) c.den[r] = NAN;
       }
     }
-    const uint8_t* values = block + s.value_offset();
+    split_row(weights, scales, num, r, w.digits);
+  }
+  int r = 0;
+  if constexpr (kMixVectors >= 16) {
+    for (; r + 4 <= c.num_rows; r += 4) mix_rows_i8<4>(values, ahead, blocks, s.v_dim, r, w.digits, c.out);
+  }
+  for (; r + 2 <= c.num_rows; r += 2) mix_rows_i8<2>(values, ahead, blocks, s.v_dim, r, w.digits, c.out);
+  if (r < c.num_rows) mix_rows_i8<1>(values, ahead, blocks, s.v_dim, r, w.digits, c.out);
+}
+
+bool is_seen_by_all(const Attend& c, int64_t begin, int64_t end) {
+  for (int r = 0; r < c.num_rows; ++r) {
+    if (c.limits[r] < end || (c.window && c.limits[r] - c.window > begin)) return false;
+  }
+  return true;
+}
+
+// A block that some rows see a part of, row by row: 0 times a NaN that a row must not see would be NaN.
+void mix_each(const Attend& c, int64_t token, int n, const uint8_t* values, const float* weights) {
+  const CacheShape& s = c.shape;
+  for (int r = 0; r < c.num_rows; ++r) {
+    const int64_t low = c.window ? c.limits[r] - c.window - token : 0, high = c.limits[r] - token;
+    const int first = static_cast<int>(low > 0 ? low : 0), last = static_cast<int>(high < n ? high : n);
+    if (first >= last) continue;
+    const uint8_t* from = values + first * s.v_dim * s.item();
+    mix_all(s.type, from, from, s.v_dim, 1, weights + r * kChunk + first, last - first, c.out + r * s.v_dim);
+  }
+}
+
+void mix_chunk(const Attend& c, const Work& w, const Chunk& chunk) {
+  const CacheShape& s = c.shape;
+  if (s.v_dim == 0) return mix_latent(c, w, chunk);
+  if (s.type == CacheType::i8) return mix_chunk_i8(c, w, chunk);
+  for (int b = 0; b < chunk.blocks(); ++b) {
+    const int64_t token = chunk.begin + b * kLanes;
+    const int n = static_cast<int>(chunk.end - token < kLanes ? chunk.end - token : kLanes);
+    const float* weights = w.scores + b * kLanes;
+    const uint8_t* values = block_at(c, token) + s.value_offset();
     const uint8_t* ahead = block_ahead(c, token) + s.value_offset();
-    if (c.num_rows > 4 && s.type != CacheType::f32) {
+    if (!is_seen_by_all(c, token, token + n)) {
+      mix_each(c, token, n, values, weights);
+    } else if (c.num_rows > 4 && s.type == CacheType::bf16) {
       widen(s.type, values, s.v_dim, n, w.values);
       mix_all(CacheType::f32, reinterpret_cast<const uint8_t*>(w.values), ahead, s.v_dim, c.num_rows, weights, n, c.out);
     } else {
@@ -364,9 +498,10 @@ void attend(const Attend& c) {
     top[r] = kNothing;
   }
   for (int64_t i = 0; i < int64_t{c.num_rows} * out_dim; ++i) c.out[i] = 0.0f;
-  // Nothing came before the first chunk that could have fetched it.
-  for (int64_t token = c.begin; token < c.begin + kChunk && token < c.end; token += kLanes) {
-    prefetch_bytes(block_at(c, token), s.block_bytes());
+  if (c.is_first) {  // nothing came before that could have fetched the first blocks
+    for (int64_t token = c.begin; token < c.begin + kChunk && token < c.end; token += kLanes) {
+      prefetch_bytes(block_at(c, token), s.block_bytes());
+    }
   }
   for (Chunk chunk{c.begin, 0}; chunk.begin < c.end; chunk.begin = chunk.end) {
     chunk.end = chunk.begin + kChunk < c.end ? chunk.begin + kChunk : c.end;
@@ -374,7 +509,7 @@ void attend(const Attend& c) {
     for (int b = 0; b < chunk.blocks(); ++b) {
       const int64_t token = chunk.begin + b * kLanes;
       if (b % 2 == 0 && b + 1 < chunk.blocks() &&
-          score_pair(c, q, block_at(c, token), block_at(c, token + kLanes), block_ahead(c, token), w.scores + b * kLanes)) {
+          score_pair(c, q, token, w.scores + b * kLanes)) {
         ++b;
         continue;
       }
@@ -386,7 +521,6 @@ void attend(const Attend& c) {
       mask(c, chunk, r, row);
       const float most = top_of(row, num);
       top[r] = most > top[r] ? most : top[r];
-      if (has_nan(row, num)) c.den[r] = NAN;  // a maximum can lose a NaN; the result must not
       if (!is_unified && top[r] > c.ref[r]) {
         const float shrink = c.ref[r] == kNothing ? 0.0f : std::exp(c.ref[r] - top[r]);
         c.den[r] *= shrink;
@@ -454,7 +588,9 @@ void cache_write(const CacheShape& s, uint8_t* cache, const int64_t* pages, int6
   uint8_t* values = block + s.value_offset();
   for (int j = 0; j < s.v_dim; j += kLanes) {
     take(v + j, s.v_dim - j, value_step, lanes);
-    std::memcpy(values + slot * s.v_dim + j, lanes, static_cast<size_t>(s.v_dim - j < kLanes ? s.v_dim - j : kLanes));
+    const int n = s.v_dim - j < kLanes ? s.v_dim - j : kLanes;
+    uint8_t* to = values + (slot / 4 * s.v_dim + j) * 4 + slot % 4;
+    for (int i = 0; i < n; ++i) to[4 * i] = static_cast<uint8_t>(lanes[i]);
   }
 }
 

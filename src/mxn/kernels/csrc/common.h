@@ -57,7 +57,7 @@ enum class CacheType : int { f32 = 0, bf16 = 1, i8 = 2 };
 
 // Keys and values of 16 tokens for one key/value head are a block; a cache is [heads][pages][blocks of
 // a page], so that a head's context is one stream where its pages are neighbours.
-//   i8:        keys [H/4][16][4] as value + 128, values [16][J], scales of keys [16], of values [16]
+//   i8:        keys [H/4][16][4] as value + 128, values [16/4][J][4], scales of keys [16], of values [16]
 //   f32, bf16: keys [H][16], values [16][J]
 // J == 0: the values are the first `latent` dims of the keys (MLA).
 struct CacheShape {
@@ -96,6 +96,11 @@ struct Attend {
   float* ref = nullptr;            // [num_rows] what was subtracted
   uint8_t* flag = nullptr;         // [num_rows] set when a row left phi +- margin
   float* scratch = nullptr;        // attend_scratch() floats
+  // Fetched into the cache beside the last work: the keys and values that the same thread reads next.
+  bool is_first = true;            // no call fetched for this one
+  const int64_t* next_pages = nullptr;
+  int next_head = 0;
+  int64_t next_begin = 0, next_end = 0;  // tokens; equal: nothing
 };
 
 constexpr int kMaxQueryRows = 16;
@@ -130,7 +135,7 @@ struct Kernels {
 };
 
 inline int64_t attend_scratch(int k_dim, int v_dim) {
-  return kMaxQueryRows * (kChunk + int64_t{k_dim} + 8) + kChunk * int64_t{v_dim} + 1024;
+  return kMaxQueryRows * (2 * kChunk + int64_t{k_dim} + 8) + kChunk * int64_t{v_dim} + 1024;
 }
 
 }  // namespace mxn

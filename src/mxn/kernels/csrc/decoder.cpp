@@ -11,6 +11,7 @@ namespace mxn {
 namespace {
 
 constexpr int64_t kSerialRows = 4;
+constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kLongRange = 512;  // tokens of a range when one context is split over threads
 
 template <typename Fn>
@@ -283,8 +284,9 @@ void Decoder::attend_all(Pool& pool, const Step& step, const Layer& layer, const
   const int64_t scratch_size = attend_scratch(static_cast<int>(dim), static_cast<int>(out_dim)) + queries;
   float* scratch = scratch_.at_least(pool.num_threads() * scratch_size);
   std::atomic<int64_t> recomputed{0};
-  pool.run(static_cast<int64_t>(tasks.size()), [&](int64_t item, int thread) {
-    const Task& task = tasks[static_cast<size_t>(item)];
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+  auto compute = [&](int64_t index, int64_t first, int64_t last, int thread) {
+    const Task& task = tasks[static_cast<size_t>(index)];
     float* mine = scratch + thread * scratch_size;
     float* rows = mine;
     float* sums = rows + kMaxQueryRows * dim;
@@ -311,6 +313,12 @@ void Decoder::attend_all(Pool& pool, const Step& step, const Layer& layer, const
     call.begin = task.begin, call.end = task.end, call.window = a.window;
     call.scale = a.scale, call.softcap = a.softcap, call.phi = a.phi, call.margin = a.margin;
     call.out = sums, call.den = den, call.ref = ref, call.flag = flags, call.scratch = mine + queries;
+    call.is_first = index == first;
+    if (index + 1 < last) {
+      const Task& next = tasks[static_cast<size_t>(index + 1)];
+      call.next_pages = step.pages + next.sequence * step.table_width;
+      call.next_head = static_cast<int>(next.head), call.next_begin = next.begin, call.next_end = next.end;
+    }
     k.attend(call);
     if (a.margin > 0.0f && std::any_of(flags, flags + num, [](uint8_t f) { return f != 0; })) {
       recomputed.fetch_add(std::count(flags, flags + num, uint8_t{1}), std::memory_order_relaxed);
@@ -325,6 +333,12 @@ void Decoder::attend_all(Pool& pool, const Step& step, const Layer& layer, const
       const float inverse = 1.0f / den[r];
       for (int64_t j = 0; j < out_dim; ++j) to[j] = sums[r * out_dim + j] * inverse;
     }
+  };
+  // Neighbours go to one thread, which fetches the keys of the next while it works on one.
+  const int64_t items = std::min(num_tasks, kItemsPerThread * pool.num_threads());
+  pool.run(items, [&](int64_t item, int thread) {
+    const int64_t first = num_tasks * item / items, last = num_tasks * (item + 1) / items;
+    for (int64_t i = first; i < last; ++i) compute(i, first, last, thread);
   });
   num_recomputed_ += recomputed.load();
   // Ranges of one row are neighbours in `tasks`. Those that used phi need no rescaling against each other.

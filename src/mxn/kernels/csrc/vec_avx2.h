@@ -52,6 +52,7 @@ inline F f_round(F v) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(v.a, mode), _mm256_round_ps(v.b, mode)};
 }
+inline F f_floor(F v) { return {_mm256_floor_ps(v.a), _mm256_floor_ps(v.b)}; }
 inline __m256 scale2(__m256 v, __m256 n) {  // n in [-126, 128]; 2^128 is infinite
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(v, _mm256_castsi256_ps(bits));
@@ -79,11 +80,6 @@ inline __m256 bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_register(p)), 16));
 }
 inline F f_bf16(const uint16_t* p) { return {bf16(p), bf16(p + 8)}; }
-inline F f_s8(const int8_t* p) {
-  const __m128i bytes = half_register(p);
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
 inline F f_u8(const uint8_t* p) {
   const __m128i bytes = half_register(p);
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
@@ -145,6 +141,11 @@ inline __m256i dot16(__m256i sum, __m256i u, __m256i a, __m256i factor) {
 inline I dot_u4(I sum, B u, int32_t a) {
   const __m256i v = _mm256_set1_epi32(a), one = _mm256_set1_epi16(1);
   return {dot16(sum.a, u.a, v, one), dot16(sum.b, u.b, v, one)};
+}
+// Four unsigned values of at most 127 with every four signed bytes of v.
+inline I dot_s8(I sum, int32_t p, B v) {
+  const __m256i u = _mm256_set1_epi32(p), one = _mm256_set1_epi16(1);
+  return {dot16(sum.a, u, v.a, one), dot16(sum.b, u, v.b, one)};
 }
 inline I dot_u8(I sum, B u, int32_t a) {  // in nibbles: a pair of full bytes would saturate int16
   const __m256i v = _mm256_set1_epi32(a), high = _mm256_set1_epi16(16);

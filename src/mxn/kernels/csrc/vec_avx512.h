@@ -32,6 +32,7 @@ inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
 inline F f_copysign(F a, F sign) { return _mm512_or_ps(_mm512_abs_ps(a), _mm512_and_ps(sign, f_set(-0.0f))); }
 inline F f_round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F f_floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 inline F f_scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 inline F f_zero_where_below(F v, F x, F low) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), v);
@@ -42,9 +43,6 @@ inline F f_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(r
 inline F f_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-inline F f_s8(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 inline F f_u8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -86,10 +84,16 @@ inline B b_high(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_s
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // to the second cache
 
+// dot_s8: four unsigned values of at most 127 with every four signed bytes of v.
 #if defined(MXN_VNNI)
+inline I dot_s8(I sum, int32_t p, B v) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(p), v); }
 inline I dot_u4(I sum, B u, int32_t a) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(a)); }
 inline I dot_u8(I sum, B u, int32_t a) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(a)); }
 #else
+inline I dot_s8(I sum, int32_t p, B v) {
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(p), v);
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
 inline I dot_u4(I sum, B u, int32_t a) {
   const __m512i pairs = _mm512_maddubs_epi16(u, _mm512_set1_epi32(a));
   return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));

@@ -32,6 +32,7 @@ inline F f_min(F a, F b) { MXN_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
 inline F f_abs(F a) { MXN_LANES a.v[i] = std::fabs(a.v[i]); return a; }
 inline F f_copysign(F a, F s) { MXN_LANES a.v[i] = std::copysign(a.v[i], s.v[i]); return a; }
 inline F f_round(F a) { MXN_LANES a.v[i] = std::nearbyint(a.v[i]); return a; }
+inline F f_floor(F a) { MXN_LANES a.v[i] = std::floor(a.v[i]); return a; }
 inline F f_scale2(F a, F n) { MXN_LANES a.v[i] = std::ldexp(a.v[i], static_cast<int>(n.v[i])); return a; }
 inline F f_zero_where_below(F a, F x, F low) { MXN_LANES a.v[i] = x.v[i] < low.v[i] ? 0.0f : a.v[i]; return a; }
 inline float f_sum(F a) { float s = 0; MXN_LANES s += a.v[i]; return s; }
@@ -45,7 +46,6 @@ inline float from_half(uint16_t h) {
 }
 inline F f_half(const uint16_t* p) { F r; MXN_LANES r.v[i] = from_half(p[i]); return r; }
 inline F f_bf16(const uint16_t* p) { F r; MXN_LANES r.v[i] = bits_to_float(static_cast<uint32_t>(p[i]) << 16); return r; }
-inline F f_s8(const int8_t* p) { F r; MXN_LANES r.v[i] = p[i]; return r; }
 inline F f_u8(const uint8_t* p) { F r; MXN_LANES r.v[i] = p[i]; return r; }
 inline F f_int(I a) { F r; MXN_LANES r.v[i] = static_cast<float>(a.v[i]); return r; }
 inline I i_nearest(F a) { I r; MXN_LANES r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i])); return r; }
@@ -77,6 +77,13 @@ inline I dot_u8(I sum, B u, int32_t a) {
   int8_t v[4];
   std::memcpy(v, &a, 4);
   MXN_LANES for (int j = 0; j < 4; ++j) sum.v[i] += static_cast<int32_t>(u.v[4 * i + j]) * v[j];
+  return sum;
+}
+// Four unsigned values of at most 127 with every four signed bytes of v.
+inline I dot_s8(I sum, int32_t p, B v) {
+  uint8_t u[4];
+  std::memcpy(u, &p, 4);
+  MXN_LANES for (int j = 0; j < 4; ++j) sum.v[i] += u[j] * static_cast<int8_t>(v.v[4 * i + j]);
   return sum;
 }
 inline I dot_u4(I sum, B u, int32_t a) { return dot_u8(sum, u, a); }
