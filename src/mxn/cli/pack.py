@@ -16,7 +16,7 @@ def pack(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
     weights: Annotated[
-        str, typer.Option(help="f32, bf16, int8, int4, int4-g32, int4-g64, int4-g128; -sym.")
+        str, typer.Option(help="f32, bf16, int8, int6, int4, int4-g32, int4-g64, int4-g128; -sym.")
     ] = "int4",
     kv: Kv = None,
     as_json: Json = False,

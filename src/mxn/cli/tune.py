@@ -17,7 +17,8 @@ _PROMPT_TOKENS = 512  # of one calibration prompt
 def tune(
     model: Model,
     weights: Annotated[
-        str, typer.Option(help="f32, bf16, int8, int4, int4-g32, …; of a packed model: its own.")
+        str,
+        typer.Option(help="f32, bf16, int8, int6, int4, int4-g32, …; of a packed model: its own."),
     ] = "int8",
     text: Annotated[
         Path | None, typer.Option(help="Prompts for the calibration. Default: a text of mxn's own.")

@@ -8,13 +8,16 @@ namespace mxn {
 
 constexpr int kLanes = 16;  // output features side by side in a block of weights, tokens in one of keys
 
-enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3 };
+enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, u6 = 4 };
 
 // A matrix [N, K] in blocks of 16 output features, so that a product needs no shuffles.
 //   f32, bf16: [N/16][K][16]
 //   u8:        [N/16][K/4][16][4]; a value v means scale * (v - 128), or scale * v - min
 //   u4:        [N/16][K/8][16][4]; low nibbles hold k = 0..3 of 8, high ones 4..7; v - 8, or - min
-// N is padded to 16 and K to `group` (and to 8); the padding of K meets activations that are 0.
+//   u6:        [N/16][K/16][3][16][4]; low nibbles of the first line hold the low four bits of k = 0..3 of
+//              16, high ones of 4..7, the second line those of 8..15; the third line their upper two bits,
+//              k = 0..3 lowest; v - 32, or - min
+// N is padded to 16 and K to `group` (and to 16); the padding of K meets activations that are 0.
 struct Weight {
   Format format = Format::f32;
   int64_t n = 0, k = 0, k_padded = 0;
@@ -28,16 +31,19 @@ struct Weight {
 
   int64_t num_blocks() const { return (n + kLanes - 1) / kLanes; }
   int64_t num_groups() const { return group ? k_padded / group : 0; }
-  int64_t block_bytes() const {
+  int bits() const {
     switch (format) {
-      case Format::f32: return k_padded * kLanes * 4;
-      case Format::bf16: return k_padded * kLanes * 2;
-      case Format::u8: return k_padded * kLanes;
-      case Format::u4: return k_padded * kLanes / 2;
+      case Format::f32: return 32;
+      case Format::bf16: return 16;
+      case Format::u8: return 8;
+      case Format::u6: return 6;
+      case Format::u4: break;
     }
-    return 0;
+    return 4;
   }
-  bool is_quantized() const { return format == Format::u8 || format == Format::u4; }
+  int64_t block_bytes() const { return k_padded * kLanes * bits() / 8; }
+  int middle() const { return 1 << (bits() - 1); }  // what stands for 0 where there is no minimum
+  bool is_quantized() const { return bits() <= 8; }
 };
 
 // Rows of activations. Plain formats read `x`; quantized ones int8 values with a scale a group.

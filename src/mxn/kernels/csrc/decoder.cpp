@@ -37,6 +37,17 @@ float half_to_float(uint16_t h) {
   return sign * std::ldexp(static_cast<float>(part + 1024), static_cast<int>(exponent) - 25);
 }
 
+int packed_value(const Weight& w, const uint8_t* data, int64_t k, int64_t lane) {
+  auto nibble = [&](const uint8_t* pairs, int64_t at) {
+    const uint8_t byte = pairs[(at / 8 * kLanes + lane) * 4 + at % 4];
+    return at % 8 < 4 ? byte & 15 : byte >> 4;
+  };
+  if (w.format == Format::u8) return data[(k / 4 * kLanes + lane) * 4 + k % 4];
+  if (w.format == Format::u4) return nibble(data, k);
+  const uint8_t* lines = data + k / 16 * 192;
+  return nibble(lines, k % 16) | (lines[128 + lane * 4 + k % 4] >> (2 * (k % 16 / 4)) & 3) << 4;
+}
+
 // One row of a packed matrix as float: what a tied head gives the embedding.
 void unpack_row(const Weight& w, int64_t row, float* out) {
   const int64_t block = row / kLanes, lane = row % kLanes, groups = w.num_groups();
@@ -50,17 +61,11 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
       out[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(data)[k * kLanes + lane]);
       continue;
     }
-    int value, offset;
-    if (w.format == Format::u8) {
-      value = data[(k / 4 * kLanes + lane) * 4 + k % 4], offset = 128;
-    } else {
-      const uint8_t byte = data[(k / 8 * kLanes + lane) * 4 + k % 4];
-      value = k % 8 < 4 ? byte & 15 : byte >> 4, offset = 8;
-    }
+    const int value = packed_value(w, data, k, lane);
     const int64_t at = (block * groups + k / w.group) * kLanes + lane;
     const float scale = half_to_float(w.scales[at]);
     const float v = w.mins ? scale * static_cast<float>(value) - half_to_float(w.mins[at])
-                           : scale * static_cast<float>(value - offset);
+                           : scale * static_cast<float>(value - w.middle());
     out[k] = v * w.gain;
   }
 }

@@ -132,13 +132,24 @@ inline B b_low(B v) {
   return {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
 }
 inline B b_high(B v) { return b_low({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}); }
+// Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
+inline B b_six(const uint8_t* p, int part) {
+  const B four = b_load(p + part / 2 * 64), upper = b_load(p + 128), low = part % 2 ? b_high(four) : b_low(four);
+  const __m256i mask = _mm256_set1_epi8(0x30);
+  auto join = [&](__m256i u, __m256i l) {
+    const __m256i two = part == 0 ? _mm256_slli_epi16(u, 4) : part == 1 ? _mm256_slli_epi16(u, 2)
+                        : part == 2 ? u : _mm256_srli_epi16(u, 2);
+    return _mm256_or_si256(_mm256_and_si256(two, mask), l);
+  };
+  return {join(upper.a, low.a), join(upper.b, low.b)};
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // to the second cache
 
 inline __m256i dot16(__m256i sum, __m256i u, __m256i a, __m256i factor) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, a), factor));
 }
-inline I dot_u4(I sum, B u, int32_t a) {
+inline I dot_u7(I sum, B u, int32_t a) {
   const __m256i v = _mm256_set1_epi32(a), one = _mm256_set1_epi16(1);
   return {dot16(sum.a, u.a, v, one), dot16(sum.b, u.b, v, one)};
 }
@@ -150,7 +161,7 @@ inline I dot_s8(I sum, int32_t p, B v) {
 inline I dot_u8(I sum, B u, int32_t a) {  // in nibbles: a pair of full bytes would saturate int16
   const __m256i v = _mm256_set1_epi32(a), high = _mm256_set1_epi16(16);
   const B top = b_high(u);
-  sum = dot_u4(sum, b_low(u), a);
+  sum = dot_u7(sum, b_low(u), a);
   return {dot16(sum.a, top.a, v, high), dot16(sum.b, top.b, v, high)};
 }
 

@@ -81,20 +81,28 @@ inline void f_sum4(float* p, F v) {
 inline B b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline B b_low(B v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline B b_high(B v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+// Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
+inline B b_six(const uint8_t* p, int part) {
+  const __m512i four = b_load(p + part / 2 * 64), upper = b_load(p + 128);
+  const __m512i low = part % 2 ? b_high(four) : b_low(four);
+  const __m512i two = part == 0 ? _mm512_slli_epi16(upper, 4) : part == 1 ? _mm512_slli_epi16(upper, 2)
+                      : part == 2 ? upper : _mm512_srli_epi16(upper, 2);
+  return _mm512_ternarylogic_epi32(two, _mm512_set1_epi8(0x30), low, 0xEA);  // (two & 0x30) | low
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // to the second cache
 
 // dot_s8: four unsigned values of at most 127 with every four signed bytes of v.
 #if defined(MXN_VNNI)
 inline I dot_s8(I sum, int32_t p, B v) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(p), v); }
-inline I dot_u4(I sum, B u, int32_t a) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(a)); }
+inline I dot_u7(I sum, B u, int32_t a) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(a)); }
 inline I dot_u8(I sum, B u, int32_t a) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(a)); }
 #else
 inline I dot_s8(I sum, int32_t p, B v) {
   const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(p), v);
   return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
-inline I dot_u4(I sum, B u, int32_t a) {
+inline I dot_u7(I sum, B u, int32_t a) {
   const __m512i pairs = _mm512_maddubs_epi16(u, _mm512_set1_epi32(a));
   return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }

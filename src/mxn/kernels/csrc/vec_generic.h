@@ -70,6 +70,13 @@ inline void f_sum4(float* p, F a) { for (int i = 0; i < 4; ++i) p[i] = a.v[i] + 
 inline B b_load(const uint8_t* p) { B r; std::memcpy(r.v, p, 64); return r; }
 inline B b_low(B x) { for (uint8_t& b : x.v) b &= 15; return x; }
 inline B b_high(B x) { for (uint8_t& b : x.v) b >>= 4; return x; }
+// Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
+inline B b_six(const uint8_t* p, int part) {
+  const B four = b_load(p + part / 2 * 64);
+  B six = part % 2 ? b_high(four) : b_low(four);
+  for (int i = 0; i < 64; ++i) six.v[i] |= static_cast<uint8_t>((p[128 + i] >> (2 * part) & 3) << 4);
+  return six;
+}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -86,7 +93,7 @@ inline I dot_s8(I sum, int32_t p, B v) {
   MXN_LANES for (int j = 0; j < 4; ++j) sum.v[i] += u[j] * static_cast<int8_t>(v.v[4 * i + j]);
   return sum;
 }
-inline I dot_u4(I sum, B u, int32_t a) { return dot_u8(sum, u, a); }
+inline I dot_u7(I sum, B u, int32_t a) { return dot_u8(sum, u, a); }
 #undef MXN_LANES
 
 }  // namespace mxn::MXN_NS

@@ -72,7 +72,12 @@ class NativeReader(WeightReader):
         """Return the embedding table, None when it is tied to the packed head, and the head."""
         table = self.checkpoint.read(f"{self.names.embedding}.weight")
         has_own = not self.spec.is_tied or self._has_own_head(table.float())
-        if has_own:
+        stored = self._stored(
+            (self.names.head if has_own else self.names.embedding,), self.format.head
+        )
+        if stored is not None:
+            head = pack_stored(stored)
+        elif has_own:
             head = pack(*self._plain(self.names.head), self.format.head)
         else:
             head = pack(table.float(), self.format.head)
