@@ -67,7 +67,7 @@ def expected(cache, head, q_RH, limits, *, begin=0, end=None, window=0, scale=1.
     scores = scores.masked_fill(hidden, -math.inf)
     weights = scores.softmax(-1)
     rounding = torch.zeros(len(weights), 1, dtype=torch.float64)
-    if cache.kind == "i8" and cache.v_dim:
+    if cache.kind == "i8":
         for start in range(0, end - begin, 64):
             part = weights[:, start : start + 64]
             v_scales = torch.tensor(
@@ -238,6 +238,17 @@ def test_a_fault_in_a_query_stays_in_its_row(variant, kind, fault, softcap, marg
         others = [r for r in range(9) if r != 3]
         assert torch.equal(out[others], clean[0][others])
         assert torch.equal(den[others], clean[1][others])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_in_a_latent_reaches_all_who_see_it_and_no_other(variant, kind):
+    cache = filled(kind, 40, 36, 0, latent=20)
+    k = normal(36)
+    k[5] = math.nan
+    cache.write(37, 0, k, None)
+    out, den, _, _ = attend(cache, 0, normal(4, 36), [40, 37, 20, 38])
+    is_nan = (out / den[:, None]).isnan().any(1)
+    assert is_nan.tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("kind", KINDS)

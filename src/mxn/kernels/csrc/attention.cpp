@@ -4,134 +4,11 @@
 // have to be rescaled or compared; a row whose maximum leaves phi +- margin is flagged and computed
 // again with its own. Source: FlashDecoding++, arXiv 2311.01282, section 3. The rows of a call are the
 // query heads that share a key/value head, times some tokens of a prompt: keys are read once for all.
-#include "common.h"
-#include "vec.h"
+#include "attention_scores.h"
+#include "attention_values.h"
 
 namespace mxn::MXN_NS {
 namespace {
-
-constexpr float kNothing = -3.0e38f;  // score of what a row must not see; exp of it is 0
-
-struct Chunk {
-  int64_t begin = 0, end = 0;  // tokens; begin is a multiple of 16
-  int blocks() const { return static_cast<int>((end - begin + kLanes - 1) / kLanes); }
-};
-
-const uint8_t* block_at(const Attend& c, int64_t token) {
-  const CacheShape& s = c.shape;
-  return c.cache + s.block_start(c.pages[token / s.page_tokens], token % s.page_tokens, c.head);
-}
-
-// The block that is wanted `kAhead` blocks later, fetched line by line beside the work on `token`'s: pages
-// lie anywhere and keys and values take turns, so the processor cannot guess. Behind the last block of a
-// call come the first ones of the next.
-constexpr int64_t kAhead = kChunk / kLanes;
-
-inline const uint8_t* block_ahead(const Attend& c, int64_t token) {
-  const CacheShape& s = c.shape;
-  const int64_t ahead = token + kAhead * kLanes;
-  if (ahead < c.end) return block_at(c, ahead);
-  const int64_t last = c.begin + (c.end - c.begin + kLanes - 1) / kLanes * kLanes;
-  const int64_t next = c.next_begin + (ahead > last ? ahead - last : 0);
-  if (next >= c.next_end) return block_at(c, token);
-  return c.cache + s.block_start(c.next_pages[next / s.page_tokens], next % s.page_tokens, c.next_head);
-}
-
-inline void prefetch_bytes(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
-}
-
-struct Query {
-  const int8_t* q;       // [rows, k_dim]
-  const float* scales;   // [rows] of q, times the softmax scale
-  const int32_t* isums;  // [rows]
-};
-
-template <int MR>
-void score_i8(const Attend& c, const Query& q, int r0, const uint8_t* block, float* out) {
-  const int dim = c.shape.k_dim;
-  I sum[MR];
-  for (int r = 0; r < MR; ++r) sum[r] = i_set(-128 * q.isums[r0 + r]);
-  for (int h = 0; h < dim; h += 4) {
-    const B keys = b_load(block + h * kLanes);
-    for (int r = 0; r < MR; ++r) sum[r] = dot_u8(sum[r], keys, four_bytes(q.q + (r0 + r) * dim + h));
-  }
-  const F scale = f_load(reinterpret_cast<const float*>(block + c.shape.scale_offset()));
-  for (int r = 0; r < MR; ++r) {
-    f_store(out + r * kChunk, f_mul(f_mul(f_int(sum[r]), scale), f_set(q.scales[r0 + r])));
-  }
-}
-
-// Two blocks at once: a few rows alone would wait for the latency of their own sums.
-template <int MR>
-void score_pair_i8(const Attend& c, const Query& q, int64_t token, float* out) {
-  const uint8_t *one = block_at(c, token), *two = block_at(c, token + kLanes);
-  const uint8_t *one_ahead = block_ahead(c, token), *two_ahead = block_ahead(c, token + kLanes);
-  const int dim = c.shape.k_dim;
-  I first[MR], second[MR];
-  for (int r = 0; r < MR; ++r) first[r] = second[r] = i_set(-128 * q.isums[r]);
-  for (int h = 0; h < dim; h += 4) {
-    const B a = b_load(one + h * kLanes), b = b_load(two + h * kLanes);
-    prefetch(one_ahead + h * kLanes);
-    prefetch(two_ahead + h * kLanes);
-    for (int r = 0; r < MR; ++r) {
-      const int32_t four = four_bytes(q.q + r * dim + h);
-      first[r] = dot_u8(first[r], a, four);
-      second[r] = dot_u8(second[r], b, four);
-    }
-  }
-  const F x = f_load(reinterpret_cast<const float*>(one + c.shape.scale_offset()));
-  const F y = f_load(reinterpret_cast<const float*>(two + c.shape.scale_offset()));
-  for (int r = 0; r < MR; ++r) {
-    const F scale = f_set(q.scales[r]);
-    f_store(out + r * kChunk, f_mul(f_mul(f_int(first[r]), x), scale));
-    f_store(out + r * kChunk + kLanes, f_mul(f_mul(f_int(second[r]), y), scale));
-  }
-}
-
-// Scores the blocks of `token` and of 16 tokens later; false where single blocks are as good.
-bool score_pair(const Attend& c, const Query& q, int64_t token, float* out) {
-  if (c.shape.type != CacheType::i8 || kTileRows < 8) return false;
-  switch (c.num_rows) {
-    case 1: score_pair_i8<1>(c, q, token, out); return true;
-    case 2: score_pair_i8<2>(c, q, token, out); return true;
-    case 3: score_pair_i8<3>(c, q, token, out); return true;
-    case 4: score_pair_i8<4>(c, q, token, out); return true;
-    default: return false;
-  }
-}
-
-template <int MR, bool IS_BF16>
-void score_plain(const Attend& c, int r0, const uint8_t* block, float* out) {
-  const int dim = c.shape.k_dim;
-  F sum[MR];
-  for (int r = 0; r < MR; ++r) sum[r] = f_zero();
-  for (int h = 0; h < dim; ++h) {
-    const F keys = IS_BF16 ? f_bf16(reinterpret_cast<const uint16_t*>(block) + h * kLanes)
-                           : f_load(reinterpret_cast<const float*>(block) + h * kLanes);
-    for (int r = 0; r < MR; ++r) sum[r] = f_fma(keys, f_set(c.q[(r0 + r) * dim + h]), sum[r]);
-  }
-  for (int r = 0; r < MR; ++r) f_store(out + r * kChunk, f_mul(sum[r], f_set(c.scale)));
-}
-
-template <int MR>
-void score_rows(const Attend& c, const Query& q, int r0, const uint8_t* block, float* out) {
-  switch (c.shape.type) {
-    case CacheType::i8: return score_i8<MR>(c, q, r0, block, out);
-    case CacheType::bf16: return score_plain<MR, true>(c, r0, block, out);
-    case CacheType::f32: return score_plain<MR, false>(c, r0, block, out);
-  }
-}
-
-void score_block(const Attend& c, const Query& q, const uint8_t* block, float* out) {
-  int r = 0;
-  if constexpr (kTileRows >= 8) {
-    for (; r + 8 <= c.num_rows; r += 8) score_rows<8>(c, q, r, block, out + r * kChunk);
-    for (; r + 4 <= c.num_rows; r += 4) score_rows<4>(c, q, r, block, out + r * kChunk);
-  }
-  for (; r + 2 <= c.num_rows; r += 2) score_rows<2>(c, q, r, block, out + r * kChunk);
-  if (r < c.num_rows) score_rows<1>(c, q, r, block, out + r * kChunk);
-}
 
 // Hides what row r must not see, so that even a NaN in a slot nobody owns cannot reach a result.
 void mask(const Attend& c, const Chunk& chunk, int r, float* row) {
@@ -170,181 +47,6 @@ float weigh(float reference, int num, float* row) {
   return f_sum(sum);
 }
 
-inline F value_at(CacheType type, const uint8_t* p, int64_t i) {
-  if (type == CacheType::bf16) return f_bf16(reinterpret_cast<const uint16_t*>(p) + i);
-  return f_load(reinterpret_cast<const float*>(p) + i);
-}
-
-// sums[r][v] += weight * value over the tokens of one block. `n` of its 16 tokens exist.
-template <int MR, int NV>
-void mix(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, int j, const float* weights, int n,
-         float* out) {
-  F sum[MR][NV];
-  for (int r = 0; r < MR; ++r) {
-    for (int v = 0; v < NV; ++v) sum[r][v] = f_load(out + r * dim + j + v * kLanes);
-  }
-  for (int t = 0; t < n; ++t) {
-    F row[NV];
-    for (int v = 0; v < NV; ++v) row[v] = value_at(type, values, int64_t{t} * dim + j + v * kLanes);
-    if constexpr (NV == 8) {  // 128 dims: two lines of bytes
-      prefetch(ahead + int64_t{t} * dim + j);
-      prefetch(ahead + int64_t{t} * dim + j + 64);
-    }
-    for (int r = 0; r < MR; ++r) {
-      const F weight = f_set(weights[r * kChunk + t]);
-      for (int v = 0; v < NV; ++v) sum[r][v] = f_fma(row[v], weight, sum[r][v]);
-    }
-  }
-  for (int r = 0; r < MR; ++r) {
-    for (int v = 0; v < NV; ++v) f_store(out + r * dim + j + v * kLanes, sum[r][v]);
-  }
-}
-
-// The last dims of a head whose size is no multiple of 16.
-void mix_tail(CacheType type, const uint8_t* values, int dim, int j, int rows, const float* weights, int n, float* out) {
-  for (int t = 0; t < n; ++t) {
-    for (int i = j; i < dim; ++i) {
-      const int64_t at = int64_t{t} * dim + i;
-      float value;
-      if (type == CacheType::bf16) {
-        const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(values)[at]) << 16;
-        std::memcpy(&value, &bits, 4);
-      } else {
-        value = reinterpret_cast<const float*>(values)[at];
-      }
-      for (int r = 0; r < rows; ++r) out[r * dim + i] += weights[r * kChunk + t] * value;
-    }
-  }
-}
-
-template <int MR>
-void mix_rows(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, const float* weights, int n, float* out) {
-  constexpr int kWide = kMixVectors / MR >= 8 ? 8 : kMixVectors / MR >= 4 ? 4 : kMixVectors / MR >= 2 ? 2 : 1;
-  int j = 0;
-  for (; j + kWide * kLanes <= dim; j += kWide * kLanes) mix<MR, kWide>(type, values, ahead, dim, j, weights, n, out);
-  for (; j + kLanes <= dim; j += kLanes) mix<MR, 1>(type, values, ahead, dim, j, weights, n, out);
-  if (j < dim) mix_tail(type, values, dim, j, MR, weights, n, out);
-}
-
-void mix_all(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, int rows, const float* weights, int n, float* out) {
-  int r = 0;
-  if constexpr (kMixVectors >= 16) {
-    for (; r + 4 <= rows; r += 4) mix_rows<4>(type, values, ahead, dim, weights + r * kChunk, n, out + r * dim);
-  }
-  for (; r + 2 <= rows; r += 2) mix_rows<2>(type, values, ahead, dim, weights + r * kChunk, n, out + r * dim);
-  if (r < rows) mix_rows<1>(type, values, ahead, dim, weights + r * kChunk, n, out + r * dim);
-}
-
-// The values of a block as float, for rows that would convert them again and again.
-void widen(CacheType type, const uint8_t* values, int dim, int n, float* out) {
-  for (int i = 0; i < n * dim; i += kLanes) f_store(out + i, value_at(type, values, i));
-}
-
-// Weights of one chunk as whole numbers of 14 bits, in two digits of 7, so that values of 8 bits can be
-// multiplied as such: what is lost is at most 2^-15 of the chunk's largest weight.
-struct Digits {
-  uint8_t* high;  // [rows][kChunk]
-  uint8_t* low;
-  float* scales;  // [rows] of the whole numbers
-};
-
-constexpr float kLargest = 127.0f * 128.0f + 127.0f;
-
-// One row of weights, times the scales of the values. A hidden token has weight 0, whatever its scale is.
-void split_row(float* weights, const float* scales, int num, int r, const Digits& d) {
-  F top = f_zero();
-  for (int i = 0; i < num; i += kLanes) {
-    const F p = f_load(weights + i);
-    const F w = f_zero_where_below(f_mul(p, f_load(scales + i)), p, f_set(1e-38f));
-    top = f_max(top, w);
-    f_store(weights + i, w);
-  }
-  const float most = f_top(top);
-  const bool is_nothing = most < 1e-32f;  // the factor would be infinite
-  const F factor = f_set(is_nothing ? 0.0f : kLargest / most), to_high = f_set(1.0f / 128.0f);
-  d.scales[r] = is_nothing ? 0.0f : most / kLargest;
-  for (int i = 0; i < num; i += kLanes) {
-    const F whole = f_round(f_mul(f_load(weights + i), factor));
-    const F high = f_floor(f_mul(whole, to_high));
-    i_store_s8(reinterpret_cast<int8_t*>(d.high) + r * kChunk + i, i_nearest(high));
-    i_store_s8(reinterpret_cast<int8_t*>(d.low) + r * kChunk + i, i_nearest(f_fnma(high, f_set(128.0f), whole)));
-  }
-}
-
-// out[r][j ...] += weights * values over the blocks of a chunk, NV vectors of dims at once.
-template <int MR, int NV>
-void mix_i8(const uint8_t* const* values, const uint8_t* const* ahead, int blocks, int dim, int j, int r0,
-            const Digits& d, float* out) {
-  I high[MR][NV], low[MR][NV];
-  for (int r = 0; r < MR; ++r) {
-    for (int v = 0; v < NV; ++v) high[r][v] = low[r][v] = i_zero();
-  }
-  for (int b = 0; b < blocks; ++b) {
-    for (int t = 0; t < kLanes; t += 4) {
-      const int64_t at = (int64_t{t} * dim) + 4 * j;
-      B four[NV];
-      for (int v = 0; v < NV; ++v) {
-        four[v] = b_load(values[b] + at + 64 * v);
-        prefetch(ahead[b] + at + 64 * v);
-      }
-      for (int r = 0; r < MR; ++r) {
-        const int64_t from = (r0 + r) * kChunk + b * kLanes + t;
-        const int32_t h = four_bytes(reinterpret_cast<const int8_t*>(d.high) + from);
-        const int32_t l = four_bytes(reinterpret_cast<const int8_t*>(d.low) + from);
-        for (int v = 0; v < NV; ++v) {
-          high[r][v] = dot_s8(high[r][v], h, four[v]);
-          low[r][v] = dot_s8(low[r][v], l, four[v]);
-        }
-      }
-    }
-  }
-  for (int r = 0; r < MR; ++r) {
-    const F scale = f_set(d.scales[r0 + r]);
-    for (int v = 0; v < NV; ++v) {
-      float* to = out + (r0 + r) * dim + j + v * kLanes;
-      const int n = dim - j - v * kLanes;
-      const F sum = f_fma(f_int(high[r][v]), f_set(128.0f), f_int(low[r][v]));
-      f_store_n(to, f_fma(sum, scale, f_load_n(to, n)), n);
-    }
-  }
-}
-
-template <int MR>
-void mix_rows_i8(const uint8_t* const* values, const uint8_t* const* ahead, int blocks, int dim, int r0,
-                 const Digits& d, float* out) {
-  constexpr int kWide = kMixVectors / (2 * MR) > 0 ? kMixVectors / (2 * MR) : 1;
-  int j = 0;
-  for (; j + kWide * kLanes <= dim; j += kWide * kLanes) mix_i8<MR, kWide>(values, ahead, blocks, dim, j, r0, d, out);
-  for (; j < dim; j += kLanes) mix_i8<MR, 1>(values, ahead, blocks, dim, j, r0, d, out);
-}
-
-// Values are the first `latent` dims of the keys, which lie as [dim / 4][16 tokens][4].
-void mix_latent_i8(const uint8_t* keys, const float* weights, int rows, int latent, const float* sums, float* out) {
-  for (int r = 0; r < rows; ++r) {
-    F weight[4];
-    for (int i = 0; i < 4; ++i) weight[i] = f_repeat4(weights + r * kChunk + 4 * i);
-    const float offset = -128.0f * sums[r];
-    for (int h = 0; h < latent; h += 4) {
-      const uint8_t* p = keys + h * kLanes;
-      F sum = f_mul(f_u8(p), weight[0]);
-      for (int i = 1; i < 4; ++i) sum = f_fma(f_u8(p + 16 * i), weight[i], sum);
-      float four[4];
-      f_sum4(four, sum);
-      for (int i = 0; i < 4; ++i) out[r * latent + h + i] += four[i] + offset;
-    }
-  }
-}
-
-void mix_latent_plain(CacheType type, const uint8_t* keys, const float* weights, int n, int rows, int latent,
-                      float* out) {
-  alignas(64) float lanes[kLanes];
-  for (int h = 0; h < latent; ++h) {
-    f_store(lanes, value_at(type, keys, int64_t{h} * kLanes));
-    const F tokens = f_load_n(lanes, n);  // a slot nobody wrote may hold NaN, and 0 * NaN is NaN
-    for (int r = 0; r < rows; ++r) out[r * latent + h] += f_sum(f_mul(tokens, f_load(weights + r * kChunk)));
-  }
-}
-
 struct Work {
   float* scores;   // [rows][kChunk]
   float* values;   // [16][v_dim] of one block, widened
@@ -352,6 +54,7 @@ struct Work {
   float* q_scales; // [rows]
   int32_t* q_isums;
   Digits digits;
+  uint8_t* turned; // [kChunk][latent], where values are a part of the keys
 };
 
 Work carve(const Attend& c) {
@@ -364,6 +67,7 @@ Work carve(const Attend& c) {
   w.digits.scales = p, p += kMaxQueryRows;
   w.digits.high = reinterpret_cast<uint8_t*>(p), p += kMaxQueryRows * kChunk / 4;
   w.digits.low = reinterpret_cast<uint8_t*>(p), p += kMaxQueryRows * kChunk / 4;
+  w.turned = reinterpret_cast<uint8_t*>(p), p += kChunk * c.shape.latent / 4;
   w.q = reinterpret_cast<int8_t*>(p);
   return w;
 }
@@ -391,36 +95,32 @@ void mix_latent(const Attend& c, const Work& w, const Chunk& chunk) {
   const CacheShape& s = c.shape;
   for (int b = 0; b < chunk.blocks(); ++b) {
     const int64_t token = chunk.begin + b * kLanes;
-    const uint8_t* block = block_at(c, token);
-    const int n = static_cast<int>(chunk.end - token < kLanes ? chunk.end - token : kLanes);
-    float* weights = w.scores + b * kLanes;
-    if (s.type != CacheType::i8) {
-      mix_latent_plain(s.type, block, weights, n, c.num_rows, s.latent, c.out);
-      continue;
-    }
-    const F scale = f_load_n(reinterpret_cast<const float*>(block + s.scale_offset()), n);
-    float sums[kMaxQueryRows];
+    int64_t seen[kMaxQueryRows];
     for (int r = 0; r < c.num_rows; ++r) {
-      const F p = f_load(weights + r * kChunk);  // 0 where hidden, and then whatever the scale is
-      const F v = f_zero_where_below(f_mul(p, scale), p, f_set(1e-38f));
-      sums[r] = f_sum(v);
-      f_store(weights + r * kChunk, v);
+      const int64_t end = c.limits[r] < chunk.end ? c.limits[r] : chunk.end;
+      seen[r] = end < token ? 0 : end - token;
     }
-    mix_latent_i8(block, weights, c.num_rows, s.latent, sums, c.out);
+    mix_latent_plain(s.type, block_at(c, token), w.scores + b * kLanes, seen, c.num_rows, s.latent, c.out);
   }
 }
 
 void mix_chunk_i8(const Attend& c, const Work& w, const Chunk& chunk) {
   const CacheShape& s = c.shape;
+  const int dim = s.v_dim ? s.v_dim : s.latent;
   const uint8_t *values[kChunk / kLanes], *ahead[kChunk / kLanes];
   alignas(64) float scales[kChunk];
   const int blocks = chunk.blocks(), num = blocks * kLanes;
   float fault = 0.0f;
   for (int b = 0; b < blocks; ++b) {
     const uint8_t* block = block_at(c, chunk.begin + b * kLanes);
+    ahead[b] = block_ahead(c, chunk.begin + b * kLanes) + (s.v_dim ? s.value_offset() : 0);
     values[b] = block + s.value_offset();
-    ahead[b] = block_ahead(c, chunk.begin + b * kLanes) + s.value_offset();
-    const F v = f_load(reinterpret_cast<const float*>(block + s.scale_offset()) + kLanes);
+    if (s.v_dim == 0) {
+      uint8_t* turned = w.turned + int64_t{b} * kLanes * dim;
+      turn_latent(block, dim, turned);
+      values[b] = turned;
+    }
+    const F v = f_load(reinterpret_cast<const float*>(block + s.scale_offset()) + (s.v_dim ? kLanes : 0));
     f_store(scales + b * kLanes, v);
     fault += f_sum(f_sub(v, v));
   }
@@ -435,10 +135,10 @@ void mix_chunk_i8(const Attend& c, const Work& w, const Chunk& chunk) {
   }
   int r = 0;
   if constexpr (kMixVectors >= 16) {
-    for (; r + 4 <= c.num_rows; r += 4) mix_rows_i8<4>(values, ahead, blocks, s.v_dim, r, w.digits, c.out);
+    for (; r + 4 <= c.num_rows; r += 4) mix_rows_i8<4>(values, ahead, blocks, dim, r, w.digits, c.out);
   }
-  for (; r + 2 <= c.num_rows; r += 2) mix_rows_i8<2>(values, ahead, blocks, s.v_dim, r, w.digits, c.out);
-  if (r < c.num_rows) mix_rows_i8<1>(values, ahead, blocks, s.v_dim, r, w.digits, c.out);
+  for (; r + 2 <= c.num_rows; r += 2) mix_rows_i8<2>(values, ahead, blocks, dim, r, w.digits, c.out);
+  if (r < c.num_rows) mix_rows_i8<1>(values, ahead, blocks, dim, r, w.digits, c.out);
 }
 
 bool is_seen_by_all(const Attend& c, int64_t begin, int64_t end) {
@@ -462,8 +162,8 @@ void mix_each(const Attend& c, int64_t token, int n, const uint8_t* values, cons
 
 void mix_chunk(const Attend& c, const Work& w, const Chunk& chunk) {
   const CacheShape& s = c.shape;
-  if (s.v_dim == 0) return mix_latent(c, w, chunk);
   if (s.type == CacheType::i8) return mix_chunk_i8(c, w, chunk);
+  if (s.v_dim == 0) return mix_latent(c, w, chunk);
   for (int b = 0; b < chunk.blocks(); ++b) {
     const int64_t token = chunk.begin + b * kLanes;
     const int n = static_cast<int>(chunk.end - token < kLanes ? chunk.end - token : kLanes);
@@ -535,62 +235,6 @@ void attend(const Attend& c) {
     // A range that a row sees nothing of (top still kNothing) contributes zeros, whatever phi.
     const bool is_out = top[r] > c.phi + c.margin || top[r] < c.phi - c.margin;
     if (is_unified && is_out && top[r] != kNothing) c.flag[r] = 1;
-  }
-}
-
-void cache_write(const CacheShape& s, uint8_t* cache, const int64_t* pages, int64_t position, int head,
-                 const float* k, const float* v) {
-  const int64_t slot = position % kLanes;
-  uint8_t* block = cache + s.block_start(pages[position / s.page_tokens], position % s.page_tokens, head);
-  if (s.type != CacheType::i8) {
-    for (int h = 0; h < s.k_dim; ++h) {
-      if (s.type == CacheType::f32) {
-        reinterpret_cast<float*>(block)[h * kLanes + slot] = k[h];
-      } else {
-        alignas(64) float one[kLanes] = {k[h]};
-        uint16_t bits[kLanes];
-        f_store_bf16(bits, f_load(one));
-        reinterpret_cast<uint16_t*>(block)[h * kLanes + slot] = bits[0];
-      }
-    }
-    uint8_t* values = block + s.value_offset();
-    for (int j = 0; j < s.v_dim; j += kLanes) {
-      const F x = f_load_n(v + j, s.v_dim - j);
-      const int n = s.v_dim - j < kLanes ? s.v_dim - j : kLanes;
-      if (s.type == CacheType::f32) {
-        f_store_n(reinterpret_cast<float*>(values) + slot * s.v_dim + j, x, n);
-      } else {
-        uint16_t bits[kLanes];
-        f_store_bf16(bits, x);
-        std::memcpy(values + 2 * (slot * s.v_dim + j), bits, static_cast<size_t>(2 * n));
-      }
-    }
-    return;
-  }
-  // 16 values from x as int8; what is not there reads as 0.
-  auto take = [](const float* x, int n, const Step& step, int8_t* to) {
-    i_store_s8(to, step.factor == 0.0f ? i_zero() : i_nearest(f_mul(f_load_n(x, n), f_set(step.factor))));
-  };
-  float* scales = reinterpret_cast<float*>(block + s.scale_offset());
-  int8_t lanes[kLanes];
-  const Step key_step = int8_step(k, s.k_dim);
-  scales[slot] = key_step.scale;
-  for (int h = 0; h < s.k_dim; h += kLanes) {
-    take(k + h, s.k_dim - h, key_step, lanes);
-    const int n = s.k_dim - h < kLanes ? s.k_dim - h : kLanes;
-    for (int i = 0; i < n; ++i) {
-      block[((h + i) / 4 * kLanes + slot) * 4 + (h + i) % 4] = static_cast<uint8_t>(lanes[i] + 128);
-    }
-  }
-  if (s.v_dim == 0) return;
-  const Step value_step = int8_step(v, s.v_dim);
-  scales[kLanes + slot] = value_step.scale;
-  uint8_t* values = block + s.value_offset();
-  for (int j = 0; j < s.v_dim; j += kLanes) {
-    take(v + j, s.v_dim - j, value_step, lanes);
-    const int n = s.v_dim - j < kLanes ? s.v_dim - j : kLanes;
-    uint8_t* to = values + (slot / 4 * s.v_dim + j) * 4 + slot % 4;
-    for (int i = 0; i < n; ++i) to[4 * i] = static_cast<uint8_t>(lanes[i]);
   }
 }
 

@@ -141,7 +141,7 @@ struct Kernels {
 };
 
 inline int64_t attend_scratch(int k_dim, int v_dim) {
-  return kMaxQueryRows * (2 * kChunk + int64_t{k_dim} + 8) + kChunk * int64_t{v_dim} + 1024;
+  return kMaxQueryRows * (2 * kChunk + int64_t{k_dim} + 8) + 2 * kChunk * int64_t{v_dim} + 1024;
 }
 
 }  // namespace mxn

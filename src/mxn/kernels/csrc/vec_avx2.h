@@ -80,11 +80,6 @@ inline __m256 bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_register(p)), 16));
 }
 inline F f_bf16(const uint16_t* p) { return {bf16(p), bf16(p + 8)}; }
-inline F f_u8(const uint8_t* p) {
-  const __m128i bytes = half_register(p);
-  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
-          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
-}
 inline F f_int(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 inline I i_nearest(F v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 inline void i_store_s8(int8_t* p, I v) {
@@ -114,15 +109,6 @@ inline void f_store_bf16(uint16_t* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(v.a));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), to_bf16(v.b));
 }
-inline F f_repeat4(const float* p) {
-  return {_mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0])),
-          _mm256_set_m128(_mm_set1_ps(p[3]), _mm_set1_ps(p[2]))};
-}
-inline void f_sum4(float* p, F v) {
-  const __m256 s = _mm256_add_ps(v.a, v.b);
-  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-}
-
 inline B b_load(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
@@ -132,6 +118,13 @@ inline B b_low(B v) {
   return {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
 }
 inline B b_high(B v) { return b_low({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}); }
+// 16 dims of 16 tokens, [dim / 4][token][4], as [token / 4][dim][4] with `step` bytes between the four; the
+// sign bit changes.
+inline void b_turn(const uint8_t* p, uint8_t* out, int64_t step) {
+  for (int t = 0; t < 16; ++t) {
+    for (int h = 0; h < 16; ++h) out[t / 4 * step + 4 * h + t % 4] = static_cast<uint8_t>(p[(h / 4 * 16 + t) * 4 + h % 4] ^ 128);
+  }
+}
 // Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
 inline B b_six(const uint8_t* p, int part) {
   const B four = b_load(p + part / 2 * 64), upper = b_load(p + 128), low = part % 2 ? b_high(four) : b_low(four);

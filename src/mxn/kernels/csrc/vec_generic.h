@@ -46,7 +46,6 @@ inline float from_half(uint16_t h) {
 }
 inline F f_half(const uint16_t* p) { F r; MXN_LANES r.v[i] = from_half(p[i]); return r; }
 inline F f_bf16(const uint16_t* p) { F r; MXN_LANES r.v[i] = bits_to_float(static_cast<uint32_t>(p[i]) << 16); return r; }
-inline F f_u8(const uint8_t* p) { F r; MXN_LANES r.v[i] = p[i]; return r; }
 inline F f_int(I a) { F r; MXN_LANES r.v[i] = static_cast<float>(a.v[i]); return r; }
 inline I i_nearest(F a) { I r; MXN_LANES r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i])); return r; }
 inline void i_store_s8(int8_t* p, I a) {
@@ -64,12 +63,16 @@ inline void f_store_bf16(uint16_t* p, F a) {
     p[i] = static_cast<uint16_t>(a.v[i] == a.v[i] ? rounded : 0x7FC0);  // a NaN could carry to zero
   }
 }
-inline F f_repeat4(const float* p) { F r; MXN_LANES r.v[i] = p[i / 4]; return r; }
-inline void f_sum4(float* p, F a) { for (int i = 0; i < 4; ++i) p[i] = a.v[i] + a.v[i + 4] + a.v[i + 8] + a.v[i + 12]; }
-
 inline B b_load(const uint8_t* p) { B r; std::memcpy(r.v, p, 64); return r; }
 inline B b_low(B x) { for (uint8_t& b : x.v) b &= 15; return x; }
 inline B b_high(B x) { for (uint8_t& b : x.v) b >>= 4; return x; }
+// 16 dims of 16 tokens, [dim / 4][token][4], as [token / 4][dim][4] with `step` bytes between the four; the
+// sign bit changes.
+inline void b_turn(const uint8_t* p, uint8_t* out, int64_t step) {
+  for (int t = 0; t < 16; ++t) {
+    for (int h = 0; h < 16; ++h) out[t / 4 * step + 4 * h + t % 4] = static_cast<uint8_t>(p[(h / 4 * 16 + t) * 4 + h % 4] ^ 128);
+  }
+}
 // Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
 inline B b_six(const uint8_t* p, int part) {
   const B four = b_load(p + part / 2 * 64);
