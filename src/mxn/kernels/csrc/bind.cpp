@@ -32,6 +32,7 @@ nb::list all_variants() {
 }
 
 void bind_weight(nb::module_& m) {
+  m.attr("revision") = MXN_REVISION;
   nb::enum_<Format>(m, "Format").value("f32", Format::f32).value("bf16", Format::bf16).value("u8", Format::u8).value("u4", Format::u4).value("u6", Format::u6);
   nb::enum_<Act>(m, "Act").value("silu", Act::silu).value("gelu", Act::gelu).value("gelu_tanh", Act::gelu_tanh).value("relu", Act::relu);
   nb::enum_<CacheType>(m, "CacheType").value("f32", CacheType::f32).value("bf16", CacheType::bf16).value("i8", CacheType::i8);

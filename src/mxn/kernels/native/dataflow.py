@@ -28,7 +28,8 @@ _MARGIN = 1.01
 
 def key_of(weight: PackedWeight, num_threads: int) -> str:
     shape = f"{weight.in_features}x{weight.out_features}"
-    return f"native {library().variant()} {weight.format} {shape} t{num_threads}"
+    lib = library()
+    return f"native {lib.revision} {lib.variant()} {weight.format} {shape} t{num_threads}"
 
 
 def tiled_from(weight: PackedWeight, table: Table, num_threads: int) -> tuple[int, str]:
