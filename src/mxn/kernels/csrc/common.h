@@ -14,9 +14,8 @@ enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, u6 = 4 };
 //   f32, bf16: [N/16][K][16]
 //   u8:        [N/16][K/4][16][4]; a value v means scale * (v - 128), or scale * v - min
 //   u4:        [N/16][K/8][16][4]; low nibbles hold k = 0..3 of 8, high ones 4..7; v - 8, or - min
-//   u6:        [N/16][K/16][3][16][4]; low nibbles of the first line hold the low four bits of k = 0..3 of
-//              16, high ones of 4..7, the second line those of 8..15; the third line their upper two bits,
-//              k = 0..3 lowest; v - 32, or - min
+//   u6:        [N/16][K/16][3][16][4]; the low six bits of line i hold k = 4 i .. 4 i + 3 of 16, the upper two
+//              bits 2 i and 2 i + 1 of k = 12 .. 15; v - 32, or - min
 // N is padded to 16 and K to `group` (and to 16); the padding of K meets activations that are 0.
 struct Weight {
   Format format = Format::f32;

@@ -38,14 +38,15 @@ float half_to_float(uint16_t h) {
 }
 
 int packed_value(const Weight& w, const uint8_t* data, int64_t k, int64_t lane) {
-  auto nibble = [&](const uint8_t* pairs, int64_t at) {
-    const uint8_t byte = pairs[(at / 8 * kLanes + lane) * 4 + at % 4];
-    return at % 8 < 4 ? byte & 15 : byte >> 4;
-  };
   if (w.format == Format::u8) return data[(k / 4 * kLanes + lane) * 4 + k % 4];
-  if (w.format == Format::u4) return nibble(data, k);
-  const uint8_t* lines = data + k / 16 * 192;
-  return nibble(lines, k % 16) | (lines[128 + lane * 4 + k % 4] >> (2 * (k % 16 / 4)) & 3) << 4;
+  if (w.format == Format::u4) {
+    const uint8_t byte = data[(k / 8 * kLanes + lane) * 4 + k % 4];
+    return k % 8 < 4 ? byte & 15 : byte >> 4;
+  }
+  const uint8_t* lines = data + k / 16 * 192 + lane * 4 + k % 4;
+  const int64_t quad = k % 16 / 4;
+  if (quad < 3) return lines[64 * quad] & 63;
+  return lines[0] >> 6 | lines[64] >> 6 << 2 | lines[128] >> 6 << 4;
 }
 
 // One row of a packed matrix as float: what a tied head gives the embedding.

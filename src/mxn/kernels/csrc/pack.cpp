@@ -89,13 +89,17 @@ inline void put(uint8_t* data, int bits, int64_t at, int lane, uint8_t value) {
     data[(at / 4 * kLanes + lane) * 4 + at % 4] = value;
     return;
   }
-  auto put4 = [&](uint8_t* pairs, int64_t k) {
-    pairs[(k / 8 * kLanes + lane) * 4 + k % 4] |= static_cast<uint8_t>(k % 8 < 4 ? value & 15 : value << 4);
-  };
-  if (bits == 4) return put4(data, at);
-  uint8_t* lines = data + at / 16 * 192;
-  put4(lines, at % 16);
-  lines[128 + lane * 4 + at % 4] |= static_cast<uint8_t>((value >> 4) << (2 * (at % 16 / 4)));
+  if (bits == 4) {
+    data[(at / 8 * kLanes + lane) * 4 + at % 4] |= static_cast<uint8_t>(at % 8 < 4 ? value : value << 4);
+    return;
+  }
+  uint8_t* lines = data + at / 16 * 192 + lane * 4 + at % 4;
+  const int64_t quad = at % 16 / 4;
+  if (quad < 3) {
+    lines[64 * quad] |= value;
+    return;
+  }
+  for (int i = 0; i < 3; ++i) lines[64 * i] |= static_cast<uint8_t>((value >> (2 * i) & 3) << 6);
 }
 
 }  // namespace

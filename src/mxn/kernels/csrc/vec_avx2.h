@@ -127,14 +127,17 @@ inline void b_turn(const uint8_t* p, uint8_t* out, int64_t step) {
 }
 // Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
 inline B b_six(const uint8_t* p, int part) {
-  const B four = b_load(p + part / 2 * 64), upper = b_load(p + 128), low = part % 2 ? b_high(four) : b_low(four);
-  const __m256i mask = _mm256_set1_epi8(0x30);
-  auto join = [&](__m256i u, __m256i l) {
-    const __m256i two = part == 0 ? _mm256_slli_epi16(u, 4) : part == 1 ? _mm256_slli_epi16(u, 2)
-                        : part == 2 ? u : _mm256_srli_epi16(u, 2);
-    return _mm256_or_si256(_mm256_and_si256(two, mask), l);
+  auto masked = [](__m256i v, char bits) { return _mm256_and_si256(v, _mm256_set1_epi8(bits)); };
+  if (part < 3) {
+    const B v = b_load(p + 64 * part);
+    return {masked(v.a, 0x3F), masked(v.b, 0x3F)};
+  }
+  const B x = b_load(p), y = b_load(p + 64), z = b_load(p + 128);
+  auto join = [&](__m256i a, __m256i b, __m256i c) {
+    const __m256i low = masked(_mm256_srli_epi16(a, 6), 0x03), middle = masked(_mm256_srli_epi16(b, 4), 0x0C);
+    return _mm256_or_si256(_mm256_or_si256(low, middle), masked(_mm256_srli_epi16(c, 2), 0x30));
   };
-  return {join(upper.a, low.a), join(upper.b, low.b)};
+  return {join(x.a, y.a, z.a), join(x.b, y.b, z.b)};
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // to the second cache

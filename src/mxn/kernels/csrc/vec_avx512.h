@@ -83,11 +83,13 @@ inline void b_turn(const uint8_t* p, uint8_t* out, int64_t step) {
 }
 // Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
 inline B b_six(const uint8_t* p, int part) {
-  const __m512i four = b_load(p + part / 2 * 64), upper = b_load(p + 128);
-  const __m512i low = part % 2 ? b_high(four) : b_low(four);
-  const __m512i two = part == 0 ? _mm512_slli_epi16(upper, 4) : part == 1 ? _mm512_slli_epi16(upper, 2)
-                      : part == 2 ? upper : _mm512_srli_epi16(upper, 2);
-  return _mm512_ternarylogic_epi32(two, _mm512_set1_epi8(0x30), low, 0xEA);  // (two & 0x30) | low
+  const __m512i low = _mm512_set1_epi8(0x3F);
+  if (part < 3) return _mm512_and_si512(b_load(p + 64 * part), low);
+  const __m512i a = _mm512_srli_epi16(b_load(p), 6), b = _mm512_srli_epi16(b_load(p + 64), 4);
+  const __m512i c = _mm512_srli_epi16(b_load(p + 128), 2);
+  constexpr int kChoose = 0xCA;  // of the second where the first has a bit, else of the third
+  const __m512i ab = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x03), a, b, kChoose);
+  return _mm512_and_si512(_mm512_ternarylogic_epi32(_mm512_set1_epi8(0x0F), ab, c, kChoose), low);
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // to the second cache

@@ -75,9 +75,10 @@ inline void b_turn(const uint8_t* p, uint8_t* out, int64_t step) {
 }
 // Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
 inline B b_six(const uint8_t* p, int part) {
-  const B four = b_load(p + part / 2 * 64);
-  B six = part % 2 ? b_high(four) : b_low(four);
-  for (int i = 0; i < 64; ++i) six.v[i] |= static_cast<uint8_t>((p[128 + i] >> (2 * part) & 3) << 4);
+  B six;
+  for (int i = 0; i < 64; ++i) {
+    six.v[i] = static_cast<uint8_t>(part < 3 ? p[64 * part + i] & 63 : p[i] >> 6 | p[64 + i] >> 6 << 2 | p[128 + i] >> 6 << 4);
+  }
   return six;
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }

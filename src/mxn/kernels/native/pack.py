@@ -223,21 +223,16 @@ def interleave(values_FD: Tensor, bits: int) -> Tensor:
     quads = values_FD.view(blocks, LANES, -1, 4, 4).permute(
         3, 0, 2, 1, 4
     )  # [4, blocks, D / 16, 16, 4]
-    low, high = quads & 15, quads >> 4
-    lines = (
-        low[0] | (low[1] << 4),
-        low[2] | (low[3] << 4),
-        high[0] | (high[1] << 2) | (high[2] << 4) | (high[3] << 6),
-    )
+    lines = [quads[i] | (((quads[3] >> (2 * i)) & 3) << 6) for i in range(3)]
     return torch.stack(lines, dim=2).reshape(-1)
 
 
 def _unpack(data: Tensor, blocks: int, bits: int) -> Tensor:
     """Return values [F, D] of interleaved blocks, one a byte."""
     if bits == 6:
-        first, second, upper = data.view(blocks, -1, 3, LANES, 4).unbind(2)
-        low = (first & 15, first >> 4, second & 15, second >> 4)
-        quads = [part | ((upper >> (2 * i) & 3) << 4) for i, part in enumerate(low)]
+        lines = data.view(blocks, -1, 3, LANES, 4).unbind(2)
+        quads = [line & 63 for line in lines]
+        quads.append(lines[0] >> 6 | (lines[1] >> 6 << 2) | (lines[2] >> 6 << 4))
         parts = torch.stack(quads, dim=2).flatten(1, 2)
         return parts.transpose(1, 2).reshape(blocks * LANES, -1)
     parts = data.view(blocks, -1, LANES, 4)
