@@ -113,6 +113,7 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
         max_context=config.max_context,
         format=format,
         num_threads=config.num_threads,
+        prediction=config.speculation == "mtp",
     )
     if isinstance(loaded.model, OwnsCache):
         # The step runs on threads of its own: torch's, spinning behind an operator of the sampler,
