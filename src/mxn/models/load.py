@@ -213,21 +213,28 @@ def _load_native(
     )
 
 
-def pack_model(directory: Path, format: ModelFormat, out: Path) -> int:
+def pack_model(
+    directory: Path, format: ModelFormat, out: Path, *, adapter: Path | None = None
+) -> int:
     """Write the model in `directory` as an artifact with weights in `format`; return its bytes.
 
+    `adapter`: a LoRA folder in PEFT's layout, added to the weights before they are packed.
     Raises: UnsupportedError when native kernels cannot run it; ConfigError when `out` exists.
     """
     import torch
 
+    from mxn.models.merged import MergedCheckpoint
     from mxn.models.native import artifact
     from mxn.models.native.decoder import read_parts
 
-    checkpoint = Checkpoint(directory)
+    merged = MergedCheckpoint(directory, adapter) if adapter else None
+    checkpoint = merged or Checkpoint(directory)
     refuse_quantization(checkpoint.config_json)
     family, spec = _native_spec(directory, checkpoint.config_json, None)
     with torch.inference_mode():
         parts = read_parts(spec, family.names, checkpoint, format, prediction=True)
+    if merged is not None:
+        merged.check()
     _refuse_unused(family, len(spec.layers), checkpoint.unread)
     # The frequencies of LongRoPE depend on the context that is asked for at load.
     is_fixed = "longrope" not in json.dumps(checkpoint.config_json)
