@@ -83,7 +83,7 @@ class NativeReader(WeightReader):
         dtype = torch.bfloat16 if is_small else torch.float32
         return table.to(dtype).contiguous(), head
 
-    def _mtp_head(self, prefix: str, head: Any) -> PackedWeight | None:
+    def _mtp_head(self, prefix: str, embedding_head: Any) -> PackedWeight | None:
         """Published checkpoints repeat the model's head here: None stands for that one."""
         own = prefix + self.names.mtp_head
         if f"{own}.weight" not in self.checkpoint or self._is_copy(own, self.names.head):
