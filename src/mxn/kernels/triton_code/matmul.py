@@ -44,6 +44,22 @@ def gemv(
 
 
 @triton.jit
+def tile_of_program(BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the out features [F] and rows [M] of this program's tile."""
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return f, m
+
+
+@triton.jit
+def part_of_program(size, BLOCK: tl.constexpr, NUM_PARTS: tl.constexpr):
+    """Return where this program's part of `size` begins and ends: whole blocks but for the last."""
+    blocks = tl.cdiv(tl.cdiv(size, BLOCK), NUM_PARTS)
+    begin = tl.program_id(2) * blocks * BLOCK
+    return begin, tl.minimum(begin + blocks * BLOCK, size)
+
+
+@triton.jit
 def store_rows(
     acc_FM,
     bias_ptr,
@@ -87,11 +103,8 @@ def flat(
     BLOCK_D: tl.constexpr,
 ):
     """Program (f, m, p): a tile of y [M, F] = x [M, D] @ w [F, D]^T over the part p of D."""
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tiles = tl.cdiv(tl.cdiv(num_in, BLOCK_D), NUM_PARTS)
-    begin = tl.program_id(2) * tiles * BLOCK_D
-    end = tl.minimum(begin + tiles * BLOCK_D, num_in)
+    f, m = tile_of_program(BLOCK_F, BLOCK_M)
+    begin, end = part_of_program(num_in, BLOCK_D, NUM_PARTS)
     acc_FM = tl.zeros([BLOCK_F, BLOCK_M], dtype=tl.float32)
     w_F1 = w_ptr + f[:, None] * w_stride
     x_1M = x_ptr + m.to(tl.int64)[None, :] * x_stride
