@@ -22,8 +22,11 @@ from mxn.errors import CapacityError
 from mxn.units import format_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from mxn.chips.chip import Device
     from mxn.engine.core import EngineCore
     from mxn.engine.draft import MtpDrafter, NgramDrafter
     from mxn.engine.encoder import EncoderCore
@@ -83,20 +86,16 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
     """Load the Hugging Face checkpoint `config.model` onto `config.device`."""
     import torch
 
-    from mxn.chips import default_dtype, find_device, free_memory
+    from mxn.chips import find_device, free_memory
     from mxn.kernels.native import formats
     from mxn.models.base import OwnsCache
     from mxn.models.hub import resolve
-    from mxn.models.load import checkpoint_dtype, load_model
-    from mxn.models.storage import read_config
+    from mxn.models.load import load_model
     from mxn.models.tokenizer import Tokenizer
 
     directory = resolve(config.model)
     device = find_device(config.device)
-    dtype, reason = config.dtype, "asked for"
-    if dtype == "auto":
-        stored = checkpoint_dtype(read_config(directory))
-        dtype, reason = default_dtype(device, stored)
+    dtype, reason = dtype_for(directory, device, config.dtype)
     format = None
     if config.weights != "plain":
         format = formats.parse(config.weights, config.kv)
@@ -129,6 +128,17 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
         free_bytes=free_memory(device),
         is_host_memory=torch_device.type == "cpu",
     )
+
+
+def dtype_for(directory: Path, device: Device, asked: str) -> tuple[str, str]:
+    """Return the dtype to compute a checkpoint in on `device`, and why it is that one."""
+    from mxn.chips import default_dtype
+    from mxn.models.load import checkpoint_dtype
+    from mxn.models.storage import read_config
+
+    if asked != "auto":
+        return asked, "asked for"
+    return default_dtype(device, checkpoint_dtype(read_config(directory)))
 
 
 def context_of(config: EngineConfig, model_context: int, page_bytes: int, fits_tokens: int) -> int:

@@ -21,26 +21,28 @@ def gemv(
     y_ptr,
     num_in,
     num_out,
+    x_stride,
     w_stride,
     HAS_BIAS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (f): y [F] = w [F, D] @ x [D], without tensor cores: one row has no use for them."""
+    """Program (f, m): y [M, F] = x [M, D] @ w [F, D]^T, row by row and without tensor cores."""
+    m = tl.program_id(1).to(tl.int64)
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_f = f < num_out
     acc = tl.zeros([BLOCK_F, BLOCK_D], dtype=tl.float32)
     for start in range(0, num_in, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         is_d = d < num_in
-        x_D = tl.load(x_ptr + d, mask=is_d, other=0.0).to(tl.float32)
+        x_D = tl.load(x_ptr + m * x_stride + d, mask=is_d, other=0.0).to(tl.float32)
         mask = is_f[:, None] & is_d[None, :]
         w_FD = tl.load(w_ptr + f[:, None] * w_stride + d[None, :], mask=mask, other=0.0)
         acc += w_FD.to(tl.float32) * x_D[None, :]
     y_F = tl.sum(acc, axis=1)
     if HAS_BIAS:
         y_F += tl.load(bias_ptr + f, mask=is_f, other=0.0).to(tl.float32)
-    tl.store(y_ptr + f, y_F.to(y_ptr.dtype.element_ty), mask=is_f)
+    tl.store(y_ptr + m * num_out + f, y_F.to(y_ptr.dtype.element_ty), mask=is_f)
 
 
 @triton.jit
