@@ -188,6 +188,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
     from mxn.engine.core import EngineCore
     from mxn.engine.draft import MtpDrafter
     from mxn.engine.grammar import Grammars
+    from mxn.engine.graphs import capture_decode
     from mxn.engine.kvcache import PageTable
     from mxn.engine.mtp import PredictingDecoder
     from mxn.engine.runner import Runner
@@ -200,7 +201,9 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
     drafter = _drafter(config)
     plan, max_context = _plan(config, replica, model)
     report("cache", 0, plan.total_bytes)
-    cache = allocate(model, num_pages=plan.num_pages, page_tokens=config.page_tokens)
+    # One page more than the table deals out: what pads a captured step writes there.
+    wants_graphs = _wants_graphs(config, replica.device)
+    cache = allocate(model, num_pages=plan.num_pages + wants_graphs, page_tokens=config.page_tokens)
     report("cache", plan.total_bytes, plan.total_bytes)
     log.info(
         "cache: %d pages of %d tokens, %s, limited by %s",
@@ -214,6 +217,12 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         eos_ids=tuple(token for token in replica.loaded.eos_ids if token < vocab_size),
     )
     adapters = Adapters(replica.decoder, max_adapters=config.max_adapters)
+    if wants_graphs:
+        model, note = capture_decode(
+            model, cache, config.max_sequences, page_tokens=config.page_tokens,
+            max_context=max_context, is_adapted=lambda: adapters.is_applied,
+        )  # fmt: skip
+        info = msgspec.structs.replace(info, kernels=info.kernels | {"graphs": note})
     runner = Runner(
         model,
         cache,
@@ -246,6 +255,11 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         adapters=adapters,
         grammars=Grammars(replica.tokenizer, info.vocab_size, info.eos_ids),
     )
+
+
+def _wants_graphs(config: EngineConfig, device: torch.device) -> bool:
+    """Whether decode steps are to be replayed; a prediction layer needs more than their logits."""
+    return config.cuda_graphs and device.type == "cuda" and config.speculation != "mtp"
 
 
 def _drafter(config: EngineConfig) -> NgramDrafter | MtpDrafter | None:

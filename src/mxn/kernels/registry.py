@@ -65,7 +65,8 @@ class Kernel:
     given the dtype and returns the reason why the kernel cannot run in this process, or None.
     `needs_proof`: not chosen before it passed its parity test on this chip (`mxn kernels verify`),
     for kernels that a compiler makes anew on each machine. `ways`: of a prepared op whose kernel
-    chooses by the number of rows.
+    chooses by the number of rows. `is_static`: what it learns on the host of a batch are bounds, so
+    that a graph of it is right for other batches; of ops that get a batch or plan by numbers.
     """
 
     op: str
@@ -78,6 +79,7 @@ class Kernel:
     missing: Callable[[str], str | None] | None = None
     needs_proof: bool = False
     ways: Ways | None = None
+    is_static: bool = False
 
     def prepare(
         self, table: Table, weight_FD: Tensor, bias_F: Tensor | None = None
@@ -133,11 +135,15 @@ def kernel(
     missing: Callable[[str], str | None] | None = None,
     needs_proof: bool = False,
     ways: Ways | None = None,
+    is_static: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as kernel `name` of `op`; see `Kernel` for the arguments."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        entry = Kernel(op, name, fn, chips, dtypes, shapes, priority, missing, needs_proof, ways)
+        entry = Kernel(
+            op, name, fn, chips, dtypes, shapes, priority, missing, needs_proof, ways,
+            is_static,
+        )  # fmt: skip
         add_kernel(entry)
         return fn
 
@@ -278,6 +284,14 @@ class Ops:
         names = tuple(entry.name for entry in usable)
         self._note(Choice("linear", name, reason, names, times, rejected, shape))
         return name
+
+    def why_not_static(self, names: Collection[str]) -> str | None:
+        """Return which of the ops `names` must not be captured in a graph, or None."""
+        for name in names:
+            chosen = self._choices[name, ""].kernel
+            if not kernels_of(name)[chosen].is_static:
+                return f"{name}={chosen} learns lengths on the host"
+        return None
 
     @property
     def table_path(self) -> Path:
