@@ -129,7 +129,8 @@ void bind_layers(nb::module_& m) {
 
 void forward(Decoder& decoder, Pool& pool, int64_t num_tokens, int64_t num_sequences, int64_t num_rows,
              int64_t table_width, uintptr_t tokens, uintptr_t positions, uintptr_t query_starts,
-             uintptr_t context_lens, uintptr_t pages, uintptr_t rows, uintptr_t caches, uintptr_t logits) {
+             uintptr_t context_lens, uintptr_t pages, uintptr_t rows, uintptr_t caches, uintptr_t logits,
+             uintptr_t hidden_in, uintptr_t hidden_out) {
   Step step;
   step.num_tokens = num_tokens, step.num_sequences = num_sequences, step.num_rows = num_rows;
   step.table_width = table_width;
@@ -137,6 +138,7 @@ void forward(Decoder& decoder, Pool& pool, int64_t num_tokens, int64_t num_seque
   step.query_starts = at<const int64_t>(query_starts), step.context_lens = at<const int64_t>(context_lens);
   step.pages = at<const int64_t>(pages), step.rows = at<const int64_t>(rows);
   step.caches = at<uint8_t* const>(caches), step.logits = at<float>(logits);
+  step.hidden_in = at<const float>(hidden_in), step.hidden_out = at<float>(hidden_out);
   decoder.forward(pool, step);
 }
 
@@ -153,6 +155,8 @@ void bind_decoder(nb::module_& m) {
       .def_rw("embedding", &Decoder::embedding)
       .def_rw("is_table", &Decoder::is_table) MXN_POINTER(Decoder, final_norm)
       .def_rw("head", &Decoder::head)
+      .def_rw("is_prediction", &Decoder::is_prediction)
+      .def_rw("merge", &Decoder::merge) MXN_POINTER(Decoder, token_norm) MXN_POINTER(Decoder, hidden_norm)
       .def_prop_ro("num_recomputed", &Decoder::num_recomputed)
       .def("begin_calibration", &Decoder::begin_calibration)
       .def("end_calibration", &Decoder::end_calibration)

@@ -102,14 +102,36 @@ void Decoder::embed(const Step& step, float* x) const {
   }
 }
 
+// Source: DeepSeek-V3, arXiv 2412.19437, section 2.2.
+void Decoder::merge_hidden(Pool& pool, const Step& step, float* x) {
+  const Kernels& k = kernels();
+  const int64_t m = step.num_tokens;
+  float* both = wide_.at_least(m * 2 * hidden);
+  each_row(pool, m, [&](int64_t t, int) {
+    float* row = both + t * 2 * hidden;
+    k.rms_norm(x + t * hidden, token_norm, row, hidden, eps);
+    k.rms_norm(step.hidden_in + t * hidden, hidden_norm, row + hidden, hidden, eps);
+  });
+  const Rows& rows = packed_.make(pool, merge, both, 2 * hidden, m, nullptr, eps, act_group);
+  multiply(pool, merge, rows, m, x, hidden, false);
+}
+
 void Decoder::forward(Pool& pool, const Step& step) {
   float* x = x_.at_least(step.num_tokens * hidden);
   embed(step, x);
+  if (is_prediction) merge_hidden(pool, step, x);
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     if (layer.attention.is_mla) latent_layer(pool, step, layer, step.caches[i], x);
     else attend_layer(pool, step, layer, step.caches[i], x);
     feed_forward(pool, layer, step.num_tokens, x);
+  }
+  if (step.hidden_out && is_prediction) {
+    std::copy_n(x, step.num_tokens * hidden, step.hidden_out);
+  } else if (step.hidden_out) {
+    const auto norm = kernels().rms_norm;
+    each_row(pool, step.num_tokens,
+             [&](int64_t t, int) { norm(x + t * hidden, final_norm, step.hidden_out + t * hidden, hidden, eps); });
   }
   logits(pool, step, x);
 }

@@ -1,5 +1,6 @@
 // Products of rows with packed weights. A tile is some rows times one block of 16 output features; its
 // weights are unpacked once for all rows, and its sums stay in registers over the whole of K.
+#include "act.h"
 #include "common.h"
 #include "vec.h"
 #if defined(MXN_AMX)
@@ -379,18 +380,6 @@ void gemm(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t b0,
     });
   }
 }
-
-namespace {
-inline F activate(F x, Act act) {
-  switch (act) {
-    case Act::silu: return f_silu(x);
-    case Act::gelu: return f_gelu(x);
-    case Act::gelu_tanh: return f_gelu_tanh(x);
-    case Act::relu: break;
-  }
-  return f_max(f_zero(), x);  // in this order NaN stays NaN
-}
-}  // namespace
 
 void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t p0, int64_t p1, float* y,
               int64_t ldy, Act act) {

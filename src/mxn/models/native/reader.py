@@ -88,6 +88,19 @@ class NativeReader(WeightReader):
         dtype = torch.bfloat16 if is_small else torch.float32
         return table.to(dtype).contiguous(), head
 
+    def _mtp_head(self, prefix: str, embedding_head: Any) -> PackedWeight | None:
+        """Published checkpoints repeat the model's head here: None stands for that one."""
+        own = prefix + self.names.mtp_head
+        if f"{own}.weight" not in self.checkpoint or self._is_copy(own, self.names.head):
+            return None
+        return pack(*self._plain(own), self.format.head)
+
+    def _is_copy(self, module: str, of: str) -> bool:
+        name, other = f"{module}.weight", f"{of}.weight"
+        if other not in self.checkpoint:
+            return False
+        return torch.equal(self.checkpoint.read(name), self.checkpoint.read(other))
+
     def _plain(self, module: str) -> tuple[Tensor]:
         return (self.tensor(f"{module}.weight"),)
 
