@@ -57,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
         "tie_word_embeddings": False, "bos_token_id": 32766, "eos_token_id": 32767,
     },
-    # DeepSeek-V2-Lite with 4 of 27 layers, 32 of 64 experts, and the low-rank queries of DeepSeek-V2:
+    # DeepSeek-V2-Lite with 4 of 27 layers, 32 of 64 experts, and the low-rank queries of V2:
     # llama.cpp knows a model without them by its 27 layers only.
     "deepseek-v2-lite-cut": {
         "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
@@ -89,7 +89,7 @@ Tensor = tuple[str, tuple[int, ...]]
 
 
 def ensure(name: str, cache: Path) -> Path:
-    """Return the folder of a random checkpoint, written at the first call or when its shape changed.
+    """Return the folder of a random checkpoint, written again when its shape changed.
 
     Raises: SystemExit for a shape that is not in `SHAPES`.
     """
