@@ -35,7 +35,13 @@ class Accuracy:
     max_error: float | None = None
     same_top1: float | None = None
     gap: float | None = None
+    allowed: float
     is_right: bool
+
+    def __str__(self) -> str:
+        what = "logit error" if self.rms_error is not None else "distance from the best token"
+        found = self.gap if self.rms_error is None else self.rms_error
+        return f"{what} {found:.4f}, {self.allowed:.4f} is allowed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +56,12 @@ class Truth:
     def make(cls, model: Path, peers: Path, threads: int, shape: str) -> Truth:
         """Run float32 transformers, in processes that end before anything is measured.
 
-        The same checkpoint and transformers give the same truth, so it is kept beside what the
-        converters made. Raises: Failed when transformers cannot run the model.
+        The same checkpoint and transformers give the same truth, so it is kept in the model's
+        folder. Raises: Failed when transformers cannot run the model.
         """
         tokens = prompt(77, TOKENS, SHAPES[shape]["vocab_size"])
-        stored = peers / "built" / f"{model.name}-truth-{version('transformers')}.npz"
+        stored = model / f"truth-{version('transformers')}.npz"
         if not stored.is_file():
-            stored.parent.mkdir(parents=True, exist_ok=True)
             true = _run(model, peers, threads, "f32", tokens)
             errors = {
                 f"rounding_{bits}": compare(
@@ -93,7 +98,7 @@ class Truth:
         token = peer.ask("greedy", prompt=self.prompt, steps=1)["tokens"][0]
         last = self.logits_TV[-1]
         gap = float((last.max() - last[token]) / (last.max() - last.min()))
-        return Accuracy(gap=gap, is_right=gap <= allowed)
+        return Accuracy(gap=gap, allowed=allowed, is_right=gap <= allowed)
 
 
 def compare(true_TV: Any, found_TV: Any, allowed: float) -> Accuracy:
@@ -108,6 +113,7 @@ def compare(true_TV: Any, found_TV: Any, allowed: float) -> Accuracy:
         rms_error=round(rms, 5),
         max_error=round(float(abs(error).max()), 4),
         same_top1=float((true.argmax(-1) == found_TV.argmax(-1)).mean()),
+        allowed=round(allowed, 5),
         is_right=rms <= allowed,
     )
 

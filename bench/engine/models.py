@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,8 +101,9 @@ def ensure(name: str, cache: Path) -> Path:
     text = json.dumps(config, indent=2) + "\n"
     is_there = (folder / "complete").is_file()
     if not is_there or (folder / "config.json").read_text() != text:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "complete").unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
         (folder / "config.json").write_text(text)
         ids = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
         (folder / "generation_config.json").write_text(json.dumps(ids) + "\n")
