@@ -234,7 +234,7 @@ def measure(
         for peer in session.running.values():
             peer.pause(signal.SIGCONT)
             peer.stop()
-    shape = Shape.read(session.model)
+    shape = Shape.of(session.model)
     middle = {
         name: statistics.median(values)
         for name in ("read_gb_per_s", "int8_tops", "fp32_tflops")
