@@ -59,6 +59,7 @@ COLUMNS = (
     Column(name="batch-32", context=128, batch=32, steps=8),
 )
 START = ("load", "memory")  # measured together, in a fresh process
+SLOW_START_S = 60.0  # a contender that took longer once is not started again in later rounds
 QUICK = ("decode-128", "prefill-128", "batch-8", "load", "memory")
 
 
@@ -178,6 +179,8 @@ def restart(session: Session, contender: Contender) -> None:
 
 def start_turn(session: Session, contender: Contender) -> None:
     """Load to first token and memory, in a fresh process; files are in the page cache."""
+    if any(took > SLOW_START_S for took in session.values["load-spawn"][contender.name]):
+        return
     short = Column(name="start", context=128, steps=8)
     peer = session.peer(contender, "-start")
     vocab = models.SHAPES[session.shape_name]["vocab_size"]
