@@ -35,7 +35,7 @@ from typing import Any
 import contenders
 import models
 import traffic
-from protocol import Failed
+from protocol import Failed, end_on_signal
 from servers import MODEL, Server, Sizes
 from setup_peers import default_folder
 from traffic import Target
@@ -114,8 +114,13 @@ def measure_capacity(session: Session) -> None:
             session.capacity[name] = found
 
 
-def measure_rate(session: Session, name: str, rate_per_s: float) -> dict[str, Any] | None:
-    """Send everything at this rate and keep the row."""
+def measure_rate(session: Session, name: str, rate_per_s: float, until_s: float) -> None:
+    """Send everything at this rate and keep the row, if it can end in time."""
+    seen = [row["latency_p95_s"] for row in session.rows.get(name, [])]
+    seconds = session.work.count / rate_per_s + max(seen, default=0.0)
+    if time.monotonic() + seconds > until_s:
+        session.notes[f"{name} at {rate_per_s:.3g}/s"] = f"no time for {seconds:.0f} s more"
+        return
     work = session.work.jobs(session.words())
     row = attempt(
         session, name, f"at {rate_per_s:.3g}/s",
@@ -123,7 +128,6 @@ def measure_rate(session: Session, name: str, rate_per_s: float) -> dict[str, An
     )  # fmt: skip
     if row is not None:
         session.rows.setdefault(name, []).append(row)
-    return row
 
 
 def best_peer(rows: dict[str, list[dict[str, Any]]]) -> str | None:
@@ -145,18 +149,15 @@ def search(session: Session, p95_s: float, probes: int, until_s: float) -> None:
     order = sorted(session.running, key=lambda name: not name.startswith("mxn:"))
     for _ in range(probes):
         for name in order:
-            if name not in session.running or name not in session.capacity:
+            if name not in session.running or not session.rows.get(name):
                 continue
             capacity = session.capacity[name]["capacity_per_s"]
-            low, high = bounds(session.rows.get(name, []), capacity, p95_s)
+            low, high = bounds(session.rows[name], capacity, p95_s)
             rate = (low + high) / 2
             is_known = session.rows[name][0]["latency_p95_s"] == p95_s  # it made the limit
             if is_known or high - low < 0.05 * high:
                 continue
-            if time.monotonic() + session.work.count / rate + p95_s > until_s:
-                note(f"no time for {name} at {rate:.3g}/s")
-                continue
-            measure_rate(session, name, rate)
+            measure_rate(session, name, rate, until_s)
 
 
 def goodput(rows: list[dict[str, Any]], p95_s: float) -> dict[str, Any] | None:
@@ -181,7 +182,7 @@ def measure(session: Session, p95_s: float | None, probes: int, until_s: float) 
     """Run the four steps and return the result."""
     measure_capacity(session)
     for name in list(session.running):
-        measure_rate(session, name, PART * session.capacity[name]["capacity_per_s"])
+        measure_rate(session, name, PART * session.capacity[name]["capacity_per_s"], until_s)
     best = best_peer(session.rows)
     if p95_s is None and best is not None:
         p95_s = session.rows[best][0]["latency_p95_s"]
@@ -255,6 +256,7 @@ def start(session: Session, arguments: argparse.Namespace, peers: Path, model: P
 
 
 def main() -> None:
+    end_on_signal()
     arguments = parse()
     until_s = time.monotonic() + 60 * arguments.minutes
     peers = (arguments.peers or default_folder()).resolve()

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +138,11 @@ def _answer(runner: Runner, request: dict[str, Any]) -> dict[str, Any]:
             return dict(memory())
         case other:
             raise ValueError(f"unknown request {other!r}")
+
+
+def end_on_signal() -> None:
+    """Let SIGTERM end this program as an exception does, so that no engine is left behind."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 class Failed(Exception):

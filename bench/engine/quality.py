@@ -20,7 +20,7 @@ from typing import Any
 
 import contenders
 import numpy
-from protocol import Failed, Load, Peer, Refused
+from protocol import Failed, Load, Peer, Refused, end_on_signal
 from setup_peers import default_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +125,7 @@ def measure(
 
 
 def main() -> None:
+    end_on_signal()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama", choices=MODELS)
     parser.add_argument("--contenders", default=",".join(DEFAULT))

@@ -34,7 +34,7 @@ import report
 from accuracy import Accuracy, Truth
 from contenders import Contender
 from cost import Shape
-from protocol import Failed, Load, Peer, Refused, prompt
+from protocol import Failed, Load, Peer, Refused, end_on_signal, prompt
 from setup_peers import default_folder
 
 
@@ -282,6 +282,7 @@ def wanted_contenders(arguments: argparse.Namespace) -> list[Contender]:
 
 
 def main() -> None:
+    end_on_signal()
     arguments = parse()
     peers = (arguments.peers or default_folder()).resolve()
     cache = (arguments.cache or models.default_cache()).resolve()

@@ -28,7 +28,7 @@ from typing import Any
 import contenders
 import models
 from contenders import Contender
-from protocol import Failed, Load, Peer, Refused, prompt
+from protocol import Failed, Load, Peer, Refused, end_on_signal, prompt
 from setup_peers import default_folder
 
 DEFAULT = "mxn:int4-g128,mxn:int8,openvino:int8,openvino:int4,llama.cpp:q4_0"
@@ -174,6 +174,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    end_on_signal()
     arguments = parse()
     until_s = time.monotonic() + 60 * arguments.minutes
     peers = (arguments.peers or default_folder()).resolve()

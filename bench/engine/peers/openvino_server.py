@@ -97,6 +97,11 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: a line for each request would be work of the server's."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # connections may come while a step keeps all cores busy
+    daemon_threads = True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder that optimum-cli exported")
@@ -109,7 +114,7 @@ def main() -> None:
         arguments.model, arguments.threads, arguments.slots, arguments.kv_tokens
     )
     print(f"http://127.0.0.1:{arguments.port}", flush=True)
-    ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
+    Server(("127.0.0.1", arguments.port), Handler).serve_forever()
 
 
 if __name__ == "__main__":
