@@ -28,27 +28,38 @@ def bits(weights: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Parameters of a model: all, and those one token's step touches (the head included)."""
+    """Parameters of a model: all, those one token's step touches (the head included), the head's
+    and those of all routed experts."""
 
     config: dict[str, Any]
     stored: int
     active: int
     head: int
+    experts: int
 
     @classmethod
-    def read(cls, folder: Path) -> Shape:
+    def of(cls, folder: Path) -> Shape:
         config = json.loads((folder / "config.json").read_text())
-        stored = active = 0
-        chosen = config.get("num_experts_per_tok", 0)
-        num_experts = config.get("num_experts") or config.get("n_routed_experts") or 1
+        stored = dense = experts = 0
         for name, dims in tensors(config):
             size = _product(dims)
             stored += size
             if ".experts." in name:
-                active += size * chosen // num_experts
+                experts += size
             elif name != "model.embed_tokens.weight" or config["tie_word_embeddings"]:
-                active += size
-        return cls(config, stored, active, config["vocab_size"] * config["hidden_size"])
+                dense += size
+        active = dense + round(experts * _chosen(config))
+        return cls(config, stored, active, config["vocab_size"] * config["hidden_size"], experts)
+
+    def parameters_read(self, batch: int) -> float:
+        """Return the parameters a step of `batch` tokens reads at least.
+
+        Of a mixture that is an expectation: each token chooses its experts at random and apart
+        from the others, which routers with random weights nearly do.
+        """
+        chosen = _chosen(self.config)
+        touched = 1.0 - (1.0 - chosen) ** batch
+        return self.active + self.experts * (touched - chosen)
 
     def kv_values(self) -> int:
         """Values that one token keeps in the cache; MLA in its latent form."""
@@ -58,6 +69,12 @@ class Shape:
         else:
             per_layer = 2 * config["num_key_value_heads"] * config["head_dim"]
         return per_layer * config["num_hidden_layers"]
+
+
+def _chosen(config: dict[str, Any]) -> float:
+    """Return the part of the routed experts that one token uses; 0 without experts."""
+    num_experts = config.get("num_experts") or config.get("n_routed_experts") or 0
+    return config["num_experts_per_tok"] / num_experts if num_experts else 0.0
 
 
 def _product(dims: tuple[int, ...]) -> int:
@@ -80,13 +97,8 @@ def weight_bytes(built: Path, weights: str, shape: Shape) -> float:
 def bytes_per_step(
     shape: Shape, stored_bytes: float, kv_bytes: int, context: int, batch: int
 ) -> float:
-    """Return the least bytes one step reads: active weights once, the cache of each sequence.
-
-    With a batch every expert may be needed; up to the stored size is then counted.
-    """
-    part = min(1.0, shape.active / shape.stored)
-    if shape.config.get("num_experts_per_tok") and batch > 1:
-        part = 1.0
+    """Return the least bytes one step reads: weights once, the cache of each sequence."""
+    part = min(1.0, shape.parameters_read(batch) / shape.stored)
     return stored_bytes * part + batch * context * shape.kv_values() * kv_bytes
 
 
