@@ -229,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=4096, help="longest one kept of the trace")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=6, help="no run that would end later")
-    parser.add_argument("--turn-limit", type=float, default=300, help="seconds a run may take")
+    parser.add_argument("--turn-limit", type=float, default=100, help="seconds a run may take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers", type=Path, help="folder of setup_peers.py; MXN_HOME/peers")
     parser.add_argument("--cache", type=Path, help="folder of the models; MXN_HOME/bench_models")

@@ -261,3 +261,12 @@ def test_a_checkpoint_is_the_same_each_time_and_its_tokenizer_reads_any_text(tmp
     assert tokenizer.get_vocab_size() == models.SHAPES["tiny"]["vocab_size"]
     text = "Grüße, 世界 \n\t!"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_checkpoint_of_another_shape_is_written_again(tmp_path, monkeypatch):
+    folder = models.ensure("tiny", tmp_path)
+    (folder / "truth.npz").touch()
+    assert (models.ensure("tiny", tmp_path) / "truth.npz").is_file()
+    monkeypatch.setitem(models.SHAPES, "tiny", models.SHAPES["tiny"] | {"num_hidden_layers": 1})
+    assert not (models.ensure("tiny", tmp_path) / "truth.npz").exists()
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
