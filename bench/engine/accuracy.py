@@ -82,7 +82,9 @@ class Truth:
         if name == "f32":
             return ALLOWED_F32
         bits = 4 if name.startswith(("int4", "q4")) else 8
-        return min(HIGHEST, SLACK[bits] * self.rounding[bits])
+        # 6 bits err four times as much as 8: a quarter as many steps.
+        factor = 4.0 if name.startswith("int6") else 1.0
+        return min(HIGHEST, factor * SLACK[bits] * self.rounding[bits])
 
     def check(self, peer: Peer, weights: str) -> Accuracy:
         """Compare a loaded engine. Raises: Failed when it breaks."""

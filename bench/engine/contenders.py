@@ -102,12 +102,15 @@ def _packed(contender: Contender, model: Path, folder: Path) -> Path:
     from mxn.errors import MxnError
     from mxn.kernels.native import formats
     from mxn.models.load import pack_model
+    from mxn.models.native.artifact import LAYOUT
 
     weights, _, cache = contender.weights.partition("/")
-    out = folder / f"{model.name}-mxn-{contender.weights.replace('/', '-')}"
+    format = formats.parse(weights, cache or "auto")
+    named = f"{format.weights}-head-{format.head}-kv-{format.cache}-layout{LAYOUT}"
+    out = folder / f"{model.name}-mxn-{named}"  # what a name means may change
     if not out.is_dir():
         try:
-            pack_model(model, formats.parse(weights, cache or "auto"), out)
+            pack_model(model, format, out)
         except MxnError as error:
             raise Failed(f"mxn pack: {error}") from error
     return out

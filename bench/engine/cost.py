@@ -7,23 +7,29 @@ rotary angles are not counted. Start at `bytes_per_step` and `prefill_flop`.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models import tensors
 
-_GROUPED = re.compile(r"int4(?:-g(\d+))?(-sym)?")
-_MXN_GROUP = 64  # of int4 where none is named
+from mxn.kernels.native import formats
 
 
 def bits(weights: str) -> float:
     """Return the bits of one weight with its share of scales, where no file tells."""
     name = weights.partition("/")[0]
-    if found := _GROUPED.fullmatch(name):
-        return 4 + (16 if found[2] else 32) / int(found[1] or _MXN_GROUP)
-    return {"f32": 32.0, "bf16": 16.0, "plain": 16.0, "int8": 8.0}[name]
+    return 16.0 if name == "plain" else _bits_of(formats.parse_weights(name))
+
+
+def _bits_of(format: formats.WeightFormat) -> float:
+    extra = 0 if not format.group else 16 if format.is_symmetric else 32
+    return format.bits + extra / (format.group or 1)
+
+
+def _head_bits(weights: str) -> float:
+    name = weights.partition("/")[0]
+    return 16.0 if name == "plain" else _bits_of(formats.parse(name).head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +95,8 @@ def weight_bytes(built: Path, weights: str, shape: Shape) -> float:
     files = [built] if built.suffix == ".gguf" else list(built.glob("openvino_model.bin"))
     if files:
         return float(sum(file.stat().st_size for file in files))
-    width = bits(weights)
-    head = max(8.0, width)  # mxn keeps the head in 8 bits where the rest has 4
-    return ((shape.stored - shape.head) * width + shape.head * head) / 8
+    rest = (shape.stored - shape.head) * bits(weights)
+    return (rest + shape.head * _head_bits(weights)) / 8
 
 
 def bytes_per_step(

@@ -89,9 +89,19 @@ class Session:
     def load_of(self, contender: Contender, columns: list[Column]) -> Load:
         longest = max(c.context + c.steps for c in columns) + 64
         room = sum(c.batch * (c.context + c.steps + 64) for c in columns) + 4096
+        return self._load(contender, columns, max(1024, longest), room)
+
+    def smallest_load_of(self, contender: Contender, column: Column) -> Load:
+        """Room for one sequence and nothing else: engines differ in what they fill at the start."""
+        room = -(-(column.context + column.steps + 64) // 256) * 256
+        return self._load(contender, [column], room, room)
+
+    def _load(
+        self, contender: Contender, columns: list[Column], max_context: int, room: int
+    ) -> Load:
         return Load(
             model=str(self.model), built=str(self.built[contender]), weights=contender.weights,
-            threads=self.threads, max_context=max(1024, longest),
+            threads=self.threads, max_context=max_context,
             max_sequences=max(c.batch for c in columns), kv_tokens=room,
         )  # fmt: skip
 
@@ -178,14 +188,18 @@ def restart(session: Session, contender: Contender) -> None:
 
 
 def start_turn(session: Session, contender: Contender) -> None:
-    """Load to first token and memory, in a fresh process; files are in the page cache."""
+    """Load to first token and memory, in a fresh process; files are in the page cache.
+
+    Resident pages are counted whole: the proportional part of pages that a paused contender maps
+    as well would be too small.
+    """
     if any(took > SLOW_START_S for took in session.values["load-spawn"][contender.name]):
         return
     short = Column(name="start", context=128, steps=8)
     peer = session.peer(contender, "-start")
     vocab = models.SHAPES[session.shape_name]["vocab_size"]
     try:
-        answer = peer.load(session.load_of(contender, [short]))
+        answer = peer.load(session.smallest_load_of(contender, short))
         peer.ask("decode", prompts=[prompt(1, 128, vocab)], steps=short.steps)
         held = peer.ask("memory")
     except (Failed, Refused) as error:
@@ -195,7 +209,7 @@ def start_turn(session: Session, contender: Contender) -> None:
         peer.stop()
     values = {
         "load": answer["first_token_s"], "load-spawn": answer["spawn_s"],
-        "memory": held["peak_rss_bytes"] / 2**20, "memory-pss": held["pss_bytes"] / 2**20,
+        "memory": held["peak_rss_bytes"] / 2**20, "memory-rss": held["rss_bytes"] / 2**20,
     }  # fmt: skip
     for name, value in values.items():
         session.values[name][contender.name].append(value)

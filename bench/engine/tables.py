@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# `memory-pss` is what is held, `load` counts from the engine's load call; the rest is in the JSON.
+# `memory-rss` is what is held, pages of files included; `load` counts from the engine's load call.
+# The rest is in the JSON.
 COLUMNS = (
     "decode-128", "decode-2048", "decode-8192", "prefill-128", "prefill-512", "batch-8", "batch-16",
-    "batch-32", "load", "memory-pss",
+    "batch-32", "load", "memory-rss",
 )  # fmt: skip
 LIMITS = {
     "read_gb_per_s": "GB/s read", "int8_tops": "int8 TOPS", "fp32_tflops": "fp32 TFLOPS",
@@ -44,10 +45,15 @@ def _model(result: dict[str, Any]) -> str:
     names = [name for name in result["accuracy"] if any(name in metrics[c] for c in columns)]
     rows = [[name, *(_cell(name, c, metrics, parts) for c in columns), _error(result, name)]
             for name in names]  # fmt: skip
-    for name in filter(_is_ours, names):
-        ratios = [result["ratios"].get(column, {}).get(name) for column in columns]
-        cells = ("" if ratio is None else f"**{ratio:.2f}**" for ratio in ratios)
-        rows.append([f"**{name} / best peer**", *cells, ""])
+    for label, key in (
+        ("best peer", "ratios"),
+        ("best with no smaller error", "ratios_at_equal_error"),
+    ):
+        for name in filter(_is_ours, names):
+            ratios = [result.get(key, {}).get(column, {}).get(name) for column in columns]
+            if any(ratio is not None for ratio in ratios):
+                cells = ("" if ratio is None else f"**{ratio:.2f}**" for ratio in ratios)
+                rows.append([f"**{name} / {label}**", *cells, ""])
     middle = result["limits"]["median"].items()
     limits = ", ".join(f"{value:.3g} {LIMITS[name]}" for name, value in middle)
     errors = result.get("rounding_error", {}).items()

@@ -270,3 +270,16 @@ def test_a_checkpoint_of_another_shape_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setitem(models.SHAPES, "tiny", models.SHAPES["tiny"] | {"num_hidden_layers": 1})
     assert not (models.ensure("tiny", tmp_path) / "truth.npz").exists()
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_only_peers_with_no_smaller_error_count_at_equal_quality():
+    cells = {"mxn:int4": {"p50": 60.0}, "a:q4": {"p50": 50.0}, "b:int4": {"p50": 40.0}}
+    assert report.ratios(cells, is_cost=False) == {"mxn:int4": 1.2}
+    errors = {"mxn:int4": 0.4, "a:q4": 0.3, "b:int4": 0.39}
+    assert report.ratios(cells, False, errors) == {"mxn:int4": 1.5}
+    assert report.ratios(cells, False, {"mxn:int4": 0.4, "a:q4": 0.3, "b:int4": 0.3}) == {}
+
+
+@pytest.mark.parametrize("weights", ["int4-g128", "int4-g32-sym", "int6", "int8-g64/bf16", "plain"])
+def test_every_format_has_its_bits(weights):
+    assert 4 < cost.bits(weights) <= 16

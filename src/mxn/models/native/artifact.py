@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from mxn.models.native.decoder import NativeParts
 
-LAYOUT = 1  # of packed weights: another number means that they must be packed again
+LAYOUT = 2  # of packed weights: another number means that they must be packed again
 _ALIGN = 4096  # a memory page, so that large parts begin on one
 _SMALL_ALIGN = 64
 _PARTS = {
