@@ -21,7 +21,7 @@ from mxn.models.catalogue import shipped_dir
 from mxn.models.load import pack_model
 from mxn.models.native.files import is_artifact
 from support import tiny
-from support.mtp import add_mtp_layer, make_predictable
+from support.mtp import add_mtp_layer, edit_config, make_predictable
 from support.paged import Session
 
 FREE = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -197,6 +197,27 @@ def test_a_head_of_its_own_is_used_and_a_copy_is_not_kept_twice(directory, tmp_p
     same, own = native_prediction(directory), native_prediction(tmp_path / "own")
     assert own.parts.mtp[0].head is not None
     assert torch.equal(first_prediction(own), -first_prediction(same))
+
+
+@pytest.mark.parametrize("has_own_head", [False, True])
+def test_a_tied_table_is_the_embedding_of_the_layer_whatever_its_head_is(
+    directory, tmp_path, has_own_head
+):
+    shutil.copytree(directory, tmp_path / "tied")
+    path = tmp_path / "tied" / "model.safetensors"
+    stored = load_file(path)
+    del stored["lm_head.weight"]
+    head = "model.layers.3.shared_head.head.weight"
+    stored[head] = 0.2 * torch.randn(stored[head].shape, generator=torch.Generator().manual_seed(1))
+    if not has_own_head:
+        del stored[head]
+    save_file(stored, path, metadata={"format": "pt"})
+    edit_config(tmp_path / "tied", tie_word_embeddings=True)
+    plain, packed = load(tmp_path / "tied"), load(tmp_path / "tied", weights="int8")
+    assert packed.core._runner._model.decoder.parts.table_VD is None
+    got, want = whole_logits(packed), whole_logits(plain)
+    # The table is int8 here and float32 there; rows of another matrix would be all wrong.
+    assert (got - want).norm() < 0.15 * want.norm()
 
 
 def native_prediction(directory):
