@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mxn.engine")
 
-SAMPLER_OPS = ("argmax", "penalize", "filter_logits", "sample", "token_logprobs")
+SAMPLER_OPS = ("choose", "token_logprobs")
 
 Report = Callable[[str, int, int], None]  # stage, done, total
 

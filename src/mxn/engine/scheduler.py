@@ -107,6 +107,12 @@ class StepPlan:
     admitted: tuple[str, ...]  # began (or began again) in this step
     preempted: tuple[str, ...]  # lost their pages before this step
 
+    @property
+    def is_decode(self) -> bool:
+        """Every sequence computes one token, its last, and samples the next; none has drafts."""
+        items = self.sequences
+        return self.num_tokens == len(items) and all([item.samples for item in items])
+
 
 class SchedulerStats(NamedTuple):
     num_running: int

@@ -80,6 +80,17 @@ def refuse(spec: DecoderSpec) -> None:
         raise UnsupportedError(f"{spec.family} cannot run on native kernels: {reason}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The arguments of a native step, and what keeps their addresses alive."""
+
+    batch: StepBatch
+    cache: list[LayerCache]
+    rows_R: Tensor
+    logits_RV: Tensor
+    arguments: tuple[int, ...]
+
+
 class NativeDecoder:
     """A decoder-only model on packed weights, computing in float32 and int8 on the processor."""
 
@@ -99,12 +110,14 @@ class NativeDecoder:
         self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
         self._logits_area = torch.empty(0)
         self._rows = torch.arange(64)
+        self._call: _Call | None = None  # the last one: a step of decodes writes over its batch
         self._build()
 
     def _build(self) -> None:
         """Describe the model to the native side, which copies the descriptions."""
         self._native = self._lib.Decoder()
         self._pages = (0, 0)
+        self._call = None
         parts = self.parts
         self._fill(parts.table_VD, parts.head, parts.final_norm)
         for layer, weights in zip(self.spec.layers, parts.layers, strict=True):
@@ -125,13 +138,21 @@ class NativeDecoder:
             caches.append(LayerCache(lazy_zeros(num_pages * size).view(num_pages, size), None))
         return caches
 
-    @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Write the step's keys and values into `cache` and return logits [R, V], float32.
 
         The result is overwritten by the next call: fresh memory for 32 rows of a large vocabulary
         would cost more page faults than a layer costs time.
         """
+        call = self._call
+        if call is None or call.batch is not batch or call.cache is not cache:
+            call = self._call = self._prepare(batch, cache)
+        self._grow_ropes(max(batch.attention.context_lens, default=1))
+        self._native.forward(self._pool, *call.arguments)
+        return call.logits_RV
+
+    def _prepare(self, batch: StepBatch, cache: list[LayerCache]) -> _Call:
+        """Return the arguments of the native call; they hold while the batch's memory stays."""
         attention = batch.attention
         pages = (attention.page_tokens, cache[0].k.shape[0])
         if pages != self._pages:
@@ -141,11 +162,9 @@ class NativeDecoder:
         if rows_R is None:
             rows_R = self._all_rows(num_tokens)
         num_rows = rows_R.shape[0]
-        self._grow_ropes(max(attention.context_lens, default=1))
         logits_RV = self._logits(num_rows)
         pages_SP = attention.page_table_SP
-        self._native.forward(
-            self._pool,
+        arguments = (
             num_tokens,
             attention.num_sequences,
             num_rows,
@@ -159,7 +178,7 @@ class NativeDecoder:
             self._addresses(cache),
             logits_RV.data_ptr(),
         )
-        return logits_RV
+        return _Call(batch, cache, rows_R, logits_RV, arguments)
 
     def score_ranges(self, prompts: list[list[int]]) -> list[tuple[float, float, int]]:
         """Return (least, largest, rows) of the maxima of attention rows, layer by layer."""
