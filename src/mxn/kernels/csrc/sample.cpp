@@ -8,8 +8,10 @@
 namespace mxn::MXN_NS {
 namespace {
 
-constexpr int64_t kFewBlocks = 64;  // whose best hold nearly all that top-p keeps; then 16 times as many
-constexpr double kLeast = 1e-300;   // a mass that the best token alone exceeds
+constexpr int64_t kFewBlocks = 64;        // hold nearly all that top-p keeps; if not, 16 times as many
+constexpr int64_t kFewCandidates = 4096;  // more are narrowed down before they are parted one by one
+constexpr int kHalvings = 12;
+constexpr double kLeast = 1e-300;  // a mass that the best token alone exceeds
 
 // A row and what is known of it. The values that count are logits divided by the temperature: with the
 // very division of `naive.py`, so that they tie where its values tie.
@@ -123,8 +125,29 @@ class Row {
   }
 
   // The least value of a candidate such that those above it weigh less than `target` (or are fewer).
-  float floor_by_mass(double target) { return copied_floor(true, target); }
-  float floor_by_count(int64_t count) { return copied_floor(false, static_cast<double>(count)); }
+  float floor_by_count(int64_t count) {
+    std::memcpy(copy_, scaled, static_cast<size_t>(num) * sizeof(float));
+    return floor_of(copy_, nullptr, num, static_cast<double>(count));
+  }
+  float floor_by_mass(double target) {
+    float low = -INFINITY, high = INFINITY;  // the floor is in [low, high)
+    double above = 0.0;                      // the mass from `high` on
+    if (num > kFewCandidates) {
+      low = peak - 128.0f, high = peak + 1.0f;
+      for (int i = 0; i < kHalvings; ++i) {
+        const float middle = low + 0.5f * (high - low);
+        const double mass_from = mass_over(middle);
+        if (mass_from >= target) low = middle;
+        else high = middle, above = mass_from;
+      }
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < num; ++i) {
+      copy_[count] = scaled[i], copied_mass_[count] = mass[i];
+      count += (scaled[i] >= low) & (scaled[i] < high);
+    }
+    return count ? floor_of(copy_, copied_mass_, count, target - above) : low;
+  }
 
   double sum() const {
     double all = 0.0;
@@ -162,10 +185,16 @@ class Row {
     return sum();
   }
 
-  float copied_floor(bool is_weighed, double target) {
-    std::memcpy(copy_, scaled, static_cast<size_t>(num) * sizeof(float));
-    if (is_weighed) std::memcpy(copied_mass_, mass, static_cast<size_t>(num) * sizeof(float));
-    return floor_of(copy_, is_weighed ? copied_mass_ : nullptr, num, target);
+  double mass_over(float low) const {
+    const F least = f_set(low);
+    F sum = f_zero();
+    for (int64_t i = 0; i < num; i += kLanes) {
+      const int64_t rest = num - i;
+      const F m = rest < kLanes ? f_load_n(mass + i, rest) : f_load(mass + i);
+      const F v = rest < kLanes ? f_load_n(scaled + i, rest) : f_load(scaled + i);
+      sum = f_add(sum, f_zero_where_below(m, v, least));
+    }
+    return static_cast<double>(f_sum(sum));
   }
 
   static void swap(float* v, int64_t i, int64_t j) {
