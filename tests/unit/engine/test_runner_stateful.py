@@ -27,6 +27,17 @@ from mxn.kernels.batch import StepBatch
 VOCAB = 3
 
 
+class InjectedFault(RuntimeError):
+    """The only error that a pass may meet here."""
+
+
+class ShadowRunner(Runner):
+    def _recover(self, error: Exception, work: Any, result: Any) -> None:
+        if not isinstance(error, InjectedFault):
+            raise error
+        super()._recover(error, work, result)
+
+
 class ShadowModel:
     """One (position, token) for each slot, and the contexts of the passes since they were asked."""
 
@@ -43,7 +54,7 @@ class ShadowModel:
         attention = batch.attention
         if self.fails_once and attention.num_sequences > 1:
             self.fails_once = False
-            raise RuntimeError("injected fault in forward")
+            raise InjectedFault
         self.batches.append(id(batch))
         assert attention.context_lens == attention.context_lens_S.tolist()
         assert attention.query_starts == attention.query_starts_S1.tolist()
@@ -86,7 +97,7 @@ class Shadow:
 
     def __init__(self, pages: PageTable, max_sequences: int) -> None:
         self.model = ShadowModel(pages.num_pages * pages.page_tokens)
-        self.runner = Runner(
+        self.runner = ShadowRunner(
             self.model,  # type: ignore[arg-type]
             [],
             FirstToken(),  # type: ignore[arg-type]
@@ -144,8 +155,10 @@ TestRunnerMachine.settings = settings(max_examples=40, stateful_step_count=40, d
 class Loop:
     """A scheduler and a runner without drafts, stepped by hand."""
 
-    def __init__(self, num_pages: int = 64, page_tokens: int = 4) -> None:
-        pages = PageTable(num_pages, page_tokens, prefix_caching=False)
+    def __init__(
+        self, num_pages: int = 64, page_tokens: int = 4, *, prefix_caching: bool = False
+    ) -> None:
+        pages = PageTable(num_pages, page_tokens, prefix_caching=prefix_caching)
         config = SchedulerConfig(max_batch_tokens=64, max_sequences=4, max_context=64)
         self.scheduler = Scheduler(config, pages)
         self.shadow = Shadow(pages, 4)
@@ -195,3 +208,35 @@ def test_a_change_of_company_packs_anew(change: str) -> None:
     assert kept.batch is not None
     assert second != first
     assert loop.step() not in (first,)
+
+
+def test_pages_that_do_not_follow_each_other_end_a_run_within_a_batch() -> None:
+    """A short sequence grows up to where another begins; the longest needs no column then."""
+    loop = Loop(num_pages=20, page_tokens=2)
+    for number, length in enumerate((16, 2, 1)):
+        loop.add(f"s{number}", length)
+    loop.step()
+    steps = []
+    for _ in range(6):
+        batch = loop.step()
+        decodes = loop.shadow.runner._decodes
+        assert decodes is not None
+        steps.append((batch, -1 in (decodes.batch.attention.run_starts or ())))
+    assert steps[4] == (steps[5][0], False)
+    assert steps[5][1]
+
+
+def test_another_sequence_at_the_next_position_is_no_continuation() -> None:
+    """Its prompt is cached but for one token, so its first step looks like a decode."""
+    loop = Loop(prefix_caching=True)
+    loop.scheduler.add(Sequence("c", [0] * 21, max_total_tokens=60))
+    loop.add("a", 8)
+    loop.step()  # the prompts
+    for _ in range(3):
+        loop.step()
+    first = loop.step(finished=("a",))  # twelve tokens are computed: three pages
+    kept = loop.shadow.runner._decodes
+    loop.scheduler.add(Sequence("b", [1] * 8 + [2] * 4 + [7], max_total_tokens=60))
+    assert loop.step() != first
+    assert kept is not None
+    assert kept.batch.attention.context_lens == [25, 12]
