@@ -17,7 +17,7 @@ import torch
 from mxn.engine.stepbatch import ALIGN, Chunk, PageRows, pack_with_memory
 
 if TYPE_CHECKING:
-    from mxn.engine.scheduler import ScheduledSequence
+    from mxn.engine.plan import ScheduledSequence
     from mxn.kernels.batch import StepBatch
 
 
@@ -44,7 +44,7 @@ class DecodeBatch:
         self._sequences = [item.sequence for item in items]
         self._pages = [item.pages for item in items]  # live lists, which only grow while they last
         self._num_pages = [len(item.pages) for item in items]
-        self._memory = memoryview(packed.host).cast("B")
+        self._memory = packed.host.data.cast("B")
         num, width = packed.batch.attention.page_table_SP.shape
         self._table = packed.host[packed.offsets[5] :][: num * width].reshape(num, width)
         self._fields = _fields(num)

@@ -179,9 +179,10 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
     from mxn.engine.grammar import Grammars
     from mxn.engine.kvcache import PageTable
     from mxn.engine.mtp import PredictingDecoder
+    from mxn.engine.plan import SchedulerConfig
     from mxn.engine.runner import Runner
     from mxn.engine.sampler import Sampler
-    from mxn.engine.scheduler import Scheduler, SchedulerConfig
+    from mxn.engine.scheduler import Scheduler
 
     model = replica.decoder
     if config.speculation == "mtp":

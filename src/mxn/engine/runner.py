@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
     from mxn.engine.adapters import Adapters
     from mxn.engine.draft import MtpDrafter
+    from mxn.engine.plan import ScheduledSequence, StepPlan
     from mxn.engine.protocol import TokenLogprob
     from mxn.engine.sampler import SampledToken, Sampler, SamplingState
-    from mxn.engine.scheduler import ScheduledSequence, StepPlan
     from mxn.kernels.batch import StepBatch
     from mxn.models.base import CausalLM, LayerCache
 

@@ -14,8 +14,8 @@ from mxn.models.lora import Part
 
 if TYPE_CHECKING:
     from mxn.engine.adapters import Adapter
+    from mxn.engine.plan import ScheduledSequence
     from mxn.engine.sampler import SamplingState
-    from mxn.engine.scheduler import ScheduledSequence
     from mxn.engine.stepbatch import Chunk
 
 # A single prompt that runs out of memory is halved down to this many tokens before it is given up.

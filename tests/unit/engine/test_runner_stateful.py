@@ -17,10 +17,11 @@ from hypothesis.stateful import initialize, rule
 from tests.unit.engine.test_scheduler_stateful import SchedulerMachine
 
 from mxn.engine.kvcache import PageTable
+from mxn.engine.plan import SchedulerConfig, StepPlan
 from mxn.engine.protocol import SamplingParams
 from mxn.engine.runner import Runner
 from mxn.engine.sampler import SampledToken, SamplingState
-from mxn.engine.scheduler import Scheduler, SchedulerConfig, StepPlan
+from mxn.engine.scheduler import Scheduler
 from mxn.engine.sequence import Sequence
 from mxn.kernels.batch import StepBatch
 
