@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from mxn.kernels.native.library import missing_reason
+from mxn.kernels.native.library import library, missing_reason
 from mxn.kernels.ops.choose import torch_
+from mxn.kernels.ops.filter_logits.naive import filter_logits
 from mxn.kernels.params import ChoiceRule, LogitEdit
+from mxn.kernels.parity import check_kernel
 from mxn.kernels.registry import kernels_of
+from support.native import usable_variants
 
 VOCAB = 151_936
 needs_native = pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason()))
@@ -97,3 +100,35 @@ def test_the_ends_of_the_random_range_choose_tokens_with_mass() -> None:
     for options in ({}, {"top_p": 0.999}, {"min_p": 0.1}, {"top_k": 3}):
         rules = [ChoiceRule(1.0, uniform, **options) for uniform in (0.0, 0.25, 0.28, last)]  # type: ignore[arg-type]
         assert kernels_of("choose")["native"].fn(logits, 200, rules) == [50, 50, 150, 150]
+
+
+@pytest.mark.parametrize("variant", usable_variants())
+def test_every_variant_chooses_what_the_truth_says(variant: str) -> None:
+    before = library().variant()
+    try:
+        library().use_variant(variant)
+        found = check_kernel(kernels_of("choose")["native"], torch.device("cpu"), torch.float32)
+        assert found.failures == ()
+    finally:
+        library().use_variant(before)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["open", "top-k", "top-p", "min-p", "all"])
+def test_tokens_come_with_the_probabilities_of_the_filtered_softmax(name: str) -> None:
+    """Chi-square over 20,000 draws; the limit is six standard deviations over its mean."""
+    draws, vocab = 20_000, 333
+    row = logits_of(1, vocab, seed=5, scale=1.5)
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rule = ChoiceRule(**({"temperature": 0.9} | RULES[name]))  # type: ignore[arg-type]
+    rules = [rule._replace(uniform=u) for u in uniform.float().clamp_max(1 - 2.0**-24).tolist()]
+    tokens = kernels_of("choose")["native"].fn(row.expand(draws, -1), vocab, rules)
+    counts = torch.bincount(torch.tensor(tokens), minlength=vocab).double()
+    numbers = (rule.temperature, rule.top_k, rule.top_p, rule.min_p)
+    kept, _, _ = filter_logits(row, *(torch.tensor([number]) for number in numbers))
+    expected = kept.double().softmax(1)[0] * draws
+    assert counts[expected == 0].sum() == 0
+    is_common = expected >= 5
+    statistic = ((counts - expected)[is_common] ** 2 / expected[is_common]).sum()
+    freedom = int(is_common.sum()) - 1
+    assert statistic < freedom + 6 * math.sqrt(2 * max(freedom, 1))
