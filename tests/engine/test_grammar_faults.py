@@ -113,8 +113,9 @@ def test_what_fails_at_once_is_refused(core, grammar):
 def test_what_fails_later_ends_one_request_only(core, grammar, sampling, monkeypatch, caplog):
     alone = tokens(run(core, asked("good", None, sampling))["good"])
     steps = []
-    forward = core._runner._forward
-    monkeypatch.setattr(core._runner, "_forward", lambda work: steps.append(1) or forward(work))
+    model = core._runner._model
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args: steps.append(1) or forward(*args))
     before = core.stats().steps_total
     found = run(core, asked("good", None, sampling), asked("bad", grammar, sampling))
     assert tokens(found["good"]) == alone

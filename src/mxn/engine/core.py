@@ -42,10 +42,11 @@ from mxn.errors import (
 
 if TYPE_CHECKING:
     from mxn.engine.grammar import Grammars, GrammarState
+    from mxn.engine.plan import StepPlan
     from mxn.engine.protocol import Grammar
     from mxn.engine.runner import Runner, StepResult
     from mxn.engine.sampler import SampledToken
-    from mxn.engine.scheduler import Scheduler, StepPlan
+    from mxn.engine.scheduler import Scheduler
 
 log = logging.getLogger("mxn.engine")
 

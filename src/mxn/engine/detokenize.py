@@ -11,12 +11,14 @@ given out cannot be taken back, so text waits until no later token can change it
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mxn.errors import InternalError, UserError
 
 _BROKEN = "\ufffd"  # what decoders put in place of bytes that are no character (yet)
+_UTF8 = getincrementaldecoder("utf-8")
 _WINDOW_MAX = 24  # tokens decoded together; then the window is cut to ...
 _WINDOW_KEPT = 8  # ... these. Both measured, see docs/design/0004
 _UNSURE_CHARS = 4  # at the start of a window: a stripped space or up to 3 bytes of a cut character
@@ -29,6 +31,15 @@ class TokenDecoder(Protocol):
     """
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+
+@runtime_checkable
+class ByteDecoder(Protocol):
+    """A decoder that may know its tokens as bytes, which joined are the text in UTF-8."""
+
+    def byte_pieces(self, skip_special_tokens: bool) -> Mapping[int, bytes] | None:
+        """Return the bytes of every id, or None where the text is more than these."""
+        ...
 
 
 def byte_fallback_ids(vocab: Mapping[str, int]) -> frozenset[int]:
@@ -177,6 +188,41 @@ class _TextWindow:
             self._context = ""
 
 
+class _ByteText:
+    """Turns tokens that are plain bytes into text, character by character; see `_TextWindow`."""
+
+    def __init__(self, pieces: Mapping[int, bytes], context_ids: Sequence[int]) -> None:
+        self._pieces = pieces
+        self._decoder = _UTF8("replace")
+        self._decoder.decode(b"".join([pieces[token_id] for token_id in context_ids]))
+        # The context ends within a character: what becomes of it is output only if it is whole.
+        self._is_inside = bool(self._decoder.getstate()[0])
+
+    def push(self, token_id: int) -> str:
+        text = self._decoder.decode(self._pieces[token_id])
+        return self._without_context(text) if self._is_inside else text
+
+    def flush(self) -> str:
+        text = self._decoder.decode(b"", True)
+        return self._without_context(text) if self._is_inside else text
+
+    def _without_context(self, text: str) -> str:
+        self._is_inside = not text
+        return text.removeprefix(_BROKEN)
+
+
+def _text_of(
+    decoder: TokenDecoder, skip: bool, context_ids: Sequence[int], byte_ids: Collection[int]
+) -> _ByteText | _TextWindow:
+    if isinstance(decoder, ByteDecoder):
+        pieces = decoder.byte_pieces(skip)
+        if pieces is not None:
+            return _ByteText(pieces, context_ids)
+    return _TextWindow(
+        decoder, skip_special_tokens=skip, context_ids=context_ids, byte_ids=byte_ids
+    )
+
+
 class StreamDetokenizer:
     """The text of one sequence, in deltas.
 
@@ -197,12 +243,8 @@ class StreamDetokenizer:
         min_tokens: int = 0,
         byte_ids: Collection[int] = frozenset(),
     ) -> None:
-        self._window = _TextWindow(
-            decoder,
-            skip_special_tokens=skip_special_tokens,
-            context_ids=_context_tail(prompt_ids, byte_ids),
-            byte_ids=byte_ids,
-        )
+        context_ids = _context_tail(prompt_ids, byte_ids)
+        self._window = _text_of(decoder, skip_special_tokens, context_ids, byte_ids)
         self._matcher = StopMatcher(stop)
         self._include_stop_str = include_stop_str
         self._min_tokens = min_tokens

@@ -136,7 +136,7 @@ class _Drafting:
 
 
 class NgramDrafter:
-    """Implements `scheduler.Drafter` by looking up the last tokens in the sequence itself."""
+    """Implements `plan.Drafter` by looking up the last tokens in the sequence itself."""
 
     def __init__(self, num_draft_tokens: int) -> None:
         self._limit = num_draft_tokens
@@ -183,7 +183,7 @@ class NgramDrafter:
 
 
 class MtpDrafter:
-    """Implements `scheduler.Drafter` with guesses that the model's prediction layer made."""
+    """Implements `plan.Drafter` with guesses that the model's prediction layer made."""
 
     def __init__(self, num_draft_tokens: int) -> None:
         self._limit = num_draft_tokens

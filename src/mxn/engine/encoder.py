@@ -226,7 +226,7 @@ class EncoderCore:
 
         Raises: ChipError when the device does not work any more.
         """
-        from mxn.engine.runner import check_device
+        from mxn.engine.devicecheck import check_device, first_line
 
         check_device(self._model.device, error)
         if len(batch) > 1:
@@ -235,8 +235,7 @@ class EncoderCore:
             return []
         request_id = batch[0].job.request.request_id
         del self._jobs[request_id]
-        first_line = (str(error).splitlines() or [""])[0]
-        reason = f"the model failed: {type(error).__name__}: {first_line}"
+        reason = f"the model failed: {type(error).__name__}: {first_line(error)}"
         return [Failed(request_id=request_id, message=reason, is_user_error=False)]
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mxn.engine")
 
-SAMPLER_OPS = ("argmax", "penalize", "filter_logits", "sample", "token_logprobs")
+SAMPLER_OPS = ("choose", "token_logprobs")
 
 Report = Callable[[str, int, int], None]  # stage, done, total
 
@@ -195,9 +195,10 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
     from mxn.engine.graphs import capture_decode
     from mxn.engine.kvcache import PageTable
     from mxn.engine.mtp import PredictingDecoder
+    from mxn.engine.plan import SchedulerConfig
     from mxn.engine.runner import Runner
     from mxn.engine.sampler import Sampler
-    from mxn.engine.scheduler import Scheduler, SchedulerConfig
+    from mxn.engine.scheduler import Scheduler
 
     model = replica.decoder
     if config.speculation == "mtp":

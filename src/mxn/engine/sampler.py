@@ -1,8 +1,8 @@
 """Turns logits into tokens: penalties, filters, random choice and log-probabilities.
 
-The rules themselves are ops (`penalize`, `filter_logits`, `sample`, `token_logprobs`); here is only
-which row wants which rule, so that nobody pays for what no row asked. Knows no models, pages, text.
-Start at `Sampler.sample`. Shape letters: R rows, V vocabulary, M (row, token) pairs.
+The rules themselves are ops (`choose`, `token_logprobs`); here is only which row wants which rule,
+so that nobody pays for what no row asked. Knows no models, pages, text.
+Start at `Sampler.sample`. Shape letters: R rows, V vocabulary.
 
 A token depends on its own logits, params, seed and position only, never on other rows of a step.
 """
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import secrets
 from copy import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from mxn.engine.grammar import GrammarState, masks
 from mxn.engine.protocol import SamplingParams, TokenLogprob
+from mxn.kernels.params import ChoiceRule, LogitEdit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from mxn.kernels.registry import Ops
 
 GREEDY_BELOW = 1e-5  # temperatures under this would overflow float32 logits, and mean greedy
-_FEW_CANDIDATES = 256  # nearly always hold all that top-p or min-p keep
-_MANY_CANDIDATES = 8192
-_TIES = 8  # room for ties behind the k-th candidate
+_GREEDY = ChoiceRule()
 
 
 class TokenCounts:
@@ -74,7 +72,16 @@ class TokenCounts:
 class SamplingState:
     """What the sampler remembers of one sequence. Call `append` for each token that was kept."""
 
-    __slots__ = ("_counts", "_num_ahead", "eos_ids", "grammar", "output_ids", "params", "seed")
+    __slots__ = (
+        "_counts",
+        "_num_ahead",
+        "_plain_from",
+        "eos_ids",
+        "grammar",
+        "output_ids",
+        "params",
+        "seed",
+    )
 
     def __init__(
         self,
@@ -97,6 +104,7 @@ class SamplingState:
         if self.wants_penalties:
             # Repetition looks at prompt and output, the other two at the output only.
             self._counts = TokenCounts(prompt_ids if params.repetition_penalty != 1 else [])
+        self._plain_from = params.min_tokens if self._may_be_plain() else None
 
     def append(self, token_id: int) -> None:
         """Take note that `token_id` became part of the output."""
@@ -133,16 +141,35 @@ class SamplingState:
         p = self.params
         return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
 
+    def _may_be_plain(self) -> bool:
+        p = self.params
+        is_bare = not p.logit_bias and p.logprobs is None and self.grammar is None
+        return self.is_greedy and is_bare and self._counts is None
+
     @property
     def is_plain(self) -> bool:
         """The logits are used as they are, and only their order counts."""
-        return (
-            self.is_greedy
-            and self._counts is None
-            and not self.params.logit_bias
-            and self.params.logprobs is None
-            and self.num_output >= self.params.min_tokens
-        )
+        return self._plain_from is not None and self.num_output >= self._plain_from
+
+    @property
+    def rule(self) -> ChoiceRule:
+        """Return how the next token is chosen once its logits are penalized."""
+        p = self.params
+        if self.is_greedy:
+            return _GREEDY
+        return ChoiceRule(p.temperature, self.uniform(), max(0, p.top_k), p.top_p, p.min_p)
+
+    def edits(self, row: int) -> list[LogitEdit]:
+        """Return what becomes of the logits of `row` before: penalties first, then biases."""
+        found = []
+        penalties = self.penalties()
+        if penalties is not None and len(penalties[0]):
+            ids, repetition, subtract = penalties
+            found.append(LogitEdit(row, ids, repetition, subtract.astype(np.float32)))
+        if bias := self.bias():
+            ids = np.fromiter(bias, np.int64)
+            found.append(LogitEdit(row, ids, 1.0, -np.fromiter(bias.values(), np.float32)))
+        return found
 
     def uniform(self) -> float:
         """Return the random number in [0, 1) of the next token; 24 bits, exact in float32."""
@@ -164,8 +191,7 @@ class SamplingState:
         return p.logit_bias | dict.fromkeys((*self.eos_ids, *p.stop_token_ids), float("-inf"))
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """`token_id` is -1 if the logits were not numbers, or nothing was allowed: fail the request."""
 
     token_id: int
@@ -184,15 +210,16 @@ class Sampler:
         self._device = torch.device(device)
         self._vocab_size = vocab_size
 
-    @torch.inference_mode()
     def sample(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[SampledToken]:
         """Return one token for each row. `logits_RV` is float32 and stays as it is."""
-        logits_RV = self._allowed(logits_RV[:, : self._vocab_size], requests)
-        if all(state.is_plain for state in requests):
-            return [SampledToken(token) for token in self._ops.argmax(logits_RV).tolist()]
-        changed_RV = self._with_penalties(logits_RV, requests)
-        ids_R = self._choose(changed_RV, requests)
-        return self._with_logprobs(logits_RV, ids_R, requests)
+        choose = self._ops.choose
+        if all([state.is_plain for state in requests]):
+            return [SampledToken(token) for token in choose(logits_RV, self._vocab_size)]
+        logits_RV = self._allowed(logits_RV, requests)
+        rules = [state.rule for state in requests]
+        edits = [edit for row, state in enumerate(requests) for edit in state.edits(row)]
+        ids = choose(logits_RV, self._vocab_size, rules, edits)
+        return self._with_logprobs(logits_RV[:, : self._vocab_size], ids, requests)
 
     @torch.inference_mode()
     def prompt_logprobs(
@@ -208,6 +235,7 @@ class Sampler:
         rows = [row for row, state in enumerate(requests) if state.grammar is not None]
         if not rows:
             return logits_RV
+        logits_RV = logits_RV[:, : self._vocab_size]
         states = [state.grammar for state in requests if state.grammar is not None]
         allowed_GV = torch.from_numpy(masks(states, self._vocab_size)).to(self._device)
         changed_RV = logits_RV.clone()
@@ -215,112 +243,6 @@ class Sampler:
         kept_GV = changed_RV[rows_G].masked_fill_(~allowed_GV, float("-inf"))
         changed_RV[rows_G] = kept_GV
         return changed_RV
-
-    def _with_penalties(self, logits_RV: Tensor, requests: list[SamplingState]) -> Tensor:
-        penalties = [(row, state.penalties()) for row, state in enumerate(requests)]
-        pairs = [(row, *found) for row, found in penalties if found and len(found[0])]
-        biases = [(row, bias) for row, state in enumerate(requests) if (bias := state.bias())]
-        if not pairs and not biases:
-            return logits_RV
-        changed_RV = logits_RV.clone()
-        if pairs:
-            self._penalize(changed_RV, pairs)
-        if biases:
-            self._penalize(
-                changed_RV,
-                [
-                    (row, np.fromiter(bias, np.int64), 1.0, -np.fromiter(bias.values(), np.float32))
-                    for row, bias in biases
-                ],
-            )
-        return changed_RV
-
-    def _penalize(
-        self, logits_RV: Tensor, pairs: list[tuple[int, np.ndarray, float, np.ndarray]]
-    ) -> None:
-        sizes = [len(ids) for _, ids, _, _ in pairs]
-        rows_M = np.repeat([row for row, _, _, _ in pairs], sizes)
-        repetition_M = np.repeat(np.array([rate for _, _, rate, _ in pairs], np.float32), sizes)
-        ids_M = np.concatenate([ids for _, ids, _, _ in pairs])
-        subtract_M = np.concatenate([part for _, _, _, part in pairs]).astype(np.float32)
-        arrays = (rows_M, ids_M, repetition_M, subtract_M)
-        self._ops.penalize(logits_RV, *(torch.from_numpy(a).to(self._device) for a in arrays))
-
-    def _choose(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
-        drawn = [row for row, state in enumerate(requests) if not state.is_greedy]
-        if not drawn:
-            return self._ops.argmax(logits_RV).tolist()
-        if len(drawn) == len(requests):
-            return self._draw(logits_RV, requests)
-        ids_R = self._ops.argmax(logits_RV).tolist()
-        rows = torch.tensor(drawn, device=self._device)
-        found = self._draw(logits_RV[rows], [requests[row] for row in drawn])
-        for row, token in zip(drawn, found, strict=True):
-            ids_R[row] = token
-        return ids_R
-
-    def _draw(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
-        """Return a random token for each row; rows without a filter need no candidates."""
-        is_open = [not any(_rules([state.params])) for state in requests]
-        if all(is_open):
-            return self._draw_open(logits_RV, requests)
-        if not any(is_open):
-            return self._draw_filtered(logits_RV, requests)
-        ids = [-1] * len(requests)
-        for wanted, draw in ((True, self._draw_open), (False, self._draw_filtered)):
-            rows = [row for row, found in enumerate(is_open) if found is wanted]
-            some_RV = logits_RV[torch.tensor(rows, device=self._device)]
-            for row, token in zip(rows, draw(some_RV, [requests[r] for r in rows]), strict=True):
-                ids[row] = token
-        return ids
-
-    def _draw_open(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
-        numbers = [[state.params.temperature, state.uniform()] for state in requests]
-        temperature_R, uniform_R = torch.tensor(numbers, device=self._device).unbind(1)
-        return self._ops.sample(logits_RV / temperature_R.unsqueeze(1), uniform_R).tolist()
-
-    def _draw_filtered(self, logits_RV: Tensor, requests: list[SamplingState]) -> list[int]:
-        """Try with few candidates; the rare row that needs more runs again with more."""
-        ids = [-1] * len(requests)
-        rows = list(range(len(requests)))
-        for num_candidates in (_num_candidates(requests), _MANY_CANDIDATES, None):
-            found, is_exact = self._draw_once(
-                logits_RV, [requests[row] for row in rows], num_candidates
-            )
-            for row, token in zip(rows, found, strict=True):
-                ids[row] = token
-            again = [i for i, exact in enumerate(is_exact) if not exact]
-            if not again:
-                break
-            rows = [rows[i] for i in again]
-            logits_RV = logits_RV[torch.tensor(again, device=self._device)]
-        return ids
-
-    def _draw_once(
-        self, logits_RV: Tensor, requests: list[SamplingState], num_candidates: int | None
-    ) -> tuple[list[int], list[int]]:
-        """Return a token for each row, and for which rows the candidates were enough."""
-        params = [state.params for state in requests]
-        numbers = [
-            [p.temperature, s.uniform(), p.top_p, p.min_p]
-            for p, s in zip(params, requests, strict=True)
-        ]
-        packed = torch.tensor(numbers, device=self._device)
-        temperature_R, uniform_R, top_p_R, min_p_R = packed.unbind(1)
-        has_k, has_p, has_m = _rules(params)
-        kept_RC, ids_RC, is_exact_R = self._ops.filter_logits(
-            logits_RV,
-            temperature_R,
-            torch.tensor([p.top_k for p in params], device=self._device) if has_k else None,
-            top_p_R if has_p else None,
-            min_p_R if has_m else None,
-            num_candidates,
-        )
-        picked_R = self._ops.sample(kept_RC, uniform_R)
-        ids_R = ids_RC.gather(1, picked_R.clamp_min(0).unsqueeze(1)).squeeze(1)
-        ids_R = torch.where(picked_R < 0, -1, ids_R)
-        ids, is_exact = torch.stack((ids_R, is_exact_R.to(ids_R.dtype))).tolist()
-        return ids, is_exact
 
     def _with_logprobs(
         self, logits_RV: Tensor, ids: list[int], requests: list[SamplingState]
@@ -338,21 +260,6 @@ class Sampler:
         found = self._ops.token_logprobs(logits_RV[rows_W], ids_W, max(num_tops))
         by_row = dict(zip(wanted, _token_logprobs(chosen, found, num_tops), strict=True))
         return [SampledToken(token, by_row.get(row)) for row, token in enumerate(ids)]
-
-
-def _rules(params: list[SamplingParams]) -> tuple[bool, bool, bool]:
-    return (
-        any(p.top_k > 0 for p in params),
-        any(p.top_p < 1 for p in params),
-        any(p.min_p > 0 for p in params),
-    )
-
-
-def _num_candidates(requests: list[SamplingState]) -> int:
-    """Return how many of a row's best logits should do to decide its filters."""
-    params = [state.params for state in requests]
-    most = 1 + max(p.top_k for p in params) + _TIES
-    return max(most, _FEW_CANDIDATES) if any(p.top_k <= 0 for p in params) else most
 
 
 def _token_logprobs(

@@ -17,110 +17,16 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple, Protocol
 
+from mxn.engine.drafting import Drafting
 from mxn.engine.kvcache import PageTable
+from mxn.engine.plan import Drafter, ScheduledSequence, SchedulerConfig, SchedulerStats, StepPlan
 from mxn.engine.sequence import Sequence, SequenceState
-from mxn.errors import CapacityError, ConfigError, InternalError, UserError
+from mxn.errors import CapacityError, InternalError, UserError
 
 _order = attrgetter("order")
 _MAX_DEFERRED = 32  # waiting sequences passed over in one step because their prefix is on its way
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    max_batch_tokens: int  # new tokens in one step, over all sequences
-    max_sequences: int  # sequences that hold pages
-    max_context: int  # prompt and output tokens of one sequence
-    prefill_chunk: int | None = None  # new tokens of one sequence in one step; None: the budget
-    priority_step_s: float = 10.0  # one level of priority is worth this much earlier arrival
-    max_draft_rows: int = 16  # drafts make no step larger than this; 0: no drafts
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch_tokens", "max_sequences", "max_context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.max_batch_tokens < self.max_sequences:
-            raise ConfigError(
-                f"max_batch_tokens {self.max_batch_tokens!r} is less than max_sequences "
-                f"{self.max_sequences!r}: each running sequence needs one token of a step",
-                hint="raise max_batch_tokens or lower max_sequences",
-            )
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise ConfigError(f"prefill_chunk must be at least 1, got {self.prefill_chunk!r}")
-        if self.max_draft_rows < 0:
-            raise ConfigError(f"max_draft_rows must be 0 or more, got {self.max_draft_rows!r}")
-        if self.priority_step_s < 0:
-            raise ConfigError(f"priority_step_s must not be negative, got {self.priority_step_s!r}")
-
-
-class Drafter(Protocol):
-    """Guesses the next tokens of sequences that decode; see `mxn.engine.draft`."""
-
-    def propose(self, seq: Sequence, limit: int) -> list[int]:
-        """Return up to `limit` tokens that may follow `seq`; none where a guess does not pay."""
-        ...
-
-    def observe(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
-        """Learn how many of the last guesses came true."""
-        ...
-
-    def observe_step(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
-        """Learn what a step of decodes took."""
-        ...
-
-    def forget(self, seq_id: str) -> None:
-        """The sequence is gone."""
-        ...
-
-
-class ScheduledSequence(NamedTuple):
-    """The part of one sequence in a step: tokens ``start : start + num_tokens`` are computed.
-
-    The last `drafts` of them are guesses behind the tokens of the sequence.
-    """
-
-    sequence: Sequence
-    start: int  # tokens before it are in the cache
-    num_tokens: int
-    pages: list[int]  # the live list of the page table, in token order; covers all tokens
-    samples: bool  # the chunk reaches the last token: a new one is to be sampled
-    num_logits: (
-        int  # logits are wanted for this many last rows of the chunk; 1 when it only samples
-    )
-    drafts: Ordered[int] = ()
-
-    @property
-    def seq_id(self) -> str:
-        return self.sequence.seq_id
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step. `sequences` has decodes first, then chunks of prompts."""
-
-    step: int
-    sequences: tuple[ScheduledSequence, ...]
-    num_tokens: int
-    admitted: tuple[str, ...]  # began (or began again) in this step
-    preempted: tuple[str, ...]  # lost their pages before this step
-
-
-class SchedulerStats(NamedTuple):
-    num_running: int
-    num_waiting: int
-    pages_total: int
-    pages_used: int
-    pages_cached: int
-    steps_total: int
-    preemptions_total: int
-    prompt_tokens_total: int  # of sequences scheduled at least once
-    cached_tokens_total: int  # of those, found in the prefix cache
-    drafts_total: int  # times that a sequence carried drafts in a step
-    draft_tokens_total: int
-    accepted_draft_tokens_total: int
 
 
 class Scheduler:
@@ -131,8 +37,9 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.pages = pages
-        self._drafter = drafter
         self.max_context = min(config.max_context, pages.num_pages * pages.page_tokens)
+        self._drafter = drafter
+        self._drafting = Drafting(config, pages, self.max_context)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # both sorted by order
         self._running: list[Sequence] = []
@@ -143,9 +50,6 @@ class Scheduler:
         self._preemptions = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
-        self._drafts = 0
-        self._draft_tokens = 0
-        self._accepted_draft_tokens = 0
 
     @property
     def num_running(self) -> int:
@@ -225,7 +129,7 @@ class Scheduler:
         if not preempted:  # or it would take back the pages it has just given up
             budget = self._admit(scheduled, admitted, budget, now_s)
             if self._drafter is not None:
-                budget = self._plan_drafts(scheduled, budget, self._drafter)
+                budget = self._drafting.plan(self._drafter, scheduled, budget, len(self._running))
         if not scheduled:
             raise InternalError(f"no sequence can run: {self.stats()}")
         self._steps += 1
@@ -293,7 +197,7 @@ class Scheduler:
                 self.pages.trim(item.seq_id, item.sequence.num_tokens)
 
     def stats(self) -> SchedulerStats:
-        pages = self.pages
+        pages, drafting = self.pages, self._drafting
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -304,9 +208,9 @@ class Scheduler:
             preemptions_total=self._preemptions,
             prompt_tokens_total=self._prompt_tokens,
             cached_tokens_total=self._cached_tokens,
-            drafts_total=self._drafts,
-            draft_tokens_total=self._draft_tokens,
-            accepted_draft_tokens_total=self._accepted_draft_tokens,
+            drafts_total=drafting.num_drafts,
+            draft_tokens_total=drafting.num_tokens,
+            accepted_draft_tokens_total=drafting.num_accepted,
         )
 
     def validate(self) -> None:
@@ -401,56 +305,9 @@ class Scheduler:
         scheduled.append(ScheduledSequence(seq, start, num_tokens, pages, samples, num_logits))
         return num_tokens
 
-    def _plan_drafts(
-        self, scheduled: list[ScheduledSequence], budget: int, drafter: Drafter
-    ) -> int:
-        """Let decodes carry drafts while the step stays small; return the budget left."""
-        num_rows = self.config.max_batch_tokens - budget
-        room = min(budget, self.config.max_draft_rows - num_rows)
-        decodes = [
-            (index, item)
-            for index, item in enumerate(scheduled)
-            if item.num_tokens == 1 and item.samples and item.start >= item.sequence.num_prompt
-        ]
-        for place, (index, item) in enumerate(decodes):
-            if room <= 0:
-                break
-            seq = item.sequence
-            left = (seq.max_total_tokens or self.max_context) - len(seq.token_ids)
-            share = -(-room // (len(decodes) - place))
-            limit = min(share, left - 1)  # one more token comes with the drafts
-            if limit <= 0 or not seq.can_draft:
-                continue
-            drafts = self._give_pages(seq, drafter.propose(seq, limit)[:limit])
-            if drafts:
-                num_tokens = 1 + len(drafts)
-                scheduled[index] = item._replace(
-                    num_tokens=num_tokens, num_logits=num_tokens, drafts=drafts
-                )
-                room -= len(drafts)
-                budget -= len(drafts)
-        return budget
-
-    def _give_pages(self, seq: Sequence, drafts: list[int]) -> list[int]:
-        """Return as many of `drafts` as have a place without taking a page that others may need."""
-        pages, num_tokens = self.pages, len(seq.token_ids)
-        num_held = len(pages.pages_of(seq.seq_id))
-        num_fresh = pages.pages_needed(num_tokens + len(drafts)) - num_held
-        if num_fresh <= 0:
-            return drafts
-        if num_fresh + len(self._running) <= pages.pages_free:
-            pages.grow(seq.seq_id, num_tokens + len(drafts))
-            return drafts
-        return drafts[: num_held * pages.page_tokens - num_tokens]
-
     def _count_rejected(self, seq_id: str, drafts: Ordered[int], tokens: Ordered[int]) -> int:
         """Return how many of `drafts` do not count as computed; note the others."""
-        num_accepted = min(max(0, len(tokens) - 1), len(drafts))
-        if list(tokens[:num_accepted]) != list(drafts[:num_accepted]):
-            raise InternalError(f"sequence {seq_id!r}: {tokens!r} do not follow drafts {drafts!r}")
-        self._drafts += 1
-        self._draft_tokens += len(drafts)
-        self._accepted_draft_tokens += num_accepted
+        num_accepted = self._drafting.count_accepted(seq_id, drafts, tokens)
         if self._drafter is not None:
             self._drafter.observe(seq_id, len(drafts), num_accepted)
         return len(drafts) - num_accepted

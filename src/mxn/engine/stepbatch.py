@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Each part of the shared buffer starts on a multiple of 16 int64 (128 bytes): some kernels read
 # whole vectors, and Triton compiles one variant less when pointers are always aligned.
-_ALIGN = 16
+ALIGN = 16
 
 
 @dataclass(slots=True)
@@ -96,12 +96,33 @@ class PageRows:
         del self._filled[row], self._is_run[row]
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A batch and the memory behind it."""
+
+    batch: StepBatch
+    host: np.ndarray  # int64; all tensors of the batch, one behind the other
+    device: torch.Tensor  # the same on the device; the same memory where that is the processor
+    offsets: list[int]  # where in `host` each part begins
+
+
 def pack(
     chunks: Sequence[Chunk], rows: PageRows, page_tokens: int, device: torch.device
 ) -> StepBatch:
     """Return the batch of `chunks`, in their order, on `device`.
 
     `logits_rows_R` names the wanted rows chunk by chunk; it is None when all rows are wanted.
+    """
+    return pack_with_memory(chunks, rows, page_tokens, device).batch
+
+
+def pack_with_memory(
+    chunks: Sequence[Chunk], rows: PageRows, page_tokens: int, device: torch.device
+) -> Packed:
+    """Return what `pack` does, and where it lies.
+
+    The parts are token ids, positions, slots, context lengths, starts of queries, the page table
+    and, where not all rows are wanted, the wanted ones.
     """
     lens_S = np.array([len(chunk.token_ids) for chunk in chunks])
     starts_S = np.array([chunk.start for chunk in chunks])
@@ -126,7 +147,9 @@ def pack(
         tokens_T, positions_T, slots_T, context_lens_S, query_starts_S1,
         rows.table[rows_S, :num_pages].reshape(-1), *([] if wanted is None else [wanted]),
     ]  # fmt: skip
-    tensors = _to_device(parts, device)
+    host, on_device, offsets = _to_device(parts, device)
+    ends = zip(offsets, parts, strict=True)
+    tensors = [on_device[offset : offset + len(part)] for offset, part in ends]
     attention = AttentionBatch(
         query_starts=query_starts_S1.tolist(),
         context_lens=context_lens_S.tolist(),
@@ -137,12 +160,13 @@ def pack(
         page_tokens=page_tokens,
         run_starts=_run_starts(chunks, rows, page_tokens),
     )
-    return StepBatch(
+    batch = StepBatch(
         token_ids_T=tensors[0],
         positions_T=tensors[1],
         attention=attention,
         logits_rows_R=None if wanted is None else tensors[6],
     )
+    return Packed(batch, host, on_device, offsets)
 
 
 def _run_starts(chunks: Sequence[Chunk], rows: PageRows, page_tokens: int) -> list[int]:
@@ -163,18 +187,15 @@ def _wanted_rows(
 
 def _to_device(
     parts: Sequence[Sequence[int] | np.ndarray], device: torch.device
-) -> list[torch.Tensor]:
-    """Return int64 tensors on `device`, all views of one buffer that was copied once."""
+) -> tuple[np.ndarray, torch.Tensor, list[int]]:
+    """Return one int64 buffer of all parts, its copy on `device`, and where each part begins."""
     import torch
 
     offsets, total = [], 0
     for part in parts:
         offsets.append(total)
-        total += -(-len(part) // _ALIGN) * _ALIGN
+        total += -(-len(part) // ALIGN) * ALIGN
     buffer = np.zeros(total, dtype=np.int64)
     for part, offset in zip(parts, offsets, strict=True):
         buffer[offset : offset + len(part)] = part
-    tensor = torch.from_numpy(buffer).to(device)
-    return [
-        tensor[offset : offset + len(part)] for part, offset in zip(parts, offsets, strict=True)
-    ]
+    return buffer, torch.from_numpy(buffer).to(device), offsets

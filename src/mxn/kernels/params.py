@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -20,3 +23,26 @@ class RouterSpec:
     num_groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
+
+
+class ChoiceRule(NamedTuple):
+    """How the token of one row is chosen; the filters apply in this order, then the draw."""
+
+    temperature: float = 0.0  # 0: the largest logit, and nothing else counts
+    uniform: float = 0.0  # random, in [0, 1)
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+
+    @property
+    def has_filter(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+class LogitEdit(NamedTuple):
+    """What becomes of some logits of one row before its token is chosen; see the op `penalize`."""
+
+    row: int
+    ids: np.ndarray  # int64 [M], each token once
+    repetition: float  # a positive logit is divided by it, another multiplied
+    subtract: np.ndarray  # float32 [M]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import tokenizers
 
@@ -29,15 +29,47 @@ BYTE_LEVEL = _byte_level_alphabet()
 
 def detect_scheme(raw: tokenizers.Tokenizer) -> str:
     """Return how the vocabulary of `raw` spells bytes, read from its decoder."""
-    decoder = raw.decoder
-    # The decoder's own serialization is small; the whole tokenizer's may be tens of megabytes.
-    text = "" if decoder is None else decoder.__getstate__().decode("utf-8")
-    kinds = {item.get("type") for item in _flatten(json.loads(text) if text else {})}
+    kinds = _decoder_kinds(raw)
     if "ByteLevel" in kinds:
         return "byte_level"
     if "WordPiece" in kinds:
         return "wordpiece"
     return "metaspace" if kinds & {"Metaspace", "ByteFallback", "Replace"} else "plain"
+
+
+def is_bytes_only(raw: tokenizers.Tokenizer) -> bool:
+    """Return whether the text of tokens is just their bytes joined, with no rule beside."""
+    return _decoder_kinds(raw) == {"ByteLevel"}
+
+
+def _decoder_kinds(raw: tokenizers.Tokenizer) -> set[str | None]:
+    decoder = raw.decoder
+    # The decoder's own serialization is small; the whole tokenizer's may be tens of megabytes.
+    text = "" if decoder is None else decoder.__getstate__().decode("utf-8")
+    return {item.get("type") for item in _flatten(json.loads(text) if text else {})}
+
+
+class BytePieces(dict[int, bytes]):
+    """Token id → the bytes that the decoder `ByteLevel` makes of it, computed when asked for.
+
+    For tokenizers of which `is_bytes_only` is true. `skipped_ids` have no bytes.
+    """
+
+    def __init__(
+        self, spell: Callable[[int], str | None], skipped_ids: Collection[int] = ()
+    ) -> None:
+        super().__init__((token_id, b"") for token_id in skipped_ids)
+        self._spell = spell
+
+    def __missing__(self, token_id: int) -> bytes:
+        piece = self._spell(token_id) or ""
+        known = [BYTE_LEVEL.get(char) for char in piece]
+        # A piece with any other character, such as a space, is taken as it is.
+        found = (
+            piece.encode() if None in known else bytes(byte for byte in known if byte is not None)
+        )
+        self[token_id] = found
+        return found
 
 
 def _flatten(item: dict) -> list[dict]:

@@ -20,7 +20,7 @@ from mxn.errors import NotFoundError, UnsupportedError, UserError
 from mxn.models.chat_template import ChatTemplates, Message
 from mxn.models.quantized.gguf_storage import find_gguf
 from mxn.models.token_bound import bytes_per_token
-from mxn.models.token_bytes import ByteTable, detect_scheme
+from mxn.models.token_bytes import BytePieces, ByteTable, detect_scheme, is_bytes_only
 
 log = logging.getLogger("mxn.models")
 
@@ -53,6 +53,8 @@ class Backend(Protocol):
     def bytes_per_token(self, vocab: dict[str, int]) -> int | None: ...
 
     def token_id(self, token: str) -> int | None: ...
+
+    def byte_pieces(self) -> dict[bool, BytePieces] | None: ...
 
 
 class _FastBackend:
@@ -110,6 +112,12 @@ class _FastBackend:
     def bytes_per_token(self, vocab: dict[str, int]) -> int | None:
         return bytes_per_token(self.raw, vocab)
 
+    def byte_pieces(self) -> dict[bool, BytePieces] | None:
+        if self._cleans_spaces or not is_bytes_only(self.raw):
+            return None
+        spell = self.raw.id_to_token
+        return {True: BytePieces(spell, self.special_ids()), False: BytePieces(spell)}
+
 
 class _SlowBackend:
     """A Python tokenizer of transformers, for the few kinds that `tokenizers` cannot express."""
@@ -149,6 +157,9 @@ class _SlowBackend:
     def bytes_per_token(self, vocab: dict[str, int]) -> int | None:
         return None  # what its Python code does to a text is not known
 
+    def byte_pieces(self) -> dict[bool, BytePieces] | None:
+        return None
+
 
 class Tokenizer:
     """Encodes, decodes and renders chats for one checkpoint. Thread-safe after construction."""
@@ -170,6 +181,7 @@ class Tokenizer:
         self._added_ids = backend.added_ids()
         self._bytes = ByteTable(byte_scheme, self._added_ids)
         self._bytes_per_token = backend.bytes_per_token(vocab)
+        self._pieces = backend.byte_pieces()
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -319,6 +331,13 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes one token stands for; empty for an id without a token."""
         return self._bytes.lookup(token_id, self._backend.token)
+
+    def byte_pieces(self, skip_special_tokens: bool) -> Mapping[int, bytes] | None:
+        """Return each token's bytes if `decode` only joins them (and looks for UTF-8), else None.
+
+        Any id can be looked up; one without a token, or skipped, has no bytes.
+        """
+        return None if self._pieces is None else self._pieces[skip_special_tokens]
 
     def token_text(self, token_id: int) -> str:
         """Return a token as text; a piece of a character reads `bytes:\\xe2\\x80`."""

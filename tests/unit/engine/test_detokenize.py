@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from mxn.engine.detokenize import StopMatcher, StreamDetokenizer, byte_fallback_ids
 from mxn.errors import InternalError, UserError
+from mxn.models.token_bytes import BytePieces, is_bytes_only
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It doesn't matter, he said.",
@@ -22,7 +23,7 @@ CORPUS = [
     "    indented code:\n\tif x:\n        return  y  # two  spaces",
 ] * 3
 SPECIAL = ["<|end|>", "<|im_start|>", "<unk>"]
-KINDS = ["byte_level", "metaspace", "unigram", "wordpiece"]
+KINDS = ["byte_level", "bytes", "metaspace", "unigram", "wordpiece"]
 
 
 class Decoder:
@@ -39,6 +40,16 @@ class Decoder:
 
     def ids(self, text: str) -> list[int]:
         return self.raw.encode(text, add_special_tokens=False).ids
+
+
+class ByteDecoder(Decoder):
+    """One that also tells the bytes of its tokens."""
+
+    def byte_pieces(self, skip_special_tokens: bool) -> BytePieces:
+        assert is_bytes_only(self.raw)
+        added = self.raw.get_added_tokens_decoder()
+        special = [key for key, token in added.items() if token.special]
+        return BytePieces(self.raw.id_to_token, special if skip_special_tokens else ())
 
 
 def _byte_level() -> Tokenizer:
@@ -97,10 +108,10 @@ def _wordpiece() -> Tokenizer:
 
 @cache
 def make(kind: str) -> Decoder:
-    raw = globals()[f"_{kind}"]()
+    raw = _byte_level() if kind == "bytes" else globals()[f"_{kind}"]()
     raw.add_special_tokens(SPECIAL)
     raw.add_tokens([" an added token "])
-    return Decoder(raw)
+    return ByteDecoder(raw) if kind == "bytes" else Decoder(raw)
 
 
 def naive(decoder: Decoder, prompt: list[int], ids: list[int], *, skip: bool) -> str:
@@ -223,8 +234,9 @@ def test_matcher_counts_only_ends_in_armed_pieces(stops, pieces):
     assert (shown if hit else shown + matcher.flush(), hit) == want
 
 
-def test_an_emoji_appears_only_when_its_last_byte_has_come():
-    decoder = make("byte_level")
+@pytest.mark.parametrize("kind", ["byte_level", "bytes"])
+def test_an_emoji_appears_only_when_its_last_byte_has_come(kind):
+    decoder = make(kind)
     ids = decoder.ids("x👋")
     detokenizer = StreamDetokenizer(decoder)
     deltas = [detokenizer.push([token_id])[0] for token_id in ids]
@@ -233,18 +245,32 @@ def test_an_emoji_appears_only_when_its_last_byte_has_come():
     assert deltas[-1] == "👋"
 
 
-def test_an_incomplete_character_at_the_end_becomes_the_replacement_sign():
-    decoder = make("byte_level")
+@pytest.mark.parametrize("kind", ["byte_level", "bytes"])
+def test_an_incomplete_character_at_the_end_becomes_the_replacement_sign(kind):
+    decoder = make(kind)
     ids = decoder.ids("ok 👋")[:-1]
     detokenizer = StreamDetokenizer(decoder)
     assert detokenizer.push(ids) == ("ok ", None)
     assert detokenizer.finish() == ("\ufffd", None)
 
 
-def test_output_completes_a_character_that_the_prompt_began():
-    decoder = make("byte_level")
+@pytest.mark.parametrize("kind", ["byte_level", "bytes"])
+def test_output_completes_a_character_that_the_prompt_began(kind):
+    decoder = make(kind)
     *prompt, last = decoder.ids("say 👋")
     assert stream(decoder, [[last]], prompt_ids=prompt) == ("👋", None)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "bytes"])
+def test_a_character_that_the_prompt_began_and_nobody_ends_is_no_output(kind):
+    decoder = make(kind)
+    begun = decoder.ids("say 👋")[:-2]
+    letter, stray = decoder.ids("x")[0], decoder.raw.token_to_id("Ģ")  # 0x80: never a beginning
+    for ids in ([], [letter], [stray, letter], [stray, stray, stray, letter]):
+        assert stream(decoder, [ids], prompt_ids=begun) == (
+            naive(decoder, begun, ids, skip=True),
+            None,
+        )
 
 
 def test_a_word_after_the_prompt_keeps_its_leading_space():
@@ -254,8 +280,9 @@ def test_a_word_after_the_prompt_keeps_its_leading_space():
     assert stream(decoder, [ids]) == ("world", None)
 
 
-def test_the_beginning_of_a_stop_string_is_held_until_it_is_decided():
-    decoder = make("byte_level")
+@pytest.mark.parametrize("kind", ["byte_level", "bytes"])
+def test_the_beginning_of_a_stop_string_is_held_until_it_is_decided(kind):
+    decoder = make(kind)
     detokenizer = StreamDetokenizer(decoder, stop=("###", "END"))
     assert detokenizer.push(decoder.ids("a #")) == ("a ", None)
     assert detokenizer.push(decoder.ids("# E")) == ("## ", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +20,26 @@ from transformers import (
 
 from mxn.engine.protocol import SamplingParams
 from mxn.engine.sampler import Sampler, SamplingState
-from mxn.kernels.registry import Ops
+from mxn.kernels.ops.filter_logits.naive import filter_logits
+from mxn.kernels.ops.penalize.naive import penalize
+from mxn.kernels.registry import Ops, kernels_of
+from mxn.kernels.tune import Table
 
 CPU = torch.device("cpu")
 VOCAB = 97
 EOS = 5
 
 
-@pytest.fixture(scope="module")
-def ops() -> Ops:
-    return Ops.bind("cpu", "x86-test", torch.float32)
+@pytest.fixture(scope="module", params=["torch", "native"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    reason = kernels_of("choose")[request.param].reject_reason("x86-test", "float32")
+    if reason:
+        pytest.skip(reason)
+    pins = {"choose": request.param}
+    ops = Ops(CPU, "x86-test", torch.float32, Table.open("x86-test"), pins)
+    for name in ("choose", "token_logprobs"):
+        setattr(ops, name, ops._choose(name))
+    return ops
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +59,31 @@ def state_of(prompt: list[int], output: list[int], **params: object) -> Sampling
 
 
 class Recorder:
-    """Ops that also keep what `sample` was given, and the tokens these logits belong to."""
+    """Ops that keep what `choose` was given."""
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops
-        self.given: list[torch.Tensor] = []
-        self.ids: torch.Tensor | None = None
-
-    def filter_logits(self, *args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        found = self._ops.filter_logits(*args)
-        self.ids = found[1]
-        return found
+        self.given: tuple[Any, ...] = ()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._ops, name)
 
-    def sample(self, logits_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
-        self.given.append(logits_RV.clone())
-        return self._ops.sample(logits_RV, uniform_R)
+    def choose(self, *args: Any) -> list[int]:
+        self.given = args
+        return self._ops.choose(*args)
 
 
 def drawn_from(ops: Ops, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
-    """Return the filtered logits that the token is drawn from."""
+    """Return the logits that the token is drawn from: what the truth of the op makes of a call."""
     recorder = Recorder(ops)
     Sampler(recorder, CPU, logits.shape[1]).sample(logits, [state])  # type: ignore[arg-type]
-    if recorder.ids is None:
-        return recorder.given[-1]
-    return torch.full_like(logits, -math.inf).scatter(1, recorder.ids, recorder.given[-1])
+    given, num_tokens, [rule], edits = recorder.given
+    edited = given[:, :num_tokens].clone()
+    for row, ids, repetition, subtract in edits:
+        pairs = (torch.full((len(ids),), row), torch.from_numpy(ids))
+        penalize(edited, *pairs, torch.full((len(ids),), repetition), torch.from_numpy(subtract))
+    numbers = (rule.temperature, rule.top_k, rule.top_p, rule.min_p)
+    return filter_logits(edited, *(torch.tensor([number]) for number in numbers))[0]
 
 
 PROMPT, OUTPUT = [3, 9, 9, 40], [9, 11, 60, 11]
@@ -210,18 +219,6 @@ def test_tokens_come_with_the_probabilities_of_the_filtered_softmax(
     statistic = ((counts - expected)[is_common] ** 2 / expected[is_common]).sum()
     freedom = int(is_common.sum()) - 1
     assert statistic < freedom + 6 * math.sqrt(2 * max(freedom, 1))
-
-
-@pytest.mark.parametrize(("vocab", "runs"), [(4000, 2), (20000, 3)])
-def test_flat_logits_with_top_p_run_again_with_more_candidates(
-    vocab: int, runs: int, ops: Ops
-) -> None:
-    """A flat row: 256 candidates hold a few percent of the mass, top_p wants 90 %."""
-    recorder = Recorder(ops)
-    logits = logits_of(1, vocab=vocab) * 1e-3
-    Sampler(recorder, CPU, vocab).sample(logits, [state_of([1], [], top_p=0.9)])  # type: ignore[arg-type]
-    assert len(recorder.given) == runs
-    assert int(recorder.given[-1].isfinite().sum()) == pytest.approx(0.9 * vocab, rel=1e-3)
 
 
 def test_logprobs_are_of_the_model_not_of_the_penalties(sampler: Sampler) -> None:

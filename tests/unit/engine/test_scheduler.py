@@ -7,7 +7,8 @@ from zlib import crc32
 import pytest
 
 from mxn.engine.kvcache import PageTable
-from mxn.engine.scheduler import Scheduler, SchedulerConfig, StepPlan
+from mxn.engine.plan import SchedulerConfig, StepPlan
+from mxn.engine.scheduler import Scheduler
 from mxn.engine.sequence import Sequence
 from mxn.errors import CapacityError, ConfigError, InternalError, UserError
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mxn.engine.kvcache import PageTable
-from mxn.engine.scheduler import Scheduler, SchedulerConfig, StepPlan
+from mxn.engine.plan import SchedulerConfig, StepPlan
+from mxn.engine.scheduler import Scheduler
 from mxn.engine.sequence import Sequence, SequenceState
 
 

@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "bind_sample.h"
 #include "decoder.h"
 
 namespace nb = nanobind;
@@ -279,4 +280,5 @@ NB_MODULE(_C, m) {
   bind_layers(m);
   bind_decoder(m);
   bind_ops(m);
+  bind_sample(m);
 }

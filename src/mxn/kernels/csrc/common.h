@@ -111,6 +111,8 @@ struct Attend {
 constexpr int kMaxQueryRows = 16;
 constexpr int kChunk = 64;  // tokens of a step of attention
 
+struct ChoiceRule;  // sample.h
+
 // One variant's kernels. All pointers are set; nothing here allocates or throws.
 struct Kernels {
   const char* name;
@@ -137,6 +139,7 @@ struct Kernels {
   int64_t (*argmax)(const float* x, int64_t n);  // -1: not finite, or a NaN among them
   void (*pack_block)(const float* const* rows, int64_t k, int64_t k_padded, int64_t group, int bits,
                      uint8_t* data, float* scales, float* mins);
+  int64_t (*choose)(const float* x, int64_t n, const ChoiceRule&, float* scratch);  // -1: like argmax
 };
 
 inline int64_t attend_scratch(int k_dim, int v_dim) {

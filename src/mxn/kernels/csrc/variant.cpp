@@ -18,6 +18,7 @@ void attend(const Attend&);
 void softcap_row(float*, int64_t, float);
 int64_t argmax_row(const float*, int64_t);
 void pack_block(const float* const*, int64_t, int64_t, int64_t, int, uint8_t*, float*, float*);
+int64_t choose_token(const float*, int64_t, const ChoiceRule&, float*);
 }  // namespace MXN_NS
 
 #define MXN_JOIN(a, b) a##b
@@ -29,7 +30,7 @@ const Kernels& MXN_TABLE(MXN_NS)() {
   namespace v = MXN_NS;
   static const Kernels table{MXN_NAME(MXN_NS), v::tile_rows(), v::tile_rows_of, v::gemm, v::gemm_glu, v::rms_norm,
                              v::quantize, v::activate_row, v::add_row, v::rope, v::cache_write,
-                             v::attend, v::softcap_row, v::argmax_row, v::pack_block};
+                             v::attend, v::softcap_row, v::argmax_row, v::pack_block, v::choose_token};
   return table;
 }
 

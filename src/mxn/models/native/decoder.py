@@ -91,6 +91,17 @@ def refuse(spec: DecoderSpec) -> None:
         raise UnsupportedError(f"{spec.family} cannot run on native kernels: {reason}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The arguments of a native step, and what keeps their addresses alive."""
+
+    batch: StepBatch
+    cache: list[LayerCache]
+    rows_R: Tensor
+    logits_RV: Tensor
+    arguments: tuple[int, ...]
+
+
 class NativeDecoder:
     """A decoder-only model on packed weights, computing in float32 and int8 on the processor."""
 
@@ -111,6 +122,7 @@ class NativeDecoder:
         self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
         self._logits_area = self._hidden_area = torch.empty(0)
         self._rows = torch.arange(64)
+        self._call: _Call | None = None  # the last one: a step of decodes writes over its batch
         self._build()
 
     def _build(self) -> None:
@@ -118,6 +130,7 @@ class NativeDecoder:
         self._native = self._lib.Decoder()
         self._prediction: NativePrediction | None = None
         self._pages = (0, 0)
+        self._call = None
         parts = self.parts
         self._fill(parts.table_VD, parts.head, parts.final_norm)
         for layer, weights in zip(self.spec.layers, parts.layers, strict=True):
@@ -144,7 +157,12 @@ class NativeDecoder:
         The result is overwritten by the next call: fresh memory for 32 rows of a large vocabulary
         would cost more page faults than a layer costs time.
         """
-        return self._run(batch, cache, 0, 0)
+        call = self._call
+        if call is None or call.batch is not batch or call.cache is not cache:
+            call = self._call = self._prepare(batch, cache, 0, 0)
+        self._grow_ropes(max(batch.attention.context_lens, default=1))
+        self._native.forward(self._pool, *call.arguments)
+        return call.logits_RV
 
     def forward_hidden(self, batch: StepBatch, cache: list[LayerCache]) -> tuple[Tensor, Tensor]:
         """Return what `forward` does, and the rows behind the final norm [T, D]; both as there."""
@@ -171,10 +189,19 @@ class NativeDecoder:
         """Run the prediction layer: see `Decoder.predict_after_next`. Results as in `forward`."""
         return self.prediction.predict(normed_TD, batch, cache)
 
-    @torch.inference_mode()
     def _run(
         self, batch: StepBatch, cache: list[LayerCache], hidden_in: int, hidden_out: int
     ) -> Tensor:
+        """Return logits [R, V]; rows behind the norm [T, D] are read and written where given."""
+        call = self._prepare(batch, cache, hidden_in, hidden_out)
+        self._grow_ropes(max(batch.attention.context_lens, default=1))
+        self._native.forward(self._pool, *call.arguments)
+        return call.logits_RV
+
+    def _prepare(
+        self, batch: StepBatch, cache: list[LayerCache], hidden_in: int, hidden_out: int
+    ) -> _Call:
+        """Return the arguments of the native call; they hold while the batch's memory stays."""
         attention = batch.attention
         pages = (attention.page_tokens, cache[0].k.shape[0])
         if pages != self._pages:
@@ -184,11 +211,9 @@ class NativeDecoder:
         if rows_R is None:
             rows_R = self._all_rows(num_tokens)
         num_rows = rows_R.shape[0]
-        self._grow_ropes(max(attention.context_lens, default=1))
         logits_RV = self._logits(num_rows)
         pages_SP = attention.page_table_SP
-        self._native.forward(
-            self._pool,
+        arguments = (
             num_tokens,
             attention.num_sequences,
             num_rows,
@@ -204,7 +229,7 @@ class NativeDecoder:
             hidden_in,
             hidden_out,
         )
-        return logits_RV
+        return _Call(batch, cache, rows_R, logits_RV, arguments)
 
     def score_ranges(self, prompts: list[list[int]]) -> list[tuple[float, float, int]]:
         """Return (least, largest, rows) of the maxima of attention rows, layer by layer."""
