@@ -18,6 +18,7 @@ from mxn.kernels.native.library import library, use_threads
 from mxn.kernels.native.memory import lazy_zeros
 from mxn.kernels.native.pack import PackedWeight
 from mxn.models.base import LayerCache
+from mxn.models.native.check import check
 from mxn.models.native.reader import NativeMla, NativeMoe, NativeReader
 from mxn.models.spec import AttentionSpec, MlpSpec, MoeSpec
 
@@ -107,6 +108,7 @@ class NativeDecoder:
 
     def __init__(self, spec: DecoderSpec, parts: NativeParts, *, num_threads: int) -> None:
         refuse(spec)
+        check(spec, parts)
         self.spec = spec
         self.parts = parts  # the native side has addresses of its memory
         self.format = parts.format
