@@ -43,7 +43,7 @@ def test_a_config_of_other_sizes_is_refused(case, key, value, named, tmp_path):
     tiny.write(case, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(MxnError if named is None else UnsupportedError, match=named or ""):
+    with pytest.raises(MxnError if named is None else UnsupportedError, match=named or "."):
         load(tmp_path, "int8")
 
 

@@ -43,6 +43,11 @@ struct Weight {
   int64_t block_bytes() const { return k_padded * kLanes * bits() / 8; }
   int middle() const { return 1 << (bits() - 1); }  // what stands for 0 where there is no minimum
   bool is_quantized() const { return bits() <= 8; }
+  // Whether rows made ready for `other` are what this weight multiplies.
+  bool reads_rows_of(const Weight& other) const {
+    if (is_quantized() != other.is_quantized() || k != other.k) return false;
+    return !is_quantized() || (group == other.group && k_padded == other.k_padded);
+  }
 };
 
 // Rows of activations. Plain formats read `x`; quantized ones int8 values with a scale a group.

@@ -221,11 +221,14 @@ void Decoder::latent_layer(Pool& pool, const Step& step, const Layer& layer, uin
   const int64_t m = step.num_tokens, q_head = a.nope_dim + a.rope_dim, q_width = a.heads * q_head;
   const int64_t key_dim = a.latent + a.rope_dim, kv_width = a.latent + a.rope_dim;
   const Weight& first = a.has_q_lora ? a.q_a : a.q;
-  const Rows* rows = &packed_.make(pool, first, x, hidden, m, layer.pre_attn, eps, act_group);
+  const Rows* rows = &packed_.make(pool, a.kv_a, x, hidden, m, layer.pre_attn, eps, act_group);
   float* q = wide_.at_least(m * (q_width + kv_width));
   float* kv = q + m * q_width;
-  // Both products read the same rows; kv_a has the same format as the first by construction.
   multiply(pool, a.kv_a, *rows, m, kv, kv_width, false);
+  // Both products read the same rows, unless a checkpoint brings them in two groupings.
+  if (!a.kv_a.reads_rows_of(first)) {
+    rows = &packed_.make(pool, first, x, hidden, m, layer.pre_attn, eps, act_group);
+  }
   if (a.has_q_lora) {
     float* rank = branch_.at_least(m * a.q_rank);
     multiply(pool, a.q_a, *rows, m, rank, a.q_rank, false);

@@ -67,6 +67,7 @@ class NativeReader(WeightReader):
     ) -> None:
         super().__init__(spec, names, checkpoint, PackingOps(format.weights))  # type: ignore[arg-type]
         self.format = format
+        self._keeps_stored = True  # weights that their maker quantized, as they are
 
     def packed_embedding(self) -> tuple[Tensor | None, PackedWeight]:
         """Return the embedding table, None when it is tied to the packed head, and the head."""
@@ -118,7 +119,7 @@ class NativeReader(WeightReader):
 
         Rounding numbers that were rounded before loses twice and gains nothing.
         """
-        if not wanted.is_quantized:
+        if not wanted.is_quantized or not self._keeps_stored:
             return None
         if any(not self.checkpoint.is_quantized(module) for module in modules):
             return None
@@ -165,15 +166,7 @@ class NativeReader(WeightReader):
     def _native_moe(self, spec: MoeSpec, prefix: str) -> NativeMoe:
         names, bias = self.names, prefix + self.names.router_bias
         has_bias = spec.router.scoring == "sigmoid" or bias in self.checkpoint
-        one = MlpSpec(intermediate=spec.intermediate, activation=spec.activation)
-        experts = [
-            self._mlp(
-                one,
-                tuple(prefix + name.format(e=e) for name in names.expert_gate_up),
-                prefix + names.expert_down.format(e=e),
-            )
-            for e in range(spec.router.num_experts)
-        ]
+        experts = self._experts(spec, prefix)
         gates = tuple(prefix + name for name in names.shared_gate_up)
         shared = self._mlp(spec.shared, gates, prefix + names.shared_down) if spec.shared else None
         gate = f"{prefix}{names.shared_gate}.weight"
@@ -184,6 +177,26 @@ class NativeReader(WeightReader):
             shared=shared,
             shared_gate=pack(self.tensor(gate), F32) if spec.has_shared_gate else None,
         )
+
+    def _experts(self, spec: MoeSpec, prefix: str) -> list[MlpWeights]:
+        """Return the experts, all in one grouping: a step makes the rows of all ready at once.
+
+        Where a checkpoint has only some of them quantized, none is kept as its maker stored it.
+        """
+        names, before = self.names, self.checkpoint.num_parameters
+        one = MlpSpec(intermediate=spec.intermediate, activation=spec.activation)
+        ways = [
+            (tuple(prefix + name.format(e=e) for name in names.expert_gate_up),
+             prefix + names.expert_down.format(e=e))
+            for e in range(spec.router.num_experts)
+        ]  # fmt: skip
+        experts = [self._mlp(one, *way) for way in ways]
+        formats = {(expert.gate_up.format.group, expert.down.format.group) for expert in experts}
+        if len(formats) > 1:
+            self.checkpoint.num_parameters, self._keeps_stored = before, False
+            experts = [self._mlp(one, *way) for way in ways]
+            self._keeps_stored = True
+        return experts
 
     def _mla(self, spec: AttentionSpec, prefix: str) -> Any:
         assert spec.mla is not None
