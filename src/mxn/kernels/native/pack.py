@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mxn.errors import UnsupportedError
 from mxn.kernels.native.formats import WeightFormat
 from mxn.kernels.native.library import library, pool
 from mxn.kernels.native.memory import Arena
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LANES = 16
+_LARGEST_ACTIVATION = 127  # of a quantized row
 _arena = Arena()
 
 
@@ -43,6 +45,7 @@ class PackedWeight:
     kernel: str = "native"
 
     def __post_init__(self) -> None:
+        self._refuse_long_sums()
         self.handle = self._make_handle()
 
     @property
@@ -53,6 +56,19 @@ class PackedWeight:
     def num_bytes(self) -> int:
         parts = (self.data, self.scales, self.mins, self.bias)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def _refuse_long_sums(self) -> None:
+        """Raises: UnsupportedError when the int32 sum of a group could overflow."""
+        if not self.format.is_quantized:
+            return
+        largest = 2**self.format.bits - 1 if self.mins is not None else 2 ** (self.format.bits - 1)
+        limit = (2**31 - 1) // (_LARGEST_ACTIVATION * largest)
+        if (self.format.group or self.in_padded) > limit:
+            raise UnsupportedError(
+                f"a row of {self.in_features} columns with one scale; {self.format} sums up to "
+                f"{limit} of them in 32 bits",
+                hint="a format with a scale for each group of columns, such as int8-g128",
+            )
 
     def _make_handle(self) -> Any:
         lib = library()
