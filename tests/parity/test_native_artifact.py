@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,6 +71,55 @@ def test_an_existing_directory_is_not_touched(packed, tmp_path):
     with pytest.raises(ConfigError, match="exists"):
         pack_model(tmp_path / "source", formats.parse("int8"), packed)
     assert (packed / MANIFEST).read_bytes() == before
+
+
+def test_an_existing_directory_is_found_before_the_work(packed, tmp_path, monkeypatch):
+    from mxn.models.native import decoder
+
+    monkeypatch.setattr(decoder, "read_parts", lambda *_, **__: 1 / 0)
+    with pytest.raises(ConfigError, match="exists"):
+        pack_model(tmp_path / "source", formats.parse("int8"), packed)
+
+
+def test_what_a_killed_pack_left_is_removed_and_what_runs_is_not(packed, tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                           capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    dead, alive = tmp_path / f".next.{ended}.tmp", tmp_path / f".next.{os.getppid()}.tmp"
+    for path in (dead, alive):
+        path.mkdir()
+        (path / WEIGHTS).write_bytes(b"half")
+    pack_model(tmp_path / "source", formats.parse("int8"), tmp_path / "next")
+    assert (tmp_path / "next" / MANIFEST).is_file()
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_only_config_tokenizer_and_texts_are_copied(tmp_path):
+    tiny.write("llama2", tmp_path / "source")
+    wanted = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "LICENSE",
+              "chat_template.jinja", "README.md")  # fmt: skip
+    for name in (*wanted, "other.pth", "tf_model.h5", "flax_model.msgpack", "rust_model.ot",
+                 "model.onnx", "pytorch_model.bin.index.json"):  # fmt: skip
+        (tmp_path / "source" / name).write_text("{}")
+    pack_model(tmp_path / "source", formats.parse("int8"), tmp_path / "packed")
+    found = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert found == {MANIFEST, WEIGHTS, "config.json", "generation_config.json", *wanted}
+
+
+def test_weights_of_another_pack_are_refused(packed, tmp_path):
+    pack_model(tmp_path / "source", formats.parse("int4-g32"), tmp_path / "again")
+    (packed / WEIGHTS).write_bytes((tmp_path / "again" / WEIGHTS).read_bytes())
+    with pytest.raises(UnsupportedError, match=r"has id .*says"):
+        load(packed)
+
+
+def test_the_spec_of_another_mxn_is_worked_out_again(packed):
+    manifest = json.loads((packed / MANIFEST).read_text())
+    want = logits(load(packed).model).clone()
+    manifest["spec_of"] = "0.0.1 other"
+    manifest["spec"]["fields"]["norm_eps"] = 5.0
+    (packed / MANIFEST).write_text(json.dumps(manifest))
+    assert torch.equal(logits(load(packed).model), want)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):

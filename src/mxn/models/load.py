@@ -227,6 +227,7 @@ def pack_model(
     from mxn.models.native import artifact
     from mxn.models.native.decoder import read_parts
 
+    artifact.refuse_existing(out)  # before the work of minutes
     merged = MergedCheckpoint(directory, adapter) if adapter else None
     checkpoint = merged or Checkpoint(directory)
     refuse_quantization(checkpoint.config_json)

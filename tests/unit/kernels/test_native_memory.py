@@ -49,7 +49,7 @@ def test_a_system_without_large_pages_gives_small_ones(monkeypatch):
 
 def test_rows_whose_sums_leave_32_bits_are_refused():
     assert pack(torch.ones(1, 132_000), formats.INT8).in_features == 132_000
-    with pytest.raises(UnsupportedError, match="140000 columns.* up to 132104"):
+    with pytest.raises(UnsupportedError, match=r"140000 columns.* up to 132104"):
         pack(torch.ones(1, 140_000), formats.INT8)
     pack(torch.ones(1, 140_000), formats.parse_weights("int8-g128"))
 
@@ -62,5 +62,5 @@ def test_stored_rows_with_a_minimum_may_be_half_as_long():
         )  # fmt: skip
 
     pack_stored(stored(66_000))
-    with pytest.raises(UnsupportedError, match="70000 columns.* up to 66311"):
+    with pytest.raises(UnsupportedError, match=r"70000 columns.* up to 66311"):
         pack_stored(stored(70_000))

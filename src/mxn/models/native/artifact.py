@@ -8,16 +8,20 @@ at `save` and `load`.
 from __future__ import annotations
 
 import dataclasses
+import glob
+import hashlib
 import json
 import mmap
 import os
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mxn import __version__
 from mxn.errors import ConfigError, NotFoundError, UnsupportedError
 from mxn.kernels.native.formats import ModelFormat, WeightFormat
 from mxn.kernels.native.pack import PackedWeight
@@ -52,7 +56,12 @@ _PARTS = {
         LayerSpec, AttentionSpec, MlaSpec, MlpSpec, MoeSpec, RopeSpec, RouterSpec,
     )
 }  # fmt: skip
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
+_COPIED = (  # config, tokenizer and what people read; weights come in too many suffixes to name
+    "config.json", "generation_config.json", "tokenizer*", "*.model", "*.tiktoken", "vocab*.json",
+    "vocab*.txt", "merges*.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja",
+    "chat_template*", "README*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+_ID_BYTES = 16  # at the end of the weights, and in the manifest: the two belong together
 
 
 def save(parts: NativeParts, spec: DecoderSpec | None, source: Path, directory: Path) -> int:
@@ -61,14 +70,16 @@ def save(parts: NativeParts, spec: DecoderSpec | None, source: Path, directory: 
     `spec`: what a load would else work out from config.json; None where that depends on settings.
     The directory appears whole or not at all. Raises: ConfigError when it exists.
     """
-    if directory.exists():
-        raise ConfigError(f"{str(directory)!r} exists", hint="name another --out, or remove it")
+    refuse_existing(directory)
+    _remove_leftovers(directory)
     scratch = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     scratch.mkdir(parents=True)
     try:
         writer = _Writer(scratch / WEIGHTS)
         tree = writer.encode(_as_dict(parts))
-        num_bytes = writer.close()
+        spec_tree = writer.encode(spec)
+        pair = os.urandom(_ID_BYTES)
+        num_bytes = writer.close(pair)
         _copy_files(source, scratch)
         manifest = {
             "layout": LAYOUT,
@@ -76,7 +87,9 @@ def save(parts: NativeParts, spec: DecoderSpec | None, source: Path, directory: 
             "num_parameters": parts.num_parameters,
             "bytes": num_bytes,
             "parts": tree,
-            "spec": writer.encode(spec),
+            "id": pair.hex(),
+            "spec": spec_tree,
+            "spec_of": _spec_version(),
         }
         (scratch / MANIFEST).write_text(json.dumps(manifest))
         scratch.rename(directory)
@@ -87,7 +100,10 @@ def save(parts: NativeParts, spec: DecoderSpec | None, source: Path, directory: 
 
 
 def load(directory: Path) -> tuple[NativeParts, DecoderSpec | None]:
-    """Map an artifact. Raises: NotFoundError or UnsupportedError that say what is wrong with it."""
+    """Map an artifact; its spec is None where config.json must tell it.
+
+    Raises: NotFoundError or UnsupportedError that say what is wrong with it.
+    """
     from mxn.models.native.decoder import NativeParts
 
     path = directory / MANIFEST
@@ -108,6 +124,7 @@ def load(directory: Path) -> tuple[NativeParts, DecoderSpec | None]:
         raise NotFoundError(f"{str(file)!r} {what}", hint="copy or pack it again")
     with file.open("rb") as opened:
         area = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    _refuse_other(file, area[-_ID_BYTES:].hex(), manifest.get("id"))
     area.madvise(mmap.MADV_WILLNEED)
     memory = torch.frombuffer(area, dtype=torch.uint8)
     try:
@@ -116,9 +133,53 @@ def load(directory: Path) -> tuple[NativeParts, DecoderSpec | None]:
             num_parameters=manifest["num_parameters"],
             **_decode(manifest["parts"], memory),
         )
-        return parts, _decode(manifest["spec"], memory)
+        stored = manifest["spec"]
+        # Another mxn may describe models by other fields, or read a config in another way.
+        is_ours = manifest.get("spec_of") == _spec_version()
+        return parts, _decode(stored, memory) if is_ours else None
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _broken(path, error) from None
+
+
+def refuse_existing(directory: Path) -> None:
+    """Raises: ConfigError when there is something where an artifact is to be written."""
+    if directory.exists():
+        raise ConfigError(f"{str(directory)!r} exists", hint="name another --out, or remove it")
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what packing processes that were killed left beside `directory`."""
+    for path in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):
+        pid = path.name.removeprefix(f".{directory.name}.").removesuffix(".tmp")
+        if not pid.isdecimal():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except PermissionError:  # it runs, for somebody else
+            continue
+
+
+def _spec_version() -> str:
+    """Return a name for what a stored spec means: this mxn, and the fields of its classes."""
+    digest = hashlib.sha256()
+    for name in sorted(_PARTS):
+        if name.endswith("Spec"):
+            digest.update(f"{name}: {[f.name for f in dataclasses.fields(_PARTS[name])]}".encode())
+    return f"{__version__} {digest.hexdigest()[:16]}"
+
+
+def _refuse_other(file: Path, found: str, expected: str | None) -> None:
+    """Raises: UnsupportedError when the weights are of another pack than the manifest.
+
+    `expected` None: the artifact was packed before there were ids.
+    """
+    if expected is not None and found != expected:
+        raise UnsupportedError(
+            f"{str(file)!r} has id {found}, its {MANIFEST} says {expected}",
+            hint="copy both files from one artifact, or pack it again",
+        )
 
 
 def _copy_files(source: Path, directory: Path) -> None:
@@ -128,7 +189,7 @@ def _copy_files(source: Path, directory: Path) -> None:
         write_files(gguf, directory)
         return
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != MANIFEST:
+        if file.is_file() and any(fnmatch(file.name, known) for known in _COPIED):
             shutil.copyfile(file, directory / file.name)
 
 
@@ -189,7 +250,9 @@ class _Writer:
         self._file.write(memoryview(raw.numpy()))
         return start, tensor.nbytes
 
-    def close(self) -> int:
+    def close(self, last: bytes) -> int:
+        """Write `last` behind all tensors and return the bytes of the file."""
+        self._file.write(last)
         num_bytes = self._file.tell()
         self._file.flush()
         os.fsync(self._file.fileno())
