@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mxn.errors import UnsupportedError
-from mxn.kernels.native import formats, memory, missing_reason
+from mxn.kernels.native import formats, library, memory, missing_reason
 from mxn.kernels.native.pack import pack
 from mxn.models.native.stored import pack_stored
 from mxn.models.quantized.matrix import QuantizedMatrix
@@ -64,3 +64,9 @@ def test_stored_rows_with_a_minimum_may_be_half_as_long():
     pack_stored(stored(66_000))
     with pytest.raises(UnsupportedError, match=r"70000 columns.* up to 66311"):
         pack_stored(stored(70_000))
+
+
+def test_too_many_query_rows_are_refused_with_the_limit():
+    lib = library()
+    with pytest.raises(ValueError, match="17 query rows, at most 16"):
+        lib.attend(lib.CacheShape(), 0, 0, 0, 17, 0, 0, 0, 0, 0, 1.0, 0.0, 0.0, 0.0, 0, 0, 0, 0)

@@ -250,7 +250,9 @@ void bind_ops(nb::module_& m) {
   m.def("attend", [](const CacheShape& shape, uintptr_t cache, uintptr_t pages, int head, int num_rows, uintptr_t q,
                      uintptr_t limits, int64_t begin, int64_t end, int64_t window, float scale, float softcap,
                      float phi, float margin, uintptr_t out, uintptr_t den, uintptr_t ref, uintptr_t flag) {
-    if (num_rows > kMaxQueryRows) throw std::invalid_argument("attend: too many rows");
+    if (num_rows > kMaxQueryRows) {
+      throw std::invalid_argument("attend: " + std::to_string(num_rows) + " query rows, at most " + std::to_string(kMaxQueryRows));
+    }
     std::vector<float> scratch(static_cast<size_t>(attend_scratch(shape.k_dim, shape.v_dim ? shape.v_dim : shape.latent)));
     Attend call;
     call.shape = shape, call.cache = at<const uint8_t>(cache), call.pages = at<const int64_t>(pages);

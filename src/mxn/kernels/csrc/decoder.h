@@ -184,9 +184,8 @@ class Decoder {
   void logits(Pool& pool, const Step& step, const float* x);
 
   Packed packed_, inner_;
-  Buffer<float> x_, wide_, mixed_, branch_, latent_, query_, gate_;
+  Buffer<float> x_, wide_, mixed_, branch_, query_, gate_;
   Buffer<float> scratch_, partial_;
-  Buffer<uint8_t> flags_;
   std::unique_ptr<Experts> experts_;
   int64_t num_recomputed_ = 0;
   std::vector<Range> ranges_;  // empty but during a calibration

@@ -111,12 +111,15 @@ void Packed::copy(int64_t row, const Packed& from, int64_t from_row) {
 
 const Rows& Packed::make(Pool& pool, const Weight& w, const float* x, int64_t ld, int64_t m, const float* norm,
                          float eps, int64_t act_group) {
-  reserve(w, m, act_group);
-  if (!is_quantized_ && !norm) {
+  if (!w.is_quantized() && !norm) {  // the rows as they are, without room for a copy
+    is_quantized_ = false;
+    k_ = w.k;
+    rows_ = Rows{};
     rows_.x = x;
     rows_.ld = ld;
     return rows_;
   }
+  reserve(w, m, act_group);
   const auto rms_norm = kernels().rms_norm;
   float* normed = is_quantized_ && norm ? x_.at_least(pool.num_threads() * k_) : nullptr;
   auto one = [&](int64_t row, int thread) {

@@ -73,7 +73,7 @@ void Decoder::mixture(Pool& pool, const Layer& layer, int64_t m, const float* x,
   for (int64_t t = 0; t < m; ++t) {
     route(moe, scores + t * moe.num_experts, e.chosen.data() + t * top, weights + t * top);
   }
-  // Counting sort: `order` lists (token, place) pairs expert by expert.
+  // Counting sort: `row_of` says at which row of its expert a (token, place) pair stands.
   e.starts.assign(static_cast<size_t>(moe.num_experts) + 1, 0);
   for (int64_t expert : e.chosen) ++e.starts[static_cast<size_t>(expert) + 1];
   std::partial_sum(e.starts.begin(), e.starts.end(), e.starts.begin());

@@ -9,7 +9,7 @@ namespace mxn {
 struct Experts {
   Buffer<float> normed, scores, inner, outer, weights;
   Packed gathered, middle;
-  std::vector<int64_t> starts, order, chosen;
+  std::vector<int64_t> starts, chosen;
 };
 
 }  // namespace mxn
