@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mxn.chips import find_device
+from mxn.engine.config import EngineConfig
 from mxn.errors import ConfigError, NotFoundError, UnsupportedError
 from mxn.kernels.native import formats, missing_reason
 from mxn.models.load import load_model, pack_model
@@ -173,3 +174,20 @@ def test_only_processors_take_packed_weights(packed, tmp_path):
         load_model(packed, device, "float32")
     with pytest.raises(UnsupportedError, match="weights in int8"):
         load_model(tmp_path / "source", device, "float32", format=formats.parse("int8"))
+
+
+@pytest.mark.parametrize("kv", ["f32", "bf16"])
+def test_the_cache_format_alone_may_be_chosen(packed, kv):
+    assert EngineConfig(model=str(packed), kv=kv).kv == kv
+    model = load_model(packed, find_device("cpu"), "float32", cache=kv).model
+    assert model.format.cache == kv
+    assert str(model.format.weights) == "int4-g32"
+    assert logits(model).isfinite().all()
+
+
+def test_an_unknown_cache_format_or_one_of_plain_weights_is_refused(packed, tmp_path):
+    with pytest.raises(ConfigError, match="unknown cache format 'int3'"):
+        EngineConfig(model=str(packed), kv="int3")
+    with pytest.raises(ConfigError, match="needs weights") as raised:
+        EngineConfig(model=str(tmp_path / "source"), kv="f32")
+    assert "mxn pack" in str(raised.value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mxn.cli.options import Device, Dtype, Json, Model, Threads
+from mxn.cli.options import Device, Dtype, Json, Kv, Model, Threads
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device as ChipDevice
@@ -23,6 +23,7 @@ def tune(
         str,
         typer.Option(help="f32, bf16, int8, int6, int4, int4-g32, …; of a packed model: its own."),
     ] = "int8",
+    kv: Kv = None,
     text: Annotated[
         Path | None, typer.Option(help="Prompts for the calibration. Default: a text of mxn's own.")
     ] = None,
@@ -40,7 +41,7 @@ def tune(
 
     chosen = find_device(device)
     if chosen.torch_device == "cpu":
-        _tune_native(model, weights, text, threads, as_json)
+        _tune_native(model, weights, kv or "auto", text, threads, as_json)
     else:
         _tune_products(model, chosen, dtype, as_json)
 
@@ -72,7 +73,9 @@ def _tune_products(model: str, device: ChipDevice, dtype: str, as_json: bool) ->
     typer.echo(f"stored in {ops.table_path}")
 
 
-def _tune_native(model: str, weights: str, text: Path | None, threads: int, as_json: bool) -> None:
+def _tune_native(
+    model: str, weights: str, kv: str, text: Path | None, threads: int, as_json: bool
+) -> None:
     """Measure the native kernels of a processor, and calibrate attention."""
     from mxn.chips import find_device
     from mxn.cli.replica import resolve_model
@@ -85,15 +88,18 @@ def _tune_native(model: str, weights: str, text: Path | None, threads: int, as_j
     from mxn.models.native.settle import table, use_maxima
     from mxn.models.tokenizer import Tokenizer
 
+    body = _read(text) if text else _default_text()  # before the work of minutes
     directory = resolve_model(model)
     num_threads = EngineConfig(model=model, threads=threads).num_threads
-    format = None if is_artifact(directory) else formats.parse(weights)
+    format = None if is_artifact(directory) else formats.parse(weights, kv)
+    if kv != "auto":
+        formats.refuse_cache(kv)
     print("measuring each shape …", file=sys.stderr)
     loaded = load_model(
-        directory, find_device("cpu"), "float32", format=format, num_threads=num_threads
-    )
+        directory, find_device("cpu"), "float32", format=format, num_threads=num_threads,
+        cache=None if kv == "auto" else kv,
+    )  # fmt: skip
     native = loaded.model
-    body = text.read_text(encoding="utf-8") if text else _default_text()
     ids = Tokenizer.load(directory).encode(body)
     size = min(_PROMPT_TOKENS, loaded.max_context)
     prompts = [ids[start : start + size] for start in range(0, min(len(ids), 8 * size), size)]
@@ -112,6 +118,21 @@ def _tune_native(model: str, weights: str, text: Path | None, threads: int, as_j
     low, high = min(m.low for m in maxima), max(m.high for m in maxima)
     typer.echo(f"row maxima from {low:.1f} to {high:.1f} over {maxima[0].rows} rows a layer")
     typer.echo(f"stored in {table().path} and {path}")
+
+
+def _read(path: Path) -> str:
+    """Return the prompts in a file. Raises: ConfigError when it cannot be read or holds none."""
+    from mxn.errors import ConfigError
+
+    try:
+        body = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--text {str(path)!r} cannot be read: {error}", hint="name a text file in UTF-8"
+        ) from None
+    if not body.strip():
+        raise ConfigError(f"--text {str(path)!r} is empty", hint="some pages of typical prompts")
+    return body
 
 
 def _default_text() -> str:

@@ -71,14 +71,19 @@ class EngineConfig:
             )
 
     def _check_formats(self) -> None:
+        from pathlib import Path
+
         from mxn.kernels.native import formats
+        from mxn.models.native.files import is_artifact
 
         if self.weights != "plain":
             formats.parse(self.weights, self.kv)
+        elif self.kv != "auto" and is_artifact(Path(self.model)):
+            formats.refuse_cache(self.kv)
         elif self.kv != "auto":
             raise ConfigError(
                 f"the cache format {self.kv!r} needs weights that the native kernels read",
-                hint="--weights bf16, int8 or int4",
+                hint="--weights bf16, int8 or int4, or a model that `mxn pack` wrote",
             )
 
     def _check_speculation(self) -> None:

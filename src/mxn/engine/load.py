@@ -115,6 +115,7 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
             prefer_fallback=config.prefer_fallback,
             max_context=config.max_context,
             format=format,
+            cache=None if config.kv == "auto" else config.kv,
             num_threads=config.num_threads,
             prediction=config.speculation == "mtp",
         )

@@ -57,6 +57,7 @@ def load_model(
     prefer_fallback: bool = False,
     max_context: int | None = None,
     format: ModelFormat | None = None,
+    cache: str | None = None,
     num_threads: int = 1,
     prediction: bool = False,
 ) -> LoadedModel:
@@ -65,6 +66,7 @@ def load_model(
     `directory` may be a GGUF file.
     `max_context`: the context somebody asked for; models whose positions depend on it adapt.
     `format`: pack the weights for the native kernels of a processor, with `num_threads` threads.
+    `cache`: of an artifact, its cache's format instead of the packed one; else `format` has it.
     `prediction`: read prediction layers for these kernels too (plain weights always have them).
     Raises: UnsupportedError, with the reason, for an architecture that can be served neither by a
     native spec nor through transformers, and for quantized weights that mxn does not read;
@@ -72,7 +74,7 @@ def load_model(
     """
     if is_artifact(directory):
         return _load_artifact(
-            directory, device, format, num_threads, max_context, prediction=prediction
+            directory, device, format, num_threads, max_context, cache=cache, prediction=prediction
         )
     checkpoint = Checkpoint(directory, on_progress=on_progress)
     if format is not None:
@@ -249,6 +251,7 @@ def _load_artifact(
     num_threads: int,
     max_context: int | None,
     *,
+    cache: str | None,
     prediction: bool,
 ) -> LoadedModel:
     from mxn.models.native import artifact
@@ -267,8 +270,9 @@ def _load_artifact(
             f"speculation mtp: the artifact {directory.name} has no prediction layer",
             hint="`mxn pack` a checkpoint that has one, or --speculation ngram",
         )
-    if format is not None:
-        parts = replace(parts, format=replace(parts.format, cache=format.cache))
+    cache = cache or (format.cache if format else None)
+    if cache is not None:
+        parts = replace(parts, format=replace(parts.format, cache=cache))
     return _packed_model(spec, parts, directory, config_json, num_threads)
 
 

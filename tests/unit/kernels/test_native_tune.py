@@ -118,8 +118,43 @@ def test_a_calibration_is_stored_by_the_weights_it_was_made_for(model):
     assert calibrate.stored(name) == maxima
     assert json.loads(path.read_text())["prompts"] == "a test"
     assert calibrate.fingerprint(config | {"hidden_size": 64}, model) != name
-    path.write_text("{")
-    assert calibrate.stored(name) is None
+    for broken in (b"{", b"\xff\xfe\x00"):
+        path.write_bytes(broken)
+        assert calibrate.stored(name) is None
+
+
+def test_the_fingerprint_tells_models_of_one_head_apart(model):
+    before = calibrate.fingerprint({}, model)
+    for layer in (model.parts.layers[0], model.parts.layers[-1]):
+        data = layer.ffn.down.data.numpy()  # the same memory
+        data[0] ^= 1
+        assert calibrate.fingerprint({}, model) != before
+        data[0] ^= 1
+    assert calibrate.fingerprint({}, model) == before
+
+
+def test_experts_are_not_measured_for_they_are_never_tiled(tmp_path):
+    tiny.write("qwen3_moe", tmp_path)
+    format = formats.parse("int8")
+    loaded = load_model(tmp_path, find_device("cpu"), "float32", format=format, num_threads=1)
+    shapes = {(weight.out_features, weight.in_features) for weight in loaded.model.linears()}
+    expert = loaded.model.parts.layers[0].ffn.experts[0]
+    assert shapes
+    for weight in (expert.gate_up, expert.down):
+        assert (weight.out_features, weight.in_features) not in shapes
+
+
+def test_prompts_that_cannot_be_read_are_refused_by_name(tmp_path):
+    from mxn.cli.tune import tune
+    from mxn.errors import ConfigError
+
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text(" \n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, why in ((tmp_path / "none.txt", "cannot be read"), (binary, "cannot be read"),
+                      (empty, "is empty")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{path.name}' {why}"):
+            tune("any", text=path, device="cpu")
 
 
 def test_nothing_to_calibrate_on_is_refused(model):

@@ -75,6 +75,12 @@ class ModelFormat:
         return f"weights {self.weights}, head {self.head}, cache {self.cache}"
 
 
+def refuse_cache(cache: str) -> None:
+    """Raises: ConfigError with the known names when `cache` is none of them."""
+    if cache not in CACHES:
+        raise ConfigError(f"unknown cache format {cache!r}", hint=f"auto, {', '.join(CACHES)}")
+
+
 def parse(weights: str, cache: str = "auto") -> ModelFormat:
     """Return the formats that `--weights` and `--kv` name; auto: int8 where weights are quantized.
 
@@ -83,8 +89,7 @@ def parse(weights: str, cache: str = "auto") -> ModelFormat:
     found = parse_weights(weights)
     if cache == "auto":
         cache = "int8" if found.is_quantized else "bf16" if found.bits == 16 else "f32"
-    if cache not in CACHES:
-        raise ConfigError(f"unknown cache format {cache!r}", hint=f"auto, {', '.join(CACHES)}")
+    refuse_cache(cache)
     # Beside 4-bit layers a head of 8 bits would be read for nothing: its error is 20 times smaller.
     head = found if not found.is_quantized else INT8 if found.bits == 8 else INT6
     return ModelFormat(weights=found, head=head, cache=cache)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from mxn import env
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mxn.models.native.decoder import NativeDecoder
 
 # exp in float32 overflows at 88.7; a sum over a million tokens of values up to e^10 takes 24 of it.
@@ -54,13 +56,22 @@ def _maximum(low: float, high: float, rows: int) -> Maximum:
 
 
 def fingerprint(config_json: dict[str, Any], model: NativeDecoder) -> str:
-    """Return a name for these weights: the config and some bytes of the packed head and layers."""
+    """Return a name for these weights: the config, and some bytes of the head and two layers."""
+    from mxn.models.native.decoder import packed_in
+
     digest = hashlib.sha256(json.dumps(config_json, sort_keys=True).encode())
     digest.update(str(model.format).encode())
-    data = model.parts.head.data
-    for start in range(0, len(data), max(1, len(data) // 16)):
-        digest.update(data[start : start + 4096].numpy().tobytes())
+    layers = model.parts.layers
+    _sample(digest, model.parts.head.data, 16)
+    for layer in (layers[0], layers[-1]):  # a fine-tuned model often keeps the head
+        for weight in packed_in(layer):
+            _sample(digest, weight.data, 4)
     return digest.hexdigest()[:32]
+
+
+def _sample(digest: hashlib._Hash, data: Tensor, count: int) -> None:
+    for start in range(0, len(data), max(1, len(data) // count)):
+        digest.update(data[start : start + 4096].numpy().tobytes())
 
 
 def _path(name: str) -> Path:
@@ -85,5 +96,5 @@ def stored(name: str) -> list[Maximum] | None:
         return None
     try:
         return [Maximum(**layer) for layer in json.loads(path.read_text())["layers"]]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # ValueError: no JSON, or no text at all
         return None

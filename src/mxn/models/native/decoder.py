@@ -251,15 +251,15 @@ class NativeDecoder:
             self._native.set_maximum(i, phi, margin)
 
     def linears(self) -> list[PackedWeight]:
-        """Return one weight of each shape and format, the largest share of the work first."""
+        """Return one weight of each shape and format whose rows can be tiled: not of experts."""
         found: dict[tuple[Any, ...], PackedWeight] = {}
-        for weight in _packed_in(self.parts):
+        for weight in packed_in(self.parts):
             found.setdefault((weight.format, weight.in_features, weight.out_features), weight)
         return list(found.values())
 
     def set_dataflow(self, tiled_from: dict[str, int], key: Callable[[PackedWeight], str]) -> None:
-        """Tell every weight from how many rows on tiling pays; takes effect for new handles."""
-        for weight in _packed_in(self.parts):
+        """Tell each of those from how many rows on tiling pays; takes effect for new handles."""
+        for weight in packed_in(self.parts):
             weight.handle.tiled_from = tiled_from.get(key(weight), weight.handle.tiled_from)
         self._build()
 
@@ -421,16 +421,17 @@ class NativeDecoder:
                 self._native.set_rope(i, rope)
 
 
-def _packed_in(part: Any) -> Iterator[PackedWeight]:
-    """Yield every packed weight of nested parts."""
+def packed_in(part: Any) -> Iterator[PackedWeight]:
+    """Yield every packed weight of nested parts but experts, which are multiplied together."""
     if isinstance(part, PackedWeight):
         yield part
     elif isinstance(part, list | tuple):
         for item in part:
-            yield from _packed_in(item)
+            yield from packed_in(item)
     elif is_dataclass(part) and not isinstance(part, type):
         for entry in fields(part):
-            yield from _packed_in(getattr(part, entry.name))
+            if not (isinstance(part, NativeMoe) and entry.name == "experts"):
+                yield from packed_in(getattr(part, entry.name))
 
 
 def _one_prompt(token_ids: list[int]) -> StepBatch:
