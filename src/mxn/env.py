@@ -29,7 +29,7 @@ VARIABLES = (
     Variable("MXN_KERNEL_TUNING", "on", "measure kernels at load: on, off (priority decides)"),
     Variable("MXN_ISA", "auto", "native kernels: auto, generic, avx2, avx512, avx512vnni, amx"),
     Variable("MXN_SPIN_US", "200", "native kernels: an idle thread looks for work so long"),
-    Variable("MXN_PIN", "off", "native kernels: on binds each thread to a core of its own"),
+    Variable("MXN_PIN", "off", "native kernels: on binds each worker thread to a core of its own"),
     Variable("MXN_FALLBACK_CHECK", "on", "check a fallback model at load: on, off"),
     Variable("MXN_API_KEY", "", "key that callers of `mxn serve` must send"),
     Variable("MXN_DATABASE", "", "URL of the ledger; empty: the SQLite file MXN_HOME/ledger.db"),
