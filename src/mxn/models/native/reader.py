@@ -166,7 +166,7 @@ class NativeReader(WeightReader):
     def _native_moe(self, spec: MoeSpec, prefix: str) -> NativeMoe:
         names, bias = self.names, prefix + self.names.router_bias
         has_bias = spec.router.scoring == "sigmoid" or bias in self.checkpoint
-        experts = self._experts(spec, prefix)
+        experts = self._native_experts(spec, prefix)
         gates = tuple(prefix + name for name in names.shared_gate_up)
         shared = self._mlp(spec.shared, gates, prefix + names.shared_down) if spec.shared else None
         gate = f"{prefix}{names.shared_gate}.weight"
@@ -178,7 +178,7 @@ class NativeReader(WeightReader):
             shared_gate=pack(self.tensor(gate), F32) if spec.has_shared_gate else None,
         )
 
-    def _experts(self, spec: MoeSpec, prefix: str) -> list[MlpWeights]:
+    def _native_experts(self, spec: MoeSpec, prefix: str) -> list[MlpWeights]:
         """Return the experts, all in one grouping: a step makes the rows of all ready at once.
 
         Where a checkpoint has only some of them quantized, none is kept as its maker stored it.
