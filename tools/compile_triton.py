@@ -35,7 +35,9 @@ from triton.backends.compiler import GPUTarget
 from mxn.kernels import triton_host as host
 from mxn.kernels.batch import AttentionBatch
 from mxn.kernels.ops.linear.packed import Int4Weight, Int8Weight
+from mxn.kernels.ops.linear.triton_ import TritonLinear
 from mxn.kernels.ops.linear.triton_quantized import TritonInt4Linear, TritonInt8Linear
+from mxn.kernels.ops.linear.ways import ESTIMATE, ONLY, Bounds
 from mxn.kernels.registry import kernels_of
 
 TARGETS = {
@@ -138,13 +140,15 @@ def rotary(dim: int, half: int, is_interleaved: bool) -> Callable[[torch.dtype],
     return call
 
 
-def product(num_rows: int, in_features: int, out_features: int) -> Callable[[torch.dtype], object]:
+def product(
+    num_rows: int, in_features: int, out_features: int, bounds: Bounds = ESTIMATE
+) -> Callable[[torch.dtype], object]:
     def call(dtype: torch.dtype) -> object:
         weight, bias = (
             empty(out_features, in_features, dtype=dtype),
             empty(out_features, dtype=dtype),
         )
-        return kernel("linear")(weight, bias)(empty(num_rows, in_features, dtype=dtype))
+        return TritonLinear(weight, bias, bounds)(empty(num_rows, in_features, dtype=dtype))
 
     return call
 
@@ -188,6 +192,7 @@ JOBS = (
     Job("halves", "rope", rotary(128, 64, False), True),
     Job("partial, interleaved", "rope", rotary(192, 32, True)),
     Job("1 row", "linear", product(1, 4096, 6144), True),
+    Job("4 rows, one by one", "linear", product(4, 4096, 6144, ONLY["gemv"])),
     Job("8 rows", "linear", product(8, 4096, 6144)),
     Job("64 rows", "linear", product(64, 4096, 28672)),
     Job("8 rows, small F: parts of D", "linear", product(8, 14336, 1024), True),

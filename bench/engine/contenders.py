@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol import Peer
+from protocol import Failed, Peer
 from setup_peers import llama_env, llama_source
 
 HERE = Path(__file__).parent
@@ -21,7 +22,7 @@ FORMATS = {
     "openvino": ("int8", "int4"),
     "llama.cpp": ("q4_0", "q8_0", "q4_k_m", "bf16"),
     "vllm": ("bf16",),
-    "transformers": ("bf16", "f32"),
+    "transformers": ("bf16", "f32", "rounded-8", "rounded-4"),
 }
 DEFAULT = (
     "mxn:int4-g128", "mxn:int8", "mxn:bf16", "openvino:int8", "openvino:int4", "llama.cpp:q4_0",
@@ -69,7 +70,7 @@ def find(name: str) -> Contender:
 def built(contender: Contender, model: Path, peers: Path) -> Path:
     """Return the file or folder this engine loads, made at the first call.
 
-    Raises: CalledProcessError when the engine's own converter fails.
+    Raises: Failed with what the engine's own converter said.
     """
     folder = peers / "built"
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,13 +99,20 @@ def built(contender: Contender, model: Path, peers: Path) -> Path:
 
 def _packed(contender: Contender, model: Path, folder: Path) -> Path:
     """Return an artifact of mxn, as its users would make with `mxn pack`."""
+    from mxn.errors import MxnError
     from mxn.kernels.native import formats
     from mxn.models.load import pack_model
+    from mxn.models.native.artifact import LAYOUT
 
     weights, _, cache = contender.weights.partition("/")
-    out = folder / f"{model.name}-mxn-{contender.weights.replace('/', '-')}"
+    format = formats.parse(weights, cache or "auto")
+    named = f"{format.weights}-head-{format.head}-kv-{format.cache}-layout{LAYOUT}"
+    out = folder / f"{model.name}-mxn-{named}"  # what a name means may change
     if not out.is_dir():
-        pack_model(model, formats.parse(weights, cache or "auto"), out)
+        try:
+            pack_model(model, format, out)
+        except MxnError as error:
+            raise Failed(f"mxn pack: {error}") from error
     return out
 
 
@@ -114,8 +122,10 @@ def _group(model: Path) -> str:
     return next(str(group) for group in (128, 64, 32) if hidden % group == 0)
 
 
-def peer(contender: Contender, peers: Path, threads: int, log: Path | None) -> Peer:
-    """Return the process of a contender, not started yet."""
+def peer(
+    contender: Contender, peers: Path, threads: int, log: Path | None, limit_s: float = 600.0
+) -> Peer:
+    """Return the process of a contender, not started yet; a request may take `limit_s`."""
     name, folder, env = {
         "mxn": ("mxn_.py", None, {"OMP_NUM_THREADS": str(threads)}),
         "transformers": ("transformers_.py", None, {"OMP_NUM_THREADS": str(threads)}),
@@ -125,15 +135,25 @@ def peer(contender: Contender, peers: Path, threads: int, log: Path | None) -> P
     }[contender.engine]
     python = peers / folder / "bin/python" if folder else Path(sys.executable)
     script = HERE / "peers" / name
-    return Peer(name=contender.name, python=python, script=script, env=env, log=log)
+    return Peer(
+        name=contender.name, python=python, script=script, env=env, log=log, limit_s=limit_s
+    )
 
 
 def _run(*command: str | Path, env: dict[str, str] | None = None) -> None:
+    """Run a converter. Raises: Failed with the last thing it said."""
     print("+", *command, file=sys.stderr)
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True,
+        [str(word) for word in command], capture_output=True, text=True, check=False,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
     )  # fmt: skip
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
-        done.check_returncode()
+        raise Failed(f"{Path(command[0]).name} returned {done.returncode}: {reason(done.stderr)}")
+
+
+def reason(log: str) -> str:
+    """Return the line of a log that says why: the last one that names an error, or the last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b|ERROR", line)]
+    return (named or lines or ["it said nothing"])[-1][:500]

@@ -7,48 +7,65 @@ rotary angles are not counted. Start at `bytes_per_step` and `prefill_flop`.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models import tensors
 
-_GROUPED = re.compile(r"int4(?:-g(\d+))?(-sym)?")
-_MXN_GROUP = 64  # of int4 where none is named
+from mxn.kernels.native import formats
 
 
 def bits(weights: str) -> float:
     """Return the bits of one weight with its share of scales, where no file tells."""
     name = weights.partition("/")[0]
-    if found := _GROUPED.fullmatch(name):
-        return 4 + (16 if found[2] else 32) / int(found[1] or _MXN_GROUP)
-    return {"f32": 32.0, "bf16": 16.0, "plain": 16.0, "int8": 8.0}[name]
+    return 16.0 if name == "plain" else _bits_of(formats.parse_weights(name))
+
+
+def _bits_of(format: formats.WeightFormat) -> float:
+    extra = 0 if not format.group else 16 if format.is_symmetric else 32
+    return format.bits + extra / (format.group or 1)
+
+
+def _head_bits(weights: str) -> float:
+    name = weights.partition("/")[0]
+    return 16.0 if name == "plain" else _bits_of(formats.parse(name).head)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Parameters of a model: all, and those one token's step touches (the head included)."""
+    """Parameters of a model: all, those one token's step touches (the head included), the head's
+    and those of all routed experts."""
 
     config: dict[str, Any]
     stored: int
     active: int
     head: int
+    experts: int
 
     @classmethod
-    def read(cls, folder: Path) -> Shape:
+    def of(cls, folder: Path) -> Shape:
         config = json.loads((folder / "config.json").read_text())
-        stored = active = 0
-        chosen = config.get("num_experts_per_tok", 0)
-        num_experts = config.get("num_experts") or config.get("n_routed_experts") or 1
+        stored = dense = experts = 0
         for name, dims in tensors(config):
             size = _product(dims)
             stored += size
             if ".experts." in name:
-                active += size * chosen // num_experts
+                experts += size
             elif name != "model.embed_tokens.weight" or config["tie_word_embeddings"]:
-                active += size
-        return cls(config, stored, active, config["vocab_size"] * config["hidden_size"])
+                dense += size
+        active = dense + round(experts * _chosen(config))
+        return cls(config, stored, active, config["vocab_size"] * config["hidden_size"], experts)
+
+    def parameters_read(self, batch: int) -> float:
+        """Return the parameters a step of `batch` tokens reads at least.
+
+        Of a mixture that is an expectation: each token chooses its experts at random and apart
+        from the others, which routers with random weights nearly do.
+        """
+        chosen = _chosen(self.config)
+        touched = 1.0 - (1.0 - chosen) ** batch
+        return self.active + self.experts * (touched - chosen)
 
     def kv_values(self) -> int:
         """Values that one token keeps in the cache; MLA in its latent form."""
@@ -58,6 +75,12 @@ class Shape:
         else:
             per_layer = 2 * config["num_key_value_heads"] * config["head_dim"]
         return per_layer * config["num_hidden_layers"]
+
+
+def _chosen(config: dict[str, Any]) -> float:
+    """Return the part of the routed experts that one token uses; 0 without experts."""
+    num_experts = config.get("num_experts") or config.get("n_routed_experts") or 0
+    return config["num_experts_per_tok"] / num_experts if num_experts else 0.0
 
 
 def _product(dims: tuple[int, ...]) -> int:
@@ -72,21 +95,15 @@ def weight_bytes(built: Path, weights: str, shape: Shape) -> float:
     files = [built] if built.suffix == ".gguf" else list(built.glob("openvino_model.bin"))
     if files:
         return float(sum(file.stat().st_size for file in files))
-    width = bits(weights)
-    head = max(8.0, width)  # mxn keeps the head in 8 bits where the rest has 4
-    return ((shape.stored - shape.head) * width + shape.head * head) / 8
+    rest = (shape.stored - shape.head) * bits(weights)
+    return (rest + shape.head * _head_bits(weights)) / 8
 
 
 def bytes_per_step(
     shape: Shape, stored_bytes: float, kv_bytes: int, context: int, batch: int
 ) -> float:
-    """Return the least bytes one step reads: active weights once, the cache of each sequence.
-
-    With a batch every expert may be needed; up to the stored size is then counted.
-    """
-    part = min(1.0, shape.active / shape.stored)
-    if shape.config.get("num_experts_per_tok") and batch > 1:
-        part = 1.0
+    """Return the least bytes one step reads: weights once, the cache of each sequence."""
+    part = min(1.0, shape.parameters_read(batch) / shape.stored)
     return stored_bytes * part + batch * context * shape.kv_values() * kv_bytes
 
 

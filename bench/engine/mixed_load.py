@@ -1,183 +1,293 @@
-"""Conversations of many lengths against any OpenAI-compatible server: goodput at a p95 latency.
+"""Conversations of many lengths under Poisson arrivals: how much each server gets done in time.
 
-    python bench/engine/mixed_load.py http://127.0.0.1:8000 --model NAME --rates 0.7x --p95 60
+    python bench/engine/mixed_load.py --peers FOLDER --minutes 6
 
-Lengths come from the Azure conversation trace (data/README.md), scaled to the context; arrivals are
-a Poisson process with a seed. Prompts are token ids, answers are as long as in the trace. A rate
-like 0.7x is that part of the server's own capacity, measured first with all slots full. Knows no
-engine. Start at `open_loop`.
+Starts `mxn serve`, a thin server around OpenVINO GenAI and llama-server on the same checkpoint, all
+with all threads, and asks one after another. Lengths are those of the Azure conversation trace
+(data/README.md), scaled to what two cores can do: by 1/8, so that 4,096 tokens of the trace are 512
+here (longer ones, 8 %, are left out) and the mean request is a prompt of 112 and an answer of 28
+tokens. Every run sends the same lengths in the same order, with words that no cache has seen.
+
+1. Capacity: requests/s while all slots are full (closed loop).
+2. 70 %: Poisson arrivals at 0.7 of each server's own capacity; its p95 latency (arrival to the last
+   token, queueing included).
+3. The limit of p95 latency is that of the best peer in step 2, the one that got the most done; or
+   `--p95`. It is the same for all.
+4. Goodput: the highest arrival rate at which a server keeps its p95 latency within the limit, found
+   by bisection below its capacity (a rate above it is kept for the length of a run only). The best
+   peer's goodput is its own 70 % by construction; ours divided by the best peer's is the ratio.
+
+The bisection stops when the minutes are over; what it found up to then is a lower bound. The load
+generator shares the cores: `generator_cores` says with how much. Knows no engine. Start at `main`.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import csv
 import json
-import random
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import contenders
+import models
+import traffic
+from protocol import Failed, end_on_signal
+from servers import MODEL, Server, Sizes
+from setup_peers import default_folder
+from traffic import Target
 
-LENGTHS = Path(__file__).parent / "data/azure_conv_lengths.csv"
-TIMEOUT_S = 1800.0
+DEFAULT = "mxn:int4-g128,openvino:int4,llama.cpp:q4_0"
+PART = 0.7  # of its capacity that a server gets in step 2
+WARM = 8  # requests before anything is measured
+
+Run = Callable[[float], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    prompt: list[int]
-    new_tokens: int
+class Work:
+    """Makes the requests of a run: always the same lengths, each time new words."""
+
+    count: int
+    context: int
+    longest: int
+    vocab_size: int
+    seed: int
+
+    def jobs(self, words: int, count: int = 0) -> list[traffic.Job]:
+        return traffic.jobs(
+            count or self.count, self.context, self.longest, self.vocab_size, self.seed, words
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """`latency_s` from arrival to the last token, queueing included."""
+@dataclass(slots=True)
+class Session:
+    """The servers that still take part, and what was found."""
 
-    latency_s: float
-    first_s: float
-    new_tokens: int
+    work: Work
+    slots: int
+    running: dict[str, Server] = field(default_factory=dict)
+    capacity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    num_runs: int = 0
 
-
-def jobs(count: int, context: int, longest: int, vocab_size: int, seed: int) -> list[Job]:
-    """Return requests with the trace's lengths, scaled so that its longest one fills `context`.
-
-    The scale is context / longest; what is longer than `longest` tokens in the trace is left out.
-    """
-    with LENGTHS.open(newline="") as file:
-        rows = [(int(a), int(b)) for a, b in list(csv.reader(file))[1:]]
-    rows = [row for row in rows if sum(row) <= longest]
-    rng = random.Random(seed)
-    scale = context / longest
-    made = []
-    for prompt_tokens, new_tokens in rng.choices(rows, k=count):
-        size = max(2, round(prompt_tokens * scale))
-        ids = [rng.randrange(256, vocab_size - 1000) for _ in range(size)]
-        made.append(Job(ids, max(2, round(new_tokens * scale))))
-    return made
+    def words(self) -> int:
+        self.num_runs += 1
+        return self.num_runs
 
 
-async def ask(client: httpx.AsyncClient, model: str, job: Job) -> Answer:
-    """Send one streamed completion and check its length.
+def note(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
-    Raises: SystemExit for another status or a shorter answer: a rate with errors means nothing.
-    """
-    body: dict[str, Any] = {
-        "model": model, "prompt": job.prompt, "max_tokens": job.new_tokens, "temperature": 0,
-        "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
-    started_s, first_s, tokens, is_done = time.perf_counter(), 0.0, 0, False
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise SystemExit(f"{response.status_code}: {(await response.aread())[:500]!r}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data:"):
+
+def attempt(session: Session, name: str, what: str, step: Callable[[Target], Any]) -> Any:
+    """Return what a step gives; a server that fails is ended and named, and gives None."""
+    server = session.running[name]
+    try:
+        found = step(server.target)
+    except Failed as error:
+        session.notes[name] = f"{what}: {error}"
+        note(f"{name} left out: {what}: {error}")
+        server.stop()
+        del session.running[name]
+        return None
+    note(f"{name} {what}: {found}")
+    return found
+
+
+def measure_capacity(session: Session) -> None:
+    """Warm each server up, then measure it with all slots full."""
+    for name in list(session.running):
+        warm = session.work.jobs(session.words(), WARM)
+        full = session.work.jobs(session.words())
+
+        def step(target: Target, warm: Any = warm, full: Any = full) -> dict[str, Any]:
+            traffic.closed_loop(target, warm, WARM // 2)
+            return traffic.closed_loop(target, full, session.slots)
+
+        found = attempt(session, name, "capacity", step)
+        if found is not None:
+            session.capacity[name] = found
+
+
+def measure_rate(session: Session, name: str, rate_per_s: float, until_s: float) -> None:
+    """Send everything at this rate and keep the row, if it can end in time."""
+    seen = [row["latency_p95_s"] for row in session.rows.get(name, [])]
+    seconds = session.work.count / rate_per_s + max(seen, default=0.0)
+    if time.monotonic() + seconds > until_s:
+        session.notes[f"{name} at {rate_per_s:.3g}/s"] = f"no time for {seconds:.0f} s more"
+        return
+    work = session.work.jobs(session.words())
+    row = attempt(
+        session, name, f"at {rate_per_s:.3g}/s",
+        lambda target: traffic.open_loop(target, work, rate_per_s, session.work.seed),
+    )  # fmt: skip
+    if row is not None:
+        session.rows.setdefault(name, []).append(row)
+
+
+def best_peer(rows: dict[str, list[dict[str, Any]]]) -> str | None:
+    """Return the peer that got the most done at 70 % of its capacity; None: only ours ran."""
+    peers = [name for name, found in rows.items() if found and not name.startswith("mxn:")]
+    return max(peers, key=lambda name: rows[name][0]["rate_per_s"], default=None)
+
+
+def bounds(rows: list[dict[str, Any]], capacity: float, p95_s: float) -> tuple[float, float]:
+    """Return the highest rate within the limit and the lowest above it; capacity if none was."""
+    above = [row["rate_per_s"] for row in rows if row["latency_p95_s"] > p95_s]
+    high = min([capacity, *above])
+    within = [row["rate_per_s"] for row in rows if row["latency_p95_s"] <= p95_s]
+    return max([rate for rate in within if rate <= high], default=0.0), high
+
+
+def search(session: Session, p95_s: float, probes: int, until_s: float) -> None:
+    """Bisect the rate of each server, ours first, while there is time for one more run."""
+    order = sorted(session.running, key=lambda name: not name.startswith("mxn:"))
+    for _ in range(probes):
+        for name in order:
+            if name not in session.running or not session.rows.get(name):
                 continue
-            first_s = first_s or time.perf_counter() - started_s
-            if line == "data: [DONE]":
-                is_done = True
-                break
-            tokens = (json.loads(line[5:]).get("usage") or {}).get("completion_tokens", tokens)
-    if not is_done or tokens != job.new_tokens:
-        raise SystemExit(f"an answer has {tokens} tokens of {job.new_tokens}, done: {is_done}")
-    return Answer(time.perf_counter() - started_s, first_s, tokens)
-
-
-async def open_loop(url: str, model: str, work: list[Job], rate_per_s: float, seed: int) -> dict:
-    """Send the work at Poisson times, whatever the server does, and sum up."""
-    rng = random.Random(seed)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as client:
-        started_s, at_s, tasks = time.perf_counter(), 0.0, []
-        for job in work:
-            at_s += rng.expovariate(rate_per_s)
-            await asyncio.sleep(max(0.0, started_s + at_s - time.perf_counter()))
-            tasks.append(asyncio.create_task(ask(client, model, job)))
-        answers = await asyncio.gather(*tasks)
-        return _summary(answers, time.perf_counter() - started_s) | {"rate_per_s": rate_per_s}
-
-
-async def closed_loop(url: str, model: str, work: list[Job], slots: int) -> dict:
-    """Keep `slots` requests under way until the work is done: the server's capacity."""
-    left = iter(work)
-    answers: list[Answer] = []
-
-    async def one_slot(client: httpx.AsyncClient) -> None:
-        for job in left:
-            answers.append(await ask(client, model, job))
-
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
-        started_s = time.perf_counter()
-        await asyncio.gather(*(one_slot(client) for _ in range(slots)))
-        return _summary(answers, time.perf_counter() - started_s)
-
-
-def _summary(answers: list[Answer], seconds: float) -> dict[str, float]:
-    def at(part: float, values: list[float]) -> float:
-        ordered = sorted(values)
-        return round(ordered[min(len(ordered) - 1, int(part * len(ordered)))], 4)
-
-    latencies = [answer.latency_s for answer in answers]
-    firsts = [answer.first_s for answer in answers]
-    tokens = sum(answer.new_tokens for answer in answers)
-    return {
-        "requests": len(answers), "seconds": round(seconds, 3),
-        "requests_per_s": round(len(answers) / seconds, 4),
-        "output_tok_per_s": round(tokens / seconds, 3),
-        "latency_p50_s": at(0.5, latencies), "latency_p95_s": at(0.95, latencies),
-        "first_p50_s": at(0.5, firsts), "first_p95_s": at(0.95, firsts),
-    }  # fmt: skip
+            capacity = session.capacity[name]["capacity_per_s"]
+            low, high = bounds(session.rows[name], capacity, p95_s)
+            rate = (low + high) / 2
+            is_known = session.rows[name][0]["latency_p95_s"] == p95_s  # it made the limit
+            if is_known or high - low < 0.05 * high:
+                continue
+            measure_rate(session, name, rate, until_s)
 
 
 def goodput(rows: list[dict[str, Any]], p95_s: float) -> dict[str, Any] | None:
-    """Return the row with the most output whose p95 latency is allowed; None: no rate was."""
+    """Return the row with the highest rate whose p95 latency is allowed; None: no rate was."""
     allowed = [row for row in rows if row["latency_p95_s"] <= p95_s]
-    return max(allowed, key=lambda row: row["output_tok_per_s"], default=None)
+    return max(allowed, key=lambda row: row["rate_per_s"], default=None)
+
+
+def ratios(found: dict[str, dict[str, Any] | None]) -> dict[str, float]:
+    """Return the goodput of each of ours divided by the best peer's."""
+    peers = [row["rate_per_s"] for name, row in found.items() if row and name[:4] != "mxn:"]
+    if not peers:
+        return {}
+    return {
+        name: round(row["rate_per_s"] / max(peers), 3)
+        for name, row in found.items()
+        if row and name.startswith("mxn:")
+    }
+
+
+def measure(session: Session, p95_s: float | None, probes: int, until_s: float) -> dict[str, Any]:
+    """Run the four steps and return the result."""
+    measure_capacity(session)
+    for name in list(session.running):
+        measure_rate(session, name, PART * session.capacity[name]["capacity_per_s"], until_s)
+    best = best_peer(session.rows)
+    if p95_s is None and best is not None:
+        p95_s = session.rows[best][0]["latency_p95_s"]
+    result: dict[str, Any] = {
+        "capacity": session.capacity, "rows": session.rows, "p95_limit_s": p95_s,
+        "limit_from": best, "notes": session.notes,
+    }  # fmt: skip
+    if p95_s is None:
+        session.notes["limit"] = "no peer ran and no --p95 was given: goodput needs a limit"
+        return result
+    search(session, p95_s, probes, until_s)
+    found = {name: goodput(rows, p95_s) for name, rows in session.rows.items()}
+    return result | {"goodput": found, "ratios": ratios(found)}
+
+
+def show(result: dict[str, Any]) -> None:
+    for name, row in result.get("goodput", {}).items():
+        limit = f"p95 <= {result['p95_limit_s']:.2f} s"
+        if row is None:
+            print(f"{name}: no rate that was tried keeps {limit}")
+            continue
+        ratio = result["ratios"].get(name)
+        print(
+            f"{name}: {row['rate_per_s']:.3g} requests/s at {limit}, "
+            f"{row['output_tok_per_s']:.4g} tok/s"
+            + (f"; {ratio:.2f}x the best peer's goodput" if ratio is not None else "")
+        )
+    for name, why in result["notes"].items():
+        print(f"{name}: no: {why}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("url", help="such as http://127.0.0.1:8000")
-    parser.add_argument("--model", default="model")
-    parser.add_argument("--rates", default="0.7x", help="requests/s, or parts of capacity: 0.7x")
-    parser.add_argument("--p95", type=float, default=60.0, help="allowed p95 latency, seconds")
-    parser.add_argument("--requests", type=int, default=60, help="of each rate")
-    parser.add_argument("--slots", type=int, default=16, help="under way in the capacity run")
-    parser.add_argument("--context", type=int, default=1024, help="tokens the longest one fills")
+    parser.add_argument("--shape", default="qwen3-0.6b", help=", ".join(models.SHAPES))
+    parser.add_argument("--contenders", default=DEFAULT)
+    parser.add_argument("--urls", default="", help="running servers: NAME=MODEL@URL,…")
+    parser.add_argument(
+        "--p95", type=float, help="allowed p95 latency in s; the best peer's at 70 %%"
+    )
+    parser.add_argument("--requests", type=int, default=40, help="of each run")
+    parser.add_argument("--probes", type=int, default=4, help="rates tried for each server")
+    parser.add_argument("--slots", type=int, default=16, help="requests at the same time")
+    parser.add_argument("--context", type=int, default=512, help="tokens the longest one fills")
     parser.add_argument("--longest", type=int, default=4096, help="longest one kept of the trace")
-    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=6, help="no run that would end later")
+    parser.add_argument("--turn-limit", type=float, default=100, help="seconds a run may take")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peers", type=Path, help="folder of setup_peers.py; MXN_HOME/peers")
+    parser.add_argument("--cache", type=Path, help="folder of the models; MXN_HOME/bench_models")
+    parser.add_argument("--out", type=Path, help="also store the JSON in this file")
     return parser.parse_args()
 
 
+def start(session: Session, arguments: argparse.Namespace, peers: Path, model: Path) -> None:
+    """Start all servers; one that cannot is named and left out."""
+    sizes = Sizes(arguments.threads, arguments.slots, arguments.context)
+    limit_s = arguments.turn_limit
+    for name in filter(None, arguments.contenders.split(",")):
+        note(f"starting {name}")
+        try:
+            contender = contenders.find(name)
+            session.running[name] = Server.started(contender, model, peers, sizes, limit_s)
+        except Failed as error:
+            session.notes[name] = str(error)
+            note(f"left out: {error}")
+    for text in filter(None, arguments.urls.split(",")):
+        name, _, where = text.partition("=")
+        served, _, url = where.partition("@")
+        session.running[name] = Server(name, Target(url, served or MODEL, limit_s), None)
+
+
 def main() -> None:
+    end_on_signal()
     arguments = parse()
-    make = (arguments.context, arguments.longest, arguments.vocab)
-    # A set of prompts of its own for each run: a server's prefix cache must find nothing.
-    capacity = None
-    rows = []
-    for number, text in enumerate(arguments.rates.split(",")):
-        rate = float(text.rstrip("x"))
-        if text.endswith("x"):
-            if capacity is None:
-                work = jobs(arguments.requests, *make, arguments.seed)
-                slots = arguments.slots
-                capacity = asyncio.run(closed_loop(arguments.url, arguments.model, work, slots))
-                print(f"capacity: {capacity}")
-            rate *= capacity["requests_per_s"]
-        work = jobs(arguments.requests, *make, arguments.seed + 1 + number)
-        rows.append(
-            asyncio.run(open_loop(arguments.url, arguments.model, work, rate, arguments.seed))
-        )
-        print(f"{text}: {rows[-1]}")
-    document = {
-        "schema": 1, "case": "engine_mixed_load", "basis": "measured",
-        "arrivals": "Poisson", "lengths": LENGTHS.name, "params": vars(arguments),
-        "capacity": capacity, "rows": rows, "goodput": goodput(rows, arguments.p95),
-    }  # fmt: skip
-    print(json.dumps(document))
+    until_s = time.monotonic() + 60 * arguments.minutes
+    peers = (arguments.peers or default_folder()).resolve()
+    cache = (arguments.cache or models.default_cache()).resolve()
+    model = models.ensure(arguments.shape, cache)
+    vocab_size = models.SHAPES[arguments.shape]["vocab_size"]
+    work = Work(
+        arguments.requests, arguments.context, arguments.longest, vocab_size, arguments.seed
+    )
+    session = Session(work, arguments.slots)
+    try:
+        start(session, arguments, peers, model)
+        result = measure(session, arguments.p95, arguments.probes, until_s)
+    finally:
+        for server in session.running.values():
+            server.stop()
+    show(result)
+    document = json.dumps(
+        {
+            "schema": 1, "case": "engine_mixed_load", "basis": "measured", "model": arguments.shape,
+            "arrivals": "Poisson", "lengths": traffic.LENGTHS.name,
+            "scale": arguments.context / arguments.longest,
+            "params": {
+                name: value for name, value in vars(arguments).items()
+                if name not in ("peers", "cache", "out")
+            },
+        } | result
+    )  # fmt: skip
+    if arguments.out:
+        arguments.out.write_text(document + "\n")
+    print(document)
 
 
 if __name__ == "__main__":

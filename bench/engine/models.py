@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,11 +58,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
         "tie_word_embeddings": False, "bos_token_id": 32766, "eos_token_id": 32767,
     },
-    "deepseek-v2-lite-cut": {  # DeepSeek-V2-Lite with 4 of 27 layers, 32 of 64 experts
+    # DeepSeek-V2-Lite with 4 of 27 layers, 32 of 64 experts, and the low-rank queries of V2:
+    # llama.cpp knows a model without them by its 27 layers only.
+    "deepseek-v2-lite-cut": {
         "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
         "vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 10944,
         "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_intermediate_size": 1408,
         "n_routed_experts": 32, "n_shared_experts": 2, "num_experts_per_tok": 6,
         "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False,
@@ -87,17 +90,21 @@ Tensor = tuple[str, tuple[int, ...]]
 
 
 def ensure(name: str, cache: Path) -> Path:
-    """Return the folder of a random checkpoint, written at the first call.
+    """Return the folder of a random checkpoint, written again when its shape changed.
 
     Raises: SystemExit for a shape that is not in `SHAPES`.
     """
     if name not in SHAPES:
         raise SystemExit(f"no shape {name!r}; there are {', '.join(SHAPES)}")
     folder = cache / name
-    if not (folder / "complete").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        config = SHAPES[name] | _COMMON
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = SHAPES[name] | _COMMON
+    text = json.dumps(config, indent=2) + "\n"
+    is_there = (folder / "complete").is_file()
+    if not is_there or (folder / "config.json").read_text() != text:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(text)
         ids = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
         (folder / "generation_config.json").write_text(json.dumps(ids) + "\n")
         write_tokenizer(config, folder)
@@ -141,7 +148,12 @@ def _mla(config: dict[str, Any]) -> Iterator[Tensor]:
     nope, rope, value = (
         config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     )  # fmt: skip
-    yield "q_proj", (heads * (nope + rope), hidden)
+    if query_rank := config["q_lora_rank"]:
+        yield "q_a_proj", (query_rank, hidden)
+        yield "q_a_layernorm", (query_rank,)
+        yield "q_b_proj", (heads * (nope + rope), query_rank)
+    else:
+        yield "q_proj", (heads * (nope + rope), hidden)
     yield "kv_a_proj_with_mqa", (rank + rope, hidden)
     yield "kv_a_layernorm", (rank,)
     yield "kv_b_proj", (heads * (nope + value), rank)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -73,12 +75,10 @@ def prompt(seed: int, tokens: int, vocab_size: int) -> list[int]:
 def memory() -> dict[str, int]:
     """Return this process's memory in bytes: the peak, and now with its parts."""
     status = _kib("/proc/self/status")
-    rollup = _kib("/proc/self/smaps_rollup")
     return {
         "peak_rss_bytes": status["VmHWM"],
         "rss_bytes": status["VmRSS"],
-        "pss_bytes": rollup["Pss"],
-        "pss_file_bytes": rollup.get("Pss_File", 0),
+        "rss_file_bytes": status.get("RssFile", 0),
     }
 
 
@@ -138,6 +138,11 @@ def _answer(runner: Runner, request: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"unknown request {other!r}")
 
 
+def end_on_signal() -> None:
+    """Let SIGTERM end this program as an exception does, so that no engine is left behind."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 class Failed(Exception):
     """An engine answered with an error, or ended; the message is its own."""
 
@@ -151,6 +156,7 @@ class Peer:
     script: Path
     env: dict[str, str] = field(default_factory=dict)
     log: Path | None = None
+    limit_s: float = 600.0  # of one request; a process that takes longer is ended
     _process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
@@ -160,14 +166,23 @@ class Peer:
             stderr=stderr, text=True, env=os.environ | self.env,
         )  # fmt: skip
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Send one request and wait. Raises: Failed, Refused."""
+        """Send one request and wait, at most `limit_s`. Raises: Failed, Refused."""
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             raise Failed(f"{self.name} is not running")
         try:
             process.stdin.write(json.dumps({"op": op} | fields) + "\n")
             process.stdin.flush()
+            # An answer is one line, and the next request waits for it: nothing is left in a buffer.
+            if not select.select([process.stdout], [], [], self.limit_s)[0]:
+                process.kill()
+                process.wait()
+                raise Failed(f"{self.name} gave no answer to {op} in {self.limit_s:g} s")
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""

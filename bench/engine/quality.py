@@ -14,13 +14,13 @@ import json
 import math
 import sys
 import tempfile
+import time
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 import contenders
 import numpy
-from protocol import Failed, Load, Peer, Refused
+from protocol import Failed, Load, Peer, Refused, end_on_signal
 from setup_peers import default_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,15 +102,21 @@ def run(name: str, model: Path, peers: Path, texts: list[list[int]], threads: in
 
 
 def measure(
-    names: list[str], model: Path, peers: Path, texts: list[list[int]], threads: int
+    names: list[str], model: Path, peers: Path, texts: list[list[int]], threads: int, until_s: float
 ) -> list[dict[str, Any]]:
-    """Return one row for each contender; the one that cannot says why."""
+    """Return one row for each contender; the one that cannot says why.
+
+    Raises: Failed when there is no truth to compare with.
+    """
     true = run(TRUTH, model, peers, texts, threads)
     rows: list[dict[str, Any]] = [{"contender": TRUTH, "perplexity": perplexity(texts, true)}]
     for name in names:
+        if time.monotonic() > until_s:
+            rows.append({"contender": name, "error": "the minutes were over"})
+            continue
         try:
             found = run(name, model, peers, texts, threads)
-        except (Failed, Refused, CalledProcessError) as error:
+        except (Failed, Refused) as error:
             rows.append({"contender": name, "error": str(error)})
             continue
         row = {"contender": name, "perplexity": perplexity(texts, found)}
@@ -119,26 +125,33 @@ def measure(
 
 
 def main() -> None:
+    end_on_signal()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama", choices=MODELS)
     parser.add_argument("--contenders", default=",".join(DEFAULT))
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=5, help="no new contender after")
     parser.add_argument("--peers", type=Path, help="folder of setup_peers.py; MXN_HOME/peers")
+    parser.add_argument("--out", type=Path, help="also store the JSON in this file")
     arguments = parser.parse_args()
+    until_s = time.monotonic() + 60 * arguments.minutes
     peers = (arguments.peers or default_folder()).resolve()
     model = MODELS[arguments.model]
     texts = windows(model, arguments.windows, arguments.length)
-    rows = measure(arguments.contenders.split(","), model, peers, texts, arguments.threads)
+    names = arguments.contenders.split(",")
+    rows = measure(names, model, peers, texts, arguments.threads, until_s)
     for row in rows:
         values = (f"{key} {value:.5g}" for key, value in row.items() if isinstance(value, float))
         print(f"{row['contender']:18} {', '.join(values) or row.get('error')}")
-    document = {
+    document = json.dumps({
         "schema": 1, "case": "engine_quality", "basis": "measured", "model": model.name,
         "params": {"windows": arguments.windows, "length": arguments.length}, "rows": rows,
-    }  # fmt: skip
-    print(json.dumps(document))
+    })  # fmt: skip
+    if arguments.out:
+        arguments.out.write_text(document + "\n")
+    print(document)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import cost
 if TYPE_CHECKING:
     from run import Session
 
-UNITS = {"load": "s", "load-spawn": "s", "memory": "MiB", "memory-pss": "MiB"}
+UNITS = {"load": "s", "load-spawn": "s", "memory": "MiB", "memory-rss": "MiB"}
 
 
 def quantiles(values: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
@@ -67,16 +67,39 @@ def fractions(
     return result
 
 
-def ratios(cells: dict[str, dict[str, Any]], is_cost: bool) -> dict[str, float]:
-    """Return each of our formats divided by the best peer; above 1 is better in every column."""
-    ours = {name: cell["p50"] for name, cell in cells.items() if name.startswith("mxn:")}
-    others = [cell["p50"] for name, cell in cells.items() if name not in ours]
-    if not others:
-        return {}
-    best = min(others) if is_cost else max(others)
-    return {
-        name: round(best / value if is_cost else value / best, 3) for name, value in ours.items()
-    }
+SLACK = 0.97  # errors of one format differ by a few percent from prompt to prompt
+
+
+def ratios(
+    cells: dict[str, dict[str, Any]], is_cost: bool, errors: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Return each of our formats divided by the best peer; above 1 is better in every column.
+
+    With `errors` of the logits only peers count whose error is no smaller than ours.
+    """
+    found = {}
+    for name, cell in cells.items():
+        if not name.startswith("mxn:"):
+            continue
+        others = [
+            other["p50"]
+            for peer, other in cells.items()
+            if not peer.startswith("mxn:") and (errors is None or _is_no_better(errors, peer, name))
+        ]
+        if others:
+            best, value = (min(others) if is_cost else max(others)), cell["p50"]
+            found[name] = round(best / value if is_cost else value / best, 3)
+    return found
+
+
+def _is_no_better(errors: dict[str, float], peer: str, ours: str) -> bool:
+    return peer not in errors or ours not in errors or errors[peer] >= SLACK * errors[ours]
+
+
+def errors_of(result: dict[str, Any]) -> dict[str, float]:
+    """Return the logit error of each contender that gives logits."""
+    found = {name: each.get("rms_error") for name, each in result["accuracy"].items()}
+    return {name: error for name, error in found.items() if error is not None}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -116,6 +139,10 @@ def document(results: list[dict[str, Any]], params: dict[str, Any]) -> dict[str,
     for result in results:
         result["ratios"] = {
             column: ratios(cells, column in UNITS) for column, cells in result["metrics"].items()
+        }
+        result["ratios_at_equal_error"] = {
+            column: ratios(cells, column in UNITS, errors_of(result))
+            for column, cells in result["metrics"].items()
         }
     return {
         "schema": 1, "case": "engine", "basis": "measured", **_git(), "machine": _machine(),

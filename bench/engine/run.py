@@ -5,8 +5,13 @@
 
 Each contender is a process of its own that sleeps (SIGSTOP) while another one has its turn. First
 every one of them must be right: logits against float32, or its greedy tokens where it gives no
-logits; a wrong one is measured no further. Then, in each round and for each column, all take one
-turn, and the machine's limits are measured. Tokens/s are medians over the rounds. Start at `main`.
+logits; a wrong one is measured no further, and one that cannot run a model is named with its own
+reason. Then, in each round and for each column, all take one turn, and the machine's limits are
+measured. Tokens/s are medians over the rounds. Start at `main`.
+
+Round 0 is not counted: it warms up and fills the contexts, 8,192 tokens once. Later rounds find
+them filled (llama.cpp and transformers keep a context for each column, the others cache prefixes),
+so a round costs only its steps.
 """
 
 from __future__ import annotations
@@ -20,7 +25,6 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 import contenders
@@ -30,7 +34,7 @@ import report
 from accuracy import Accuracy, Truth
 from contenders import Contender
 from cost import Shape
-from protocol import Failed, Load, Peer, Refused, prompt
+from protocol import Failed, Load, Peer, Refused, end_on_signal, prompt
 from setup_peers import default_folder
 
 
@@ -55,6 +59,7 @@ COLUMNS = (
     Column(name="batch-32", context=128, batch=32, steps=8),
 )
 START = ("load", "memory")  # measured together, in a fresh process
+SLOW_START_S = 60.0  # a contender that took longer once is not started again in later rounds
 QUICK = ("decode-128", "prefill-128", "batch-8", "load", "memory")
 
 
@@ -69,11 +74,14 @@ class Session:
     columns: list[Column]
     wants_start: bool
     logs: Path
+    turn_limit_s: float
     running: dict[Contender, Peer] = field(default_factory=dict)
     built: dict[Contender, Path] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    given_up: set[tuple[Contender, str]] = field(default_factory=set)  # contender and column
     accuracy: dict[str, Accuracy] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)  # error of plain rounding of weights
     values: dict[str, dict[str, list[float]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
     )
@@ -81,15 +89,26 @@ class Session:
     def load_of(self, contender: Contender, columns: list[Column]) -> Load:
         longest = max(c.context + c.steps for c in columns) + 64
         room = sum(c.batch * (c.context + c.steps + 64) for c in columns) + 4096
+        return self._load(contender, columns, max(1024, longest), room)
+
+    def smallest_load_of(self, contender: Contender, column: Column) -> Load:
+        """Room for one sequence and nothing else: engines differ in what they fill at the start."""
+        room = -(-(column.context + column.steps + 64) // 256) * 256
+        return self._load(contender, [column], room, room)
+
+    def _load(
+        self, contender: Contender, columns: list[Column], max_context: int, room: int
+    ) -> Load:
         return Load(
             model=str(self.model), built=str(self.built[contender]), weights=contender.weights,
-            threads=self.threads, max_context=max(1024, longest),
+            threads=self.threads, max_context=max_context,
             max_sequences=max(c.batch for c in columns), kv_tokens=room,
         )  # fmt: skip
 
     def peer(self, contender: Contender, suffix: str = "") -> Peer:
-        log = self.logs / f"{self.shape_name}-{contender.name}{suffix}.log"
-        return contenders.peer(contender, self.peers, self.threads, log)
+        name = contender.name.replace("/", "-")
+        log = self.logs / f"{self.shape_name}-{name}{suffix}.log"
+        return contenders.peer(contender, self.peers, self.threads, log, self.turn_limit_s)
 
 
 def note(text: str) -> None:
@@ -110,7 +129,7 @@ def prepare(session: Session, wanted: list[Contender], truth: Truth) -> None:
             note(f"{contender.name}: {found}")
             if not found.is_right:
                 raise Failed(f"wrong: {found}")
-        except (Failed, Refused, CalledProcessError) as error:
+        except (Failed, Refused) as error:
             session.notes[contender.name] = str(error)
             note(f"left out: {error}")
             peer.stop()
@@ -120,7 +139,13 @@ def prepare(session: Session, wanted: list[Contender], truth: Truth) -> None:
 
 
 def turn(session: Session, contender: Contender, column: Column, round_number: int) -> None:
-    """Let one contender do one column once; round 0 warms up and fills the caches."""
+    """Let one contender do one column once; round 0 warms up and fills the caches.
+
+    A column that fails is not tried again. Where it ended the process, the other columns go on in a
+    fresh one.
+    """
+    if (contender, column.name) in session.given_up:
+        return
     peer = session.running[contender]
     vocab = models.SHAPES[session.shape_name]["vocab_size"]
     peer.pause(signal.SIGCONT)
@@ -136,7 +161,10 @@ def turn(session: Session, contender: Contender, column: Column, round_number: i
             amount = column.context
     except (Failed, Refused) as error:
         session.notes[f"{contender.name} {column.name}"] = str(error)
+        session.given_up.add((contender, column.name))
         note(str(error))
+        if not peer.is_running:
+            restart(session, contender)
         return
     finally:
         peer.pause(signal.SIGSTOP)
@@ -146,13 +174,32 @@ def turn(session: Session, contender: Contender, column: Column, round_number: i
         session.values[column.name][contender.name].append(rate)
 
 
+def restart(session: Session, contender: Contender) -> None:
+    """Load a contender again whose process has ended; leave it out if that fails too."""
+    peer = session.running[contender]
+    peer.stop()
+    try:
+        peer.load(session.load_of(contender, session.columns))
+    except (Failed, Refused) as error:
+        session.notes[contender.name] = str(error)
+        note(f"left out: {error}")
+        peer.stop()
+        del session.running[contender]
+
+
 def start_turn(session: Session, contender: Contender) -> None:
-    """Load to first token and memory, in a fresh process; files are in the page cache."""
+    """Load to first token and memory, in a fresh process; files are in the page cache.
+
+    Resident pages are counted whole: the proportional part of pages that a paused contender maps
+    as well would be too small.
+    """
+    if any(took > SLOW_START_S for took in session.values["load-spawn"][contender.name]):
+        return
     short = Column(name="start", context=128, steps=8)
     peer = session.peer(contender, "-start")
     vocab = models.SHAPES[session.shape_name]["vocab_size"]
     try:
-        answer = peer.load(session.load_of(contender, [short]))
+        answer = peer.load(session.smallest_load_of(contender, short))
         peer.ask("decode", prompts=[prompt(1, 128, vocab)], steps=short.steps)
         held = peer.ask("memory")
     except (Failed, Refused) as error:
@@ -162,7 +209,7 @@ def start_turn(session: Session, contender: Contender) -> None:
         peer.stop()
     values = {
         "load": answer["first_token_s"], "load-spawn": answer["spawn_s"],
-        "memory": held["peak_rss_bytes"] / 2**20, "memory-pss": held["pss_bytes"] / 2**20,
+        "memory": held["peak_rss_bytes"] / 2**20, "memory-rss": held["rss_bytes"] / 2**20,
     }  # fmt: skip
     for name, value in values.items():
         session.values[name][contender.name].append(value)
@@ -179,7 +226,7 @@ def rounds(session: Session, count: int, until_s: float) -> list[limits.Limits]:
             found.append(limits.measure(session.threads))
             note(f"round {number} of {count}: {found[-1]}")
         for column in session.columns:
-            for contender in list(session.running):
+            for contender in list(session.running):  # one that breaks may leave in between
                 turn(session, contender, column, number)
         if number and session.wants_start:
             for contender in list(session.running):
@@ -191,15 +238,20 @@ def measure(
     session: Session, wanted: list[Contender], count: int, until_s: float
 ) -> dict[str, Any]:
     """Measure one model and return its part of the result."""
-    truth = Truth.make(session.model, session.peers, session.threads, session.shape_name)
+    found: list[limits.Limits] = []
     try:
+        truth = Truth.make(session.model, session.peers, session.threads, session.shape_name)
+        session.rounding = {f"{bits} bits": error for bits, error in truth.rounding.items()}
         prepare(session, wanted, truth)
         found = rounds(session, count, until_s) if session.running else []
+    except (Failed, Refused) as error:  # no truth, nothing to compare with; other models may have
+        session.notes["transformers:f32, the truth"] = str(error)
+        note(str(error))
     finally:
         for peer in session.running.values():
             peer.pause(signal.SIGCONT)
             peer.stop()
-    shape = Shape.read(session.model)
+    shape = Shape.of(session.model)
     middle = {
         name: statistics.median(values)
         for name in ("read_gb_per_s", "int8_tops", "fp32_tflops")
@@ -209,6 +261,7 @@ def measure(
         "model": session.shape_name,
         "limits": {"median": middle, "rounds": [asdict(one) for one in found]},
         "accuracy": {name: asdict(one) for name, one in session.accuracy.items()},
+        "rounding_error": session.rounding,
         "metrics": report.quantiles(session.values),
         "limit_fraction": report.fractions(session, shape, middle),
         "about": session.about,
@@ -225,6 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", help="formats of mxn, such as int4,bf16; in place of its own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=600, help="no new round of a model after")
+    parser.add_argument("--turn-limit", type=float, default=600, help="seconds of one request")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--peers", type=Path, help="folder of setup_peers.py; MXN_HOME/peers")
@@ -242,6 +296,7 @@ def wanted_contenders(arguments: argparse.Namespace) -> list[Contender]:
 
 
 def main() -> None:
+    end_on_signal()
     arguments = parse()
     peers = (arguments.peers or default_folder()).resolve()
     cache = (arguments.cache or models.default_cache()).resolve()
@@ -257,16 +312,16 @@ def main() -> None:
         session = Session(
             shape_name=shape, model=models.ensure(shape, cache), peers=peers,
             threads=arguments.threads, columns=columns,
-            wants_start=bool(set(names) & set(START)), logs=logs,
+            wants_start=bool(set(names) & set(START)), logs=logs, turn_limit_s=arguments.turn_limit,
         )  # fmt: skip
         until_s = time.monotonic() + 60 * arguments.minutes
         wanted = wanted_contenders(arguments)
         results.append(measure(session, wanted, arguments.rounds, until_s))
         report.show(results[-1])
-    params = {"rounds": arguments.rounds, "threads": arguments.threads, "columns": list(names)}
-    document = json.dumps(report.document(results, params))
-    if arguments.out:
-        arguments.out.write_text(document + "\n")
+        params = {"rounds": arguments.rounds, "threads": arguments.threads, "columns": list(names)}
+        document = json.dumps(report.document(results, params))
+        if arguments.out:  # after each model: the next one may end the run
+            arguments.out.write_text(document + "\n")
     print(document)
 
 

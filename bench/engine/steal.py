@@ -1,10 +1,12 @@
 """Decode while another process burns one core: what is left, and what should be left.
 
-    python bench/engine/steal.py --contenders mxn:int4,llama.cpp:q4_0 --peers FOLDER
+    python bench/engine/steal.py --contenders mxn:int4-g128,llama.cpp:q4_0 --peers FOLDER
 
 The thief is one busy loop without a pinned core, at the same priority. Of T threads' cores it takes
 its fair part: with N cores and T + 1 runnable threads, T threads keep N * T / (T + 1) cores' worth
-of time when T = N. Start at `measure`.
+of time when T = N. `of_share` is what is left of the undisturbed rate divided by that fair part; a
+goal of 0.8 is met at 0.8 and above. `thief_cores` is what the thief really got: an engine whose
+threads sleep while they wait gives away more than the fair part. Start at `measure`.
 """
 
 from __future__ import annotations
@@ -17,18 +19,31 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import contenders
 import models
 from contenders import Contender
-from protocol import Failed, Load, Peer, Refused, prompt
+from protocol import Failed, Load, Peer, Refused, end_on_signal, prompt
 from setup_peers import default_folder
 
+DEFAULT = "mxn:int4-g128,mxn:int8,openvino:int8,openvino:int4,llama.cpp:q4_0"
 CONTEXT = 128
+STARTING_S = 0.2  # until Python burns and the scheduler has moved threads
 _BURN = "while True: pass"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Tokens/s alone and beside a thief, and the cores that the thief got."""
+
+    quiet: float
+    disturbed: float
+    thief_cores: float
 
 
 def fair_share(cores: int, threads: int) -> float:
@@ -42,14 +57,21 @@ def fair_share(cores: int, threads: int) -> float:
 
 
 @contextlib.contextmanager
-def thief() -> Iterator[None]:
-    """Burn one core until the end of the block."""
+def thief() -> Iterator[int]:
+    """Burn one core until the end of the block; gives the process's id."""
     child = subprocess.Popen([sys.executable, "-c", _BURN])
     try:
-        yield
+        time.sleep(STARTING_S)
+        yield child.pid
     finally:
         child.kill()
         child.wait()
+
+
+def cpu_s(process_id: int) -> float:
+    """Return the processor time of a process so far, in s."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def decode(peer: Peer, vocab_size: int, steps: int) -> float:
@@ -58,89 +80,133 @@ def decode(peer: Peer, vocab_size: int, steps: int) -> float:
     return steps / peer.ask("decode", prompts=prompts, steps=steps)["seconds"]
 
 
+def pair(peer: Peer, vocab_size: int, steps: int) -> Pair:
+    """Decode alone, then beside a thief. Raises: Failed, Refused."""
+    quiet = decode(peer, vocab_size, steps)
+    with thief() as process_id:
+        before_s, started_s = cpu_s(process_id), time.perf_counter()
+        disturbed = decode(peer, vocab_size, steps)
+        taken = (cpu_s(process_id) - before_s) / (time.perf_counter() - started_s)
+    return Pair(quiet, disturbed, taken)
+
+
 def measure(
-    running: dict[Contender, Peer], vocab_size: int, rounds: int, steps: int, threads: int
-) -> list[dict[str, Any]]:
-    """Return undisturbed and disturbed rates, in turns; one pair per round and contender."""
-    pairs: dict[Contender, list[tuple[float, float]]] = {one: [] for one in running}
-    for _ in range(rounds):
+    running: dict[Contender, Peer], vocab_size: int, rounds: int, steps: int, until_s: float
+) -> tuple[dict[Contender, list[Pair]], dict[str, str]]:
+    """Return the pairs of each contender, taken in turns, and why one has none or fewer."""
+    pairs: dict[Contender, list[Pair]] = {one: [] for one in running}
+    notes: dict[str, str] = {}
+    for number in range(rounds):
+        if number and time.monotonic() > until_s:
+            notes["rounds"] = f"{number} of {rounds}: the minutes were over"
+            break
         for contender, peer in running.items():
+            if contender.name in notes:
+                continue
             peer.pause(signal.SIGCONT)
-            quiet = decode(peer, vocab_size, steps)
-            with thief():
-                pairs[contender].append((quiet, decode(peer, vocab_size, steps)))
+            try:
+                pairs[contender].append(pair(peer, vocab_size, steps))
+            except (Failed, Refused) as error:
+                notes[contender.name] = str(error)
             peer.pause(signal.SIGSTOP)
-    share = fair_share(len(os.sched_getaffinity(0)), threads)
-    rows = []
-    for contender, found in pairs.items():
-        quiet = statistics.median(pair[0] for pair in found)
-        left = statistics.median(pair[1] / pair[0] for pair in found)
-        rows.append(
+    return pairs, notes
+
+
+def rows(pairs: dict[Contender, list[Pair]], cores: int, threads: int) -> list[dict[str, Any]]:
+    """Return medians: the rate alone, what is left of it, and its part of the fair share."""
+    share = fair_share(cores, threads)
+    found = []
+    for contender, each in pairs.items():
+        if not each:
+            continue
+        left = statistics.median(one.disturbed / one.quiet for one in each)
+        found.append(
             {
-                "contender": contender.name, "tok_per_s": quiet, "left": left,
-                "share_allows": share, "of_share": left / share,
+                "contender": contender.name, "rounds": len(each),
+                "tok_per_s": round(statistics.median(one.quiet for one in each), 3),
+                "disturbed_tok_per_s": round(statistics.median(one.disturbed for one in each), 3),
+                "left": round(left, 4), "share_allows": round(share, 4),
+                "of_share": round(left / share, 4),
+                "thief_cores": round(statistics.median(one.thief_cores for one in each), 3),
             }
         )  # fmt: skip
-    return rows
+    return found
 
 
 def start(
-    names: list[str], model: Path, peers: Path, threads: int, vocab_size: int, steps: int
-) -> dict[Contender, Peer]:
+    arguments: argparse.Namespace, model: Path, peers: Path, vocab_size: int
+) -> tuple[dict[Contender, Peer], dict[str, str]]:
     """Load all contenders; one that cannot is named and left out."""
-    running = {}
-    for name in names:
+    running, notes = {}, {}
+    for name in arguments.contenders.split(","):
         contender = contenders.find(name)
-        built = contenders.built(contender, model, peers)
-        peer = contenders.peer(contender, peers, threads, None)
-        load = Load(
-            model=str(model), built=str(built), weights=contender.weights, threads=threads,
-            max_context=1024, max_sequences=1, kv_tokens=4096,
-        )  # fmt: skip
+        peer = contenders.peer(contender, peers, arguments.threads, None, arguments.turn_limit)
         try:
+            load = Load(
+                model=str(model), built=str(contenders.built(contender, model, peers)),
+                weights=contender.weights, threads=arguments.threads, max_context=1024,
+                max_sequences=1, kv_tokens=4096,
+            )  # fmt: skip
             peer.load(load)
-            decode(peer, vocab_size, steps)  # fills the prompt in and warms up
+            decode(peer, vocab_size, arguments.steps)  # fills the prompt in and warms up
         except (Failed, Refused) as error:
-            print(f"{name}: no: {error}", file=sys.stderr)
+            notes[name] = str(error)
             peer.stop()
             continue
         peer.pause(signal.SIGSTOP)
         running[contender] = peer
-    return running
+    return running, notes
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen3-0.6b", help=", ".join(models.SHAPES))
+    parser.add_argument("--contenders", default=DEFAULT)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=96, help="tokens of one measurement")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=5, help="no new round after")
+    parser.add_argument("--turn-limit", type=float, default=120, help="seconds of one measurement")
+    parser.add_argument("--peers", type=Path, help="folder of setup_peers.py; MXN_HOME/peers")
+    parser.add_argument("--cache", type=Path, help="folder of the models; MXN_HOME/bench_models")
+    parser.add_argument("--out", type=Path, help="also store the JSON in this file")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="qwen3-0.6b", help=", ".join(models.SHAPES))
-    parser.add_argument("--contenders", default="mxn:int4-g128,openvino:int4,llama.cpp:q4_0")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", type=Path)
-    parser.add_argument("--cache", type=Path)
-    arguments = parser.parse_args()
+    end_on_signal()
+    arguments = parse()
+    until_s = time.monotonic() + 60 * arguments.minutes
     peers = (arguments.peers or default_folder()).resolve()
     cache = (arguments.cache or models.default_cache()).resolve()
     model = models.ensure(arguments.model, cache)
     vocab_size = models.SHAPES[arguments.model]["vocab_size"]
-    names, steps = arguments.contenders.split(","), arguments.steps
-    running = start(names, model, peers, arguments.threads, vocab_size, steps)
+    running, notes = start(arguments, model, peers, vocab_size)
     try:
-        rows = measure(running, vocab_size, arguments.rounds, steps, arguments.threads)
+        pairs, more = measure(running, vocab_size, arguments.rounds, arguments.steps, until_s)
     finally:
         for peer in running.values():
             peer.pause(signal.SIGCONT)
             peer.stop()
-    for row in rows:
+    found = rows(pairs, len(os.sched_getaffinity(0)), arguments.threads)
+    for row in found:
         print(
             f"{row['contender']}: {row['tok_per_s']:.1f} tok/s alone, {row['left']:.0%} left beside"
-            f" a busy process, where {row['share_allows']:.0%} is fair: {row['of_share']:.0%} of it"
+            f" a busy process (it got {row['thief_cores']:.2f} cores), where"
+            f" {row['share_allows']:.0%} is fair: {row['of_share']:.0%} of it"
         )
-    document = {
-        "schema": 1, "case": "engine_steal", "basis": "measured", "model": arguments.model,
-        "params": {"threads": arguments.threads, "steps": arguments.steps}, "rows": rows,
-    }  # fmt: skip
-    print(json.dumps(document))
+    for name, why in (notes | more).items():
+        print(f"{name}: no: {why.splitlines()[0]}")
+    params = {name: getattr(arguments, name) for name in ("threads", "steps", "rounds")}
+    document = json.dumps(
+        {
+            "schema": 1, "case": "engine_steal", "basis": "measured", "model": arguments.model,
+            "params": params, "rows": found, "notes": notes | more,
+        }
+    )  # fmt: skip
+    if arguments.out:
+        arguments.out.write_text(document + "\n")
+    print(document)
 
 
 if __name__ == "__main__":

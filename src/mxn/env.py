@@ -23,6 +23,7 @@ VARIABLES = (
     Variable("MXN_WEIGHTS", "plain", "weights on a CPU: plain, f32, bf16, int8, int4, int4-g32, …"),
     Variable("MXN_KV", "auto", "cache beside packed weights: auto, f32, bf16, int8"),
     Variable("MXN_SPECULATION", "off", "guess tokens and verify them: off, ngram, mtp"),
+    Variable("MXN_CUDA_GRAPHS", "on", "on a GPU, replay decode steps as graphs: on, off"),
     Variable("MXN_THREADS", "0", "CPU threads of an engine; 0 = all cores this process may use"),
     Variable("MXN_KERNELS", "", "pin kernels, such as `linear=torch,rms_norm=naive`"),
     Variable("MXN_KERNEL_TUNING", "on", "measure kernels at load: on, off (priority decides)"),
@@ -59,6 +60,14 @@ def get_int(name: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name} must be an integer, got {text!r}") from None
+
+
+def get_switch(name: str) -> bool:
+    """Return whether a variable is on. Raises: ConfigError when it is neither on nor off."""
+    text = get(name)
+    if text not in ("on", "off"):
+        raise ConfigError(f"{name} must be on or off, got {text!r}")
+    return text == "on"
 
 
 def home() -> Path:

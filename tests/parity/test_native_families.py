@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from mxn.chips import find_device
+from mxn.kernels.batch import AttentionBatch, StepBatch
 from mxn.kernels.native import formats, missing_reason
 from mxn.models.load import load_model
 from support import tiny
@@ -41,3 +43,18 @@ def test_a_batch_of_mixed_lengths_gives_the_logits_of_each_alone(pair, record_er
 
 def test_greedy_tokens_are_those_of_transformers_over_64_steps(pair):
     check_greedy(*pair)
+
+
+def test_a_step_of_no_tokens_gives_no_rows_and_leaves_the_cache(pair):
+    _, model = pair
+    cache = model.make_cache(2, 16)
+    for layer in cache:
+        layer.k.fill_(7)
+    none = torch.empty(0, dtype=torch.int64)
+    attention = AttentionBatch(
+        query_starts=[0], context_lens=[], page_table_SP=none.view(0, 1), context_lens_S=none,
+        query_starts_S1=torch.zeros(1, dtype=torch.int64), slots_T=none, page_tokens=16,
+    )  # fmt: skip
+    logits = model.forward(StepBatch(none, none, attention, None), cache)
+    assert logits.shape == (0, model.vocab_size)
+    assert all((layer.k == 7).all() for layer in cache)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(missing_reason() is not None, reason=str(missing
 
 FORMATS = ["f32", "bf16", "int8", *(f"int8-g{g}" for g in formats.GROUPS)]
 FORMATS += [f"int4-g{g}{sym}" for g in formats.GROUPS for sym in ("", "-sym")]
+FORMATS += [f"int6-g{g}" for g in formats.GROUPS]
 ROWS = [*range(14), 16, 17, 31, 64, 65, 129]
 SHAPES = [(1, 1), (16, 128), (17, 13), (37, 131), (67, 257)]  # outputs, inputs
 ULP = 2.0**-24
@@ -89,7 +90,7 @@ def test_products_equal_float64_for_all_numbers_of_rows(variant, threads, name):
             assert (off <= allowed[:m] + rest).all(), (n, k, m)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4-g32", "int8-g64", "int4-g128-sym"])
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "int6", "int8-g64", "int4-g128-sym"])
 def test_tiled_rows_give_the_same_bits(variant, threads, name):
     """From some number of rows on, activations lie tile by tile: only a matter of speed."""
     for n, k, rows in ((37, 131, (0, 1, 2, 7, 9, 24, 65)), (20, 8200, (97, 130))):
@@ -104,7 +105,7 @@ def test_tiled_rows_give_the_same_bits(variant, threads, name):
             assert torch.equal(product(alone, weight, x[:m]), want), "other threads, other bits"
 
 
-@pytest.mark.parametrize("name", ["int8", "int4-g32", "int8-g64"])
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "int6-g16", "int8-g64"])
 def test_rows_may_lie_apart_in_memory(variant, threads, name):
     weight = pack(normal(33, 100), formats.parse_weights(name))
     wide = torch.full((7, 131), math.nan)
@@ -126,7 +127,7 @@ def test_activations_may_have_scales_for_groups_where_weights_have_one(variant, 
     assert ((got - want).abs() <= 8 * tolerance(weight, seen)).all()
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-g32", "int4-g64", "int4-g16-sym"])
+@pytest.mark.parametrize("name", ["int8", "int8-g32", "int6-g32", "int4-g64", "int4-g16-sym"])
 def test_quantization_of_activations_costs_at_most_half_a_step(variant, threads, name):
     weight = pack(normal(40, 200), formats.parse_weights(name))
     x = normal(6, 200, seed=3)
@@ -148,7 +149,9 @@ SPECIAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int8-g16", "int4-g32", "int4-g64-sym"])
+@pytest.mark.parametrize(
+    "name", ["f32", "bf16", "int8", "int8-g16", "int6-g32", "int4-g32", "int4-g64-sym"]
+)
 def test_extreme_rows_give_their_own_result_and_leave_the_others_alone(variant, threads, name):
     weight = pack(normal(21, 77), formats.parse_weights(name), normal(21, seed=8))
     x = normal(len(SPECIAL) + 3, 77, seed=4)
@@ -167,7 +170,9 @@ def test_extreme_rows_give_their_own_result_and_leave_the_others_alone(variant, 
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int8-g16", "int4-g32", "int4-g64-sym"])
+@pytest.mark.parametrize(
+    "name", ["f32", "bf16", "int8", "int8-g16", "int6-g32", "int4-g32", "int4-g64-sym"]
+)
 def test_a_fault_stays_in_its_row_and_is_never_made_finite(variant, threads, name, fault):
     weight = pack(normal(21, 77) + 0.01, formats.parse_weights(name), normal(21, seed=8))
     x = normal(11, 77, seed=5)
@@ -182,7 +187,9 @@ def test_a_fault_stays_in_its_row_and_is_never_made_finite(variant, threads, nam
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int4-g32", "int4-g64-sym", "int8-g16"])
+@pytest.mark.parametrize(
+    "name", ["f32", "bf16", "int8", "int6-g16", "int4-g32", "int4-g64-sym", "int8-g16"]
+)
 def test_glu_products_equal_their_parts(variant, threads, name, kind):
     for width, k in ((1, 5), (16, 32), (37, 67), (50, 130)):
         gate_up, bias = normal(2 * width, k), normal(2 * width, seed=1)

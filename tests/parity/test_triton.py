@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxn.kernels import parity, registry
+from mxn.kernels.ops.linear import ways
+from mxn.kernels.ops.linear.triton_ import TritonLinear
 from mxn.kernels.ops.paged_attention import triton_ as paged
 from mxn.kernels.ops.paged_attention.cases import paged_batch, poisoned_cache
 from mxn.kernels.ops.paged_attention.naive import paged_attention as truth
@@ -52,6 +54,18 @@ def test_triton_kernel_says_what_naive_says(op: str, dtype: torch.dtype) -> None
     result = parity.check_kernel(registry.kernels_of(op)["triton"], CPU, dtype)
     assert result.num_cases > 0
     assert result.is_passed, "\n".join(result.failures)
+
+
+@pytest.mark.parametrize("way", ways.ONLY)
+@pytest.mark.parametrize(("rows", "k", "n"), [(0, 16, 8), (1, 257, 127), (3, 61, 67), (5, 96, 33)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_each_way_of_a_product_gives_the_same(way, rows, k, n, has_bias) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = (torch.randn(size, generator=generator) for size in ((n, k), (rows, k + 9)))
+    bias = torch.randn(n, generator=generator) if has_bias else None
+    got = TritonLinear(weight, bias, ways.ONLY[way])(x[:, 3 : 3 + k])
+    want = x[:, 3 : 3 + k].double() @ weight.double().T
+    assert_same(want.float() if bias is None else (want + bias).float(), got, 1e-4)
 
 
 def decode_inputs(

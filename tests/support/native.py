@@ -152,22 +152,34 @@ class PagedCache:
             self._known[position, head] = self._read(position, head)
         return self._known[position, head]
 
-    def _read(self, position: int, head: int) -> tuple[Tensor, Tensor]:
+    def value_scale(self, position: int, head: int) -> float:
+        """Return what the int8 values of one token are multiplied by."""
+        block = self._block(position, head)
+        return float(block[-4 * LANES :].view(torch.float32)[position % LANES])
+
+    def _block(self, position: int, head: int) -> Tensor:
+        """Return the bytes of the block in which a token lies."""
         item = {"f32": 4, "bf16": 2, "i8": 1}[self.kind]
         extra = 64 * (2 if self.v_dim else 1) if self.kind == "i8" else 0
         block_bytes = LANES * (self.k_dim + self.v_dim) * item + extra
         parts = self.page_tokens // LANES
         page = int(self.pages[position // self.page_tokens])
-        part, slot = position % self.page_tokens // LANES, position % LANES
+        part = position % self.page_tokens // LANES
         start = ((head * self.num_pages + page) * parts + part) * block_bytes
-        block = self.memory[start : start + block_bytes].clone()
+        return self.memory[start : start + block_bytes].clone()
+
+    def _read(self, position: int, head: int) -> tuple[Tensor, Tensor]:
+        item = {"f32": 4, "bf16": 2, "i8": 1}[self.kind]
+        extra = 64 * (2 if self.v_dim else 1) if self.kind == "i8" else 0
+        block, slot = self._block(position, head), position % LANES
         keys, values = block[: LANES * self.k_dim * item], block[LANES * self.k_dim * item :]
         values = values[: LANES * self.v_dim * item]
         if self.kind == "i8":
             scales = block[-extra:].view(torch.float32).double().view(-1, LANES)
             k = keys.view(-1, LANES, 4)[:, slot].reshape(-1).double() - 128
             k = k * scales[0, slot]
-            v = values.view(torch.int8).view(LANES, -1)[slot].double() * scales[-1, slot]
+            v = values.view(torch.int8).view(LANES // 4, -1, 4)[slot // 4, :, slot % 4].double()
+            v = v * scales[-1, slot]
         else:
             dtype = torch.float32 if self.kind == "f32" else torch.bfloat16
             k = keys.view(dtype).view(-1, LANES)[:, slot].double()

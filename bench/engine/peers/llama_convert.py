@@ -47,7 +47,9 @@ def main() -> None:
         convert(source, model, partial)
         partial.rename(full)
     if kind != "bf16":
-        quantize(full, out, kind, 2)
+        partial = out.with_suffix(".partial")
+        quantize(full, partial, kind, 2)
+        partial.rename(out)
 
 
 if __name__ == "__main__":

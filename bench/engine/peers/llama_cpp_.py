@@ -33,7 +33,7 @@ class LlamaCpp:
         self._vocab_size = llama.llama_vocab_n_tokens(vocab)
         self._threads = load.threads
         self._filled: dict[tuple[int, ...], Any] = {}
-        self._short = self._context(max(1024, min(load.max_context, 1024)), 1)
+        self._short = self._context(min(load.max_context, 1024), 1)
         self._batch = llama.llama_batch_init(BATCH, 0, 1)
         return {
             "version": llama_version(), "flags": "flash_attn auto, kv f16, ubatch 512",

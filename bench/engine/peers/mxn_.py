@@ -65,7 +65,7 @@ class Mxn:
         started_s = time.perf_counter()
         made = sum(len(reply.token_ids) for _ in range(steps) for reply in self._step())
         seconds = time.perf_counter() - started_s
-        if self._core.has_work or made > steps * len(prompts):
+        if self._core.has_work or made != steps * len(prompts):
             raise RuntimeError(f"{steps} steps made {made} tokens for {len(prompts)} sequences")
         return seconds
 

@@ -22,9 +22,11 @@ import openvino_genai as genai
 class Engine:
     """The pipeline and the thread that steps it while there is something to do."""
 
-    def __init__(self, model: str, threads: int, kv_tokens: int) -> None:
+    def __init__(self, model: str, threads: int, slots: int, kv_tokens: int) -> None:
         scheduler = genai.SchedulerConfig()
-        scheduler.num_kv_blocks = -(-kv_tokens // 32)
+        scheduler.num_kv_blocks = -(-kv_tokens // 32) + slots
+        scheduler.max_num_seqs = slots
+        scheduler.max_num_batched_tokens = 2048
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = False
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
@@ -95,16 +97,24 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: a line for each request would be work of the server's."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # connections may come while a step keeps all cores busy
+    daemon_threads = True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder that optimum-cli exported")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--kv-tokens", type=int, default=65536)
     arguments = parser.parse_args()
-    Handler.engine = Engine(arguments.model, arguments.threads, arguments.kv_tokens)
+    Handler.engine = Engine(
+        arguments.model, arguments.threads, arguments.slots, arguments.kv_tokens
+    )
     print(f"http://127.0.0.1:{arguments.port}", flush=True)
-    ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
+    Server(("127.0.0.1", arguments.port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Plain transformers: SDPA attention, its dynamic cache, one process. Also the float32 truth.
 
-Runs in the environment that runs the benchmark. In decode the caches are filled by a real prefill
+Runs in the environment that runs the benchmark. "rounded-8" and "rounded-4" are float32 with
+rounded weights, the yardstick of `accuracy.py`. In decode the caches are filled by a real prefill
 and cut back to the prompt after each call.
 """
 
@@ -14,9 +15,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from protocol import Load, Refused, serve
+from rounding import round_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+_DTYPES = {
+    "bf16": torch.bfloat16, "f32": torch.float32, "rounded-8": torch.float32,
+    "rounded-4": torch.float32,
+}  # fmt: skip
 _CHUNK = 512  # tokens of a prompt at a time: the float32 scores of 8,192 at once would not fit
 
 
@@ -31,6 +36,8 @@ class Transformers:
         self._model = AutoModelForCausalLM.from_pretrained(
             load.model, dtype=_DTYPES[load.weights], attn_implementation="sdpa"
         ).eval()
+        if load.weights.startswith("rounded-"):
+            round_model(self._model, int(load.weights[-1]))
         self._filled: dict[tuple[int, ...], Any] = {}
         versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
         return {"version": versions, "flags": f"sdpa, {load.weights}"}

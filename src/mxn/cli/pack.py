@@ -16,9 +16,12 @@ def pack(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
     weights: Annotated[
-        str, typer.Option(help="f32, bf16, int8, int4, int4-g32, int4-g64, int4-g128; -sym.")
+        str, typer.Option(help="f32, bf16, int8, int6, int4, int4-g32, int4-g64, int4-g128; -sym.")
     ] = "int4",
     kv: Kv = None,
+    merge_lora: Annotated[
+        Path | None, typer.Option(help="LoRA adapter (PEFT folder) to add to the weights first.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL for the native CPU kernels and store it; `mxn serve` takes the result."""
@@ -29,7 +32,7 @@ def pack(
 
     started_s = time.perf_counter()
     format = formats.parse(weights, kv or "auto")
-    num_bytes = pack_model(resolve_model(model), format, out)
+    num_bytes = pack_model(resolve_model(model), format, out, adapter=merge_lora)
     seconds = time.perf_counter() - started_s
     if as_json:
         found = {"path": str(out), "format": str(format), "bytes": num_bytes, "seconds": seconds}

@@ -45,6 +45,8 @@ def config_for(model: str, **settings: Any) -> EngineConfig:
         given["kv"] = env.get("MXN_KV")
     if given.get("speculation") is None:
         given["speculation"] = env.get("MXN_SPECULATION")
+    if given.get("cuda_graphs") is None:
+        given["cuda_graphs"] = env.get_switch("MXN_CUDA_GRAPHS")
     if not given.get("threads"):
         given["threads"] = env.get_int("MXN_THREADS")
     return EngineConfig(model=str(resolve_model(model)), **given)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mxn.cli.options import Json, Model, Threads
+from mxn.cli.options import Device, Dtype, Json, Model, Threads
+
+if TYPE_CHECKING:
+    from mxn.chips.chip import Device as ChipDevice
 
 _PROMPT_TOKENS = 512  # of one calibration prompt
 
@@ -17,18 +20,60 @@ _PROMPT_TOKENS = 512  # of one calibration prompt
 def tune(
     model: Model,
     weights: Annotated[
-        str, typer.Option(help="f32, bf16, int8, int4, int4-g32, …; of a packed model: its own.")
+        str,
+        typer.Option(help="f32, bf16, int8, int6, int4, int4-g32, …; of a packed model: its own."),
     ] = "int8",
     text: Annotated[
         Path | None, typer.Option(help="Prompts for the calibration. Default: a text of mxn's own.")
     ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Measure each matrix of MODEL and the range of its attention scores on this machine.
 
-    Later loads of the model read what is stored, and say so in `mxn doctor` and the log.
+    On a GPU: up to how many rows each Triton product of MODEL is the fastest. Later loads of the
+    model read what is stored, and say so in `mxn doctor` and the log.
     """
+    from mxn.chips import find_device
+
+    chosen = find_device(device)
+    if chosen.torch_device == "cpu":
+        _tune_native(model, weights, text, threads, as_json)
+    else:
+        _tune_products(model, chosen, dtype, as_json)
+
+
+def _tune_products(model: str, device: ChipDevice, dtype: str, as_json: bool) -> None:
+    """Measure the ways of the products of `model` on a GPU."""
+    from mxn.cli.replica import resolve_model
+    from mxn.engine.load import dtype_for
+    from mxn.errors import CapacityError, UnsupportedError
+    from mxn.kernels.tune import Busy
+    from mxn.models.load import load_model
+
+    directory = resolve_model(model)
+    loaded = load_model(directory, device, dtype_for(directory, device, dtype)[0])
+    ops = getattr(loaded.model, "ops", None)
+    if ops is None:
+        raise UnsupportedError(f"{loaded.family} has no products to measure on {device.id}")
+    try:
+        found = ops.measure_products(lambda shape: print(f"measuring {shape} …", file=sys.stderr))
+    except Busy as busy:
+        raise CapacityError(
+            f"not measured: {busy}", hint="run it when the machine is idle"
+        ) from busy
+    if as_json:
+        typer.echo(json.dumps({"choices": found, "table": str(ops.table_path)}, indent=2))
+        return
+    for shape, bounds in found.items():
+        typer.echo(f"linear[{shape}]".ljust(42) + f" {bounds}")
+    typer.echo(f"stored in {ops.table_path}")
+
+
+def _tune_native(model: str, weights: str, text: Path | None, threads: int, as_json: bool) -> None:
+    """Measure the native kernels of a processor, and calibrate attention."""
     from mxn.chips import find_device
     from mxn.cli.replica import resolve_model
     from mxn.engine.config import EngineConfig

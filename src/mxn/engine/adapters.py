@@ -72,6 +72,11 @@ class Adapters:
         return self._adapted if self._num_installed else None
 
     @property
+    def is_applied(self) -> bool:
+        """Whether the forward pass under way goes through an adapter."""
+        return self._adapted is not None and self._adapted.is_applied
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._by_name)
 

@@ -44,6 +44,7 @@ class EngineConfig:
     speculation: str = "off"  # guess tokens and verify them: off, ngram, mtp (where a model has it)
     num_draft_tokens: int = 4  # guesses of one sequence in one step
     max_draft_rows: int = 16  # tokens in one step from which on it carries no more guesses
+    cuda_graphs: bool = True  # replay decode steps where the device and the kernels allow it
     loader: str = DEFAULT_LOADER  # "module:function" that turns this config into a `LoadedReplica`
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +23,11 @@ from mxn.errors import CapacityError
 from mxn.units import format_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from mxn.chips.chip import Device
     from mxn.engine.core import EngineCore
     from mxn.engine.draft import MtpDrafter, NgramDrafter
     from mxn.engine.encoder import EncoderCore
@@ -83,37 +87,37 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
     """Load the Hugging Face checkpoint `config.model` onto `config.device`."""
     import torch
 
-    from mxn.chips import default_dtype, find_device, free_memory
+    from mxn.chips import find_device, free_memory
     from mxn.kernels.native import formats
     from mxn.models.base import OwnsCache
     from mxn.models.hub import resolve
-    from mxn.models.load import checkpoint_dtype, load_model
-    from mxn.models.storage import read_config
+    from mxn.models.load import load_model
     from mxn.models.tokenizer import Tokenizer
 
     directory = resolve(config.model)
     device = find_device(config.device)
-    dtype, reason = config.dtype, "asked for"
-    if dtype == "auto":
-        stored = checkpoint_dtype(read_config(directory))
-        dtype, reason = default_dtype(device, stored)
+    dtype, reason = dtype_for(directory, device, config.dtype)
     format = None
     if config.weights != "plain":
         format = formats.parse(config.weights, config.kv)
         log.info("%s on %s: %s", directory.name, device.id, format)
     else:
         log.info("%s on %s in %s: %s", directory.name, device.id, dtype, reason)
-    loaded = load_model(
-        directory,
-        device,
-        dtype,
-        on_progress=lambda done, total: report("weights", done, total),
-        allow_fallback=config.allow_fallback,
-        prefer_fallback=config.prefer_fallback,
-        max_context=config.max_context,
-        format=format,
-        num_threads=config.num_threads,
-    )
+    with ThreadPoolExecutor(1, "tokenizer") as beside:
+        # A large vocabulary takes as long to read as a packed model does, mostly without the GIL.
+        tokenizer = beside.submit(Tokenizer.load, directory)
+        loaded = load_model(
+            directory,
+            device,
+            dtype,
+            on_progress=lambda done, total: report("weights", done, total),
+            allow_fallback=config.allow_fallback,
+            prefer_fallback=config.prefer_fallback,
+            max_context=config.max_context,
+            format=format,
+            num_threads=config.num_threads,
+            prediction=config.speculation == "mtp",
+        )
     if isinstance(loaded.model, OwnsCache):
         # The step runs on threads of its own: torch's, spinning behind an operator of the sampler,
         # would take their cores (24 ms became 43 ms for 8 sequences at 0.6B).
@@ -121,13 +125,24 @@ def load_checkpoint(config: EngineConfig, report: Report) -> LoadedReplica:
     torch_device = torch.device(device.torch_device)
     return LoadedReplica(
         loaded=loaded,
-        tokenizer=Tokenizer.load(directory),
+        tokenizer=tokenizer.result(),
         chip=device.chip,
         device=torch_device,
         device_id=device.id,
         free_bytes=free_memory(device),
         is_host_memory=torch_device.type == "cpu",
     )
+
+
+def dtype_for(directory: Path, device: Device, asked: str) -> tuple[str, str]:
+    """Return the dtype to compute a checkpoint in on `device`, and why it is that one."""
+    from mxn.chips import default_dtype
+    from mxn.models.load import checkpoint_dtype
+    from mxn.models.storage import read_config
+
+    if asked != "auto":
+        return asked, "asked for"
+    return default_dtype(device, checkpoint_dtype(read_config(directory)))
 
 
 def context_of(config: EngineConfig, model_context: int, page_bytes: int, fits_tokens: int) -> int:
@@ -177,6 +192,7 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
     from mxn.engine.core import EngineCore
     from mxn.engine.draft import MtpDrafter
     from mxn.engine.grammar import Grammars
+    from mxn.engine.graphs import capture_decode
     from mxn.engine.kvcache import PageTable
     from mxn.engine.mtp import PredictingDecoder
     from mxn.engine.plan import SchedulerConfig
@@ -190,7 +206,9 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
     drafter = _drafter(config)
     plan, max_context = _plan(config, replica, model)
     report("cache", 0, plan.total_bytes)
-    cache = allocate(model, num_pages=plan.num_pages, page_tokens=config.page_tokens)
+    # One page more than the table deals out: what pads a captured step writes there.
+    wants_graphs = _wants_graphs(config, replica.device)
+    cache = allocate(model, num_pages=plan.num_pages + wants_graphs, page_tokens=config.page_tokens)
     report("cache", plan.total_bytes, plan.total_bytes)
     log.info(
         "cache: %d pages of %d tokens, %s, limited by %s",
@@ -204,6 +222,12 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         eos_ids=tuple(token for token in replica.loaded.eos_ids if token < vocab_size),
     )
     adapters = Adapters(replica.decoder, max_adapters=config.max_adapters)
+    if wants_graphs:
+        model, note = capture_decode(
+            model, cache, config.max_sequences, page_tokens=config.page_tokens,
+            max_context=max_context, is_adapted=lambda: adapters.is_applied,
+        )  # fmt: skip
+        info = msgspec.structs.replace(info, kernels=info.kernels | {"graphs": note})
     runner = Runner(
         model,
         cache,
@@ -236,6 +260,11 @@ def _decoder(config: EngineConfig, replica: LoadedReplica, report: Report) -> En
         adapters=adapters,
         grammars=Grammars(replica.tokenizer, info.vocab_size, info.eos_ids),
     )
+
+
+def _wants_graphs(config: EngineConfig, device: torch.device) -> bool:
+    """Whether decode steps are to be replayed; a prediction layer needs more than their logits."""
+    return config.cuda_graphs and device.type == "cuda" and config.speculation != "mtp"
 
 
 def _drafter(config: EngineConfig) -> NgramDrafter | MtpDrafter | None:

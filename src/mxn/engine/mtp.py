@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from mxn.engine.stepbatch import Chunk, PageRows, pack
 from mxn.errors import UnsupportedError
+from mxn.models.base import OwnsCache, PredictsAhead
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from mxn.engine.sequence import Sequence as TokenSequence
     from mxn.kernels.batch import StepBatch
     from mxn.models.base import LayerCache
-    from mxn.models.decoder import Decoder
 
 
 class PredictingDecoder:
     """A decoder with one more layer of cache, for its prediction layer. Implements `CausalLM`."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Any) -> None:
+        """`decoder` implements `CausalLM` and `PredictsAhead`."""
         self.decoder = decoder
         self.vocab_size = decoder.vocab_size
         self.max_positions = decoder.max_positions
@@ -41,26 +42,35 @@ class PredictingDecoder:
     @classmethod
     def wrap(cls, model: Any) -> PredictingDecoder:
         """Return `model` with its prediction layer. Raises: UnsupportedError when it has none."""
-        from mxn.models.decoder import Decoder
-
-        if not isinstance(model, Decoder):
+        if not isinstance(model, PredictsAhead):
             raise UnsupportedError(
-                f"speculation mtp runs on plain weights, not on a {type(model).__name__}",
-                hint="--weights plain, or --speculation ngram",
-            )
-        if not model.mtp:
-            raise UnsupportedError(
-                f"speculation mtp: this {model.spec.family} checkpoint has no prediction layer",
+                f"speculation mtp needs a native model family, not a {type(model).__name__}",
                 hint="--speculation ngram",
             )
-        return cls(model)
+        if not model.mtp:
+            family = cast("Any", model).spec.family
+            raise UnsupportedError(
+                f"speculation mtp: this {family} checkpoint has no prediction layer",
+                hint="--speculation ngram",
+            )
+        return _OwnCache(model) if isinstance(model, OwnsCache) else cls(model)
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Write the step's keys and values into `cache` and return logits [R, V], float32."""
-        normed_TD = self.decoder.final_normed(self.decoder.hidden(batch, cache[:-1]))
-        self.normed_TD = normed_TD
-        rows_R = batch.logits_rows_R
-        return self.decoder.logits(normed_TD if rows_R is None else normed_TD[rows_R])
+        logits_RV, self.normed_TD = self.decoder.forward_hidden(batch, cache[:-1])
+        return logits_RV
+
+
+class _OwnCache(PredictingDecoder):
+    """One whose decoder has a cache layout of its own. Implements `OwnsCache` too."""
+
+    def page_bytes(self, page_tokens: int) -> int:
+        layers = (self.decoder, self.decoder.prediction)
+        return sum(part.page_bytes(page_tokens) for part in layers)
+
+    def make_cache(self, num_pages: int, page_tokens: int) -> list[LayerCache]:
+        layers = (self.decoder, self.decoder.prediction)
+        return [cache for part in layers for cache in part.make_cache(num_pages, page_tokens)]
 
 
 @dataclass(slots=True)

@@ -246,7 +246,7 @@ def load_tiny(config: EngineConfig, on_progress: Callable[[str, int, int], None]
 
 
 def load_bytes(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> LoadedReplica:
-    """Load the checkpoint `config.model` in float32, as if its tokens were bytes.
+    """Load the checkpoint `config.model` in float32 or packed, as if its tokens were bytes.
 
     For checkpoints of random numbers, which have no tokenizer.
     """
@@ -254,12 +254,16 @@ def load_bytes(config: EngineConfig, on_progress: Callable[[str, int, int], None
 
     from mxn.chips import find_device
     from mxn.engine.load import LoadedReplica
+    from mxn.kernels.native import formats
     from mxn.models.load import load_model
 
     device = find_device(config.device)
     torch_device = torch.device(device.torch_device)
     on_progress("weights", 1, 2)
-    loaded = load_model(Path(config.model), device, "float32")
+    loaded = load_model(
+        Path(config.model), device, "float32", prediction=config.speculation == "mtp",
+        format=None if config.weights == "plain" else formats.parse(config.weights, config.kv),
+    )  # fmt: skip
     on_progress("weights", 2, 2)
     return LoadedReplica(
         loaded=loaded, tokenizer=ByteTokenizer(), chip=device.chip, device=torch_device

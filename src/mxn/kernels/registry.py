@@ -11,7 +11,7 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,8 @@ from mxn import env
 from mxn.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -40,6 +42,20 @@ class Op:
     is_prepared: bool = False  # kernels take weights once and return a callable (`linear`)
 
 
+class Ways(Protocol):
+    """How a kernel that multiplies in several ways learns which is fastest for how many rows."""
+
+    def settle(self, made: Any, table: Table) -> str:
+        """Use in a prepared weight what is known of its shape on this chip; say what it is."""
+        ...
+
+    def measure(
+        self, table: Table, in_features: int, out_features: int, dtype: str, device: torch.device
+    ) -> str:
+        """Measure a shape, store its times and say what they mean. Raises: Busy."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One implementation of an op.
@@ -48,7 +64,9 @@ class Kernel:
     says whether the kernel takes them. `chips` are patterns with `|` between them. `missing` is
     given the dtype and returns the reason why the kernel cannot run in this process, or None.
     `needs_proof`: not chosen before it passed its parity test on this chip (`mxn kernels verify`),
-    for kernels that a compiler makes anew on each machine.
+    for kernels that a compiler makes anew on each machine. `ways`: of a prepared op whose kernel
+    chooses by the number of rows. `is_static`: what it learns on the host of a batch are bounds, so
+    that a graph of it is right for other batches; of ops that get a batch or plan by numbers.
     """
 
     op: str
@@ -60,6 +78,15 @@ class Kernel:
     priority: int = 0
     missing: Callable[[str], str | None] | None = None
     needs_proof: bool = False
+    ways: Ways | None = None
+    is_static: bool = False
+
+    def prepare(
+        self, table: Table, weight_FD: Tensor, bias_F: Tensor | None = None
+    ) -> tuple[Linear, str]:
+        """Return a weight in this kernel's form, and what was measured for its shape, or ""."""
+        made = self.fn(weight_FD, bias_F)
+        return made, self.ways.settle(made, table) if self.ways else ""
 
     def reject_reason(self, chip: str, dtype: str) -> str | None:
         """Return why this kernel does not apply, or None when it does."""
@@ -107,11 +134,17 @@ def kernel(
     priority: int = 0,
     missing: Callable[[str], str | None] | None = None,
     needs_proof: bool = False,
+    ways: Ways | None = None,
+    is_static: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as kernel `name` of `op`; see `Kernel` for the arguments."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        add_kernel(Kernel(op, name, fn, chips, dtypes, shapes, priority, missing, needs_proof))
+        entry = Kernel(
+            op, name, fn, chips, dtypes, shapes, priority, missing, needs_proof, ways,
+            is_static,
+        )  # fmt: skip
+        add_kernel(entry)
         return fn
 
     return register
@@ -218,8 +251,14 @@ class Ops:
         The result owns the weight; drop your own reference, so that one copy stays alive.
         """
         out_features, in_features = weight_FD.shape
-        name = self.choose_linear(in_features, out_features, dtype_name(weight_FD.dtype))
-        return kernels_of("linear")[name].fn(weight_FD, bias_F)
+        dtype = dtype_name(weight_FD.dtype)
+        name = self.choose_linear(in_features, out_features, dtype)
+        made, note = kernels_of("linear")[name].prepare(self._table, weight_FD, bias_F)
+        key = ("linear", f"{in_features}x{out_features} {dtype}")
+        if note and note not in self._choices[key].reason:
+            chosen = self._choices[key]
+            self._choices[key] = replace(chosen, reason=f"{chosen.reason}; {note}")
+        return made
 
     def choose_linear(self, in_features: int, out_features: int, dtype: str) -> str:
         """Return the kernel for weights of this shape; measured on first sight, then remembered."""
@@ -245,6 +284,44 @@ class Ops:
         names = tuple(entry.name for entry in usable)
         self._note(Choice("linear", name, reason, names, times, rejected, shape))
         return name
+
+    def why_not_static(self, names: Collection[str]) -> str | None:
+        """Return which of the ops `names` must not be captured in a graph, or None."""
+        for name in names:
+            chosen = self._choices[name, ""].kernel
+            if not kernels_of(name)[chosen].is_static:
+                return f"{name}={chosen} learns lengths on the host"
+        return None
+
+    @property
+    def table_path(self) -> Path:
+        """Where the measured times of this chip are kept."""
+        return self._table.path
+
+    def measure_products(self, report: Callable[[str], None]) -> dict[str, str]:
+        """Measure the ways of a product for every weight that was prepared; return the results.
+
+        Raises: UnsupportedError when no kernel here has ways to choose from; Busy.
+        """
+        products = [choice for choice in self.explain() if choice.op == "linear"]
+        usable, rejected = self.candidates("linear", dtype_name(self.dtype))
+        ways = [entry.ways for entry in usable if entry.ways]
+        if not ways:
+            why = "; ".join(f"{name} {reason}" for name, reason in rejected.items())
+            raise UnsupportedError(
+                f"no product has ways to choose from on {self.chip}: {why}",
+                hint="`mxn kernels verify` proves kernels on this chip",
+            )
+        found: dict[str, str] = {}
+        for choice in products:
+            size, dtype = choice.shape.split()
+            in_features, out_features = map(int, size.split("x"))
+            report(choice.shape)
+            for one in ways:
+                found[choice.shape] = one.measure(
+                    self._table, in_features, out_features, dtype, self.device
+                )
+        return found
 
     def explain(self) -> list[Choice]:
         """Return every choice made so far, with its reason, candidates and measured times."""

@@ -113,14 +113,16 @@ class Table:
         entry = self.times.get(key)
         return entry["us"] if entry and set(entry["us"]) == names else None
 
-    def store(self, key: str, times: Times) -> None:
-        """Keep the times of `key` for all later loads."""
+    def store(self, key: str, times: Times, *, instead_of: str | None = None) -> None:
+        """Keep the times of `key` for all later loads; forget keys that begin with `instead_of`."""
         entry = {
             "us": times,
             "basis": "measured",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         with self._changing():
+            for other in [k for k in self.times if instead_of and k.startswith(instead_of)]:
+                del self.times[other]
             self.times[key] = entry
 
 
@@ -172,14 +174,18 @@ def linear_times(
         raise Busy(busy)
     rows = min(out_features, _MAX_OUT_FEATURES)
     torch_dtype = getattr(torch, dtype)
-    weight = _pattern(rows, in_features, torch_dtype, device)
-    copies = max(1, min(16, math.ceil(_COLD_BYTES / max(1, weight.nbytes))))
-    packed = {k.name: [k.fn(weight.clone(), None) for _ in range(copies)] for k in kernels}
+    packed = {
+        k.name: [
+            k.prepare(table, weight)[0]
+            for weight in cold_copies(rows, in_features, torch_dtype, device)
+        ]
+        for k in kernels
+    }
     times: Times = {kernel.name: {} for kernel in kernels}
     with torch.inference_mode():
         for num_rows in LINEAR_ROWS:
-            x = _pattern(num_rows, in_features, torch_dtype, device)
-            runs = {name: _cycle(weights, x) for name, weights in packed.items()}
+            x = pattern(num_rows, in_features, torch_dtype, device)
+            runs = {name: cycle(weights, x) for name, weights in packed.items()}
             for name, us in interleaved_best(runs, device).items():
                 times[name][f"M={num_rows}"] = us * out_features / rows
     table.store(key, times)
@@ -251,7 +257,17 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def _cycle(weights: list[Linear], x: torch.Tensor) -> Callable[[], object]:
+def cold_copies(
+    rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """Return one weight so many times that no cache holds all of them."""
+    weight = pattern(rows, cols, dtype, device)
+    copies = max(1, min(16, math.ceil(_COLD_BYTES / max(1, weight.nbytes))))
+    return [weight.clone() for _ in range(copies)]
+
+
+def cycle(weights: list[Linear], x: torch.Tensor) -> Callable[[], object]:
+    """Return a call that multiplies `x` by the next of `weights`."""
     position = 0
 
     def run() -> object:
@@ -266,7 +282,7 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], object]
     return lambda: fn(*args)
 
 
-def _pattern(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def pattern(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return values of ordinary size; cheap, because zeros or denormals would distort the times."""
     import torch
 

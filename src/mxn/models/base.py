@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -48,6 +49,30 @@ class OwnsCache(Protocol):
 
     def make_cache(self, num_pages: int, page_tokens: int) -> list[LayerCache]:
         """Return the zeroed cache of each layer."""
+        ...
+
+
+@runtime_checkable
+class PredictsAhead(Protocol):
+    """A decoder that may have layers which guess the token after the next one."""
+
+    @property
+    def mtp(self) -> Sequence[object]:
+        """The prediction layers; empty when it has none."""
+        ...
+
+    def forward_hidden(self, batch: StepBatch, cache: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Return what `forward` does, and the rows behind the final norm [T, D]."""
+        ...
+
+    def predict_after_next(
+        self, normed_TD: Tensor, batch: StepBatch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits [R, V] of the rows that `batch` wants, and the layer's output [T, D].
+
+        `normed_TD` is what `forward_hidden` gave at positions t, or this layer's output; `batch`
+        holds the tokens at t + 1, at positions t; `cache` is the layer's own.
+        """
         ...
 
 

@@ -18,6 +18,7 @@ from mxn.models.storage import open_storage, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mxn.models.quantized import Format
     from mxn.models.quantized.matrix import QuantizedMatrix
 
 __all__ = ["Checkpoint", "Progress", "read_json"]
@@ -77,7 +78,10 @@ class Checkpoint:
         """
         if self.format is None or not self.format.holds(self, module):
             return None
-        matrix = self.format.read(self, module)
+        return self._matrix(self.format, module)
+
+    def _matrix(self, format: Format, module: str) -> QuantizedMatrix:
+        matrix = format.read(self, module)
         self.num_parameters += matrix.values.numel()
         return matrix
 
@@ -88,9 +92,8 @@ class Checkpoint:
         """
         module = self._quantized_module(name)
         if module is not None:
-            matrix = self.quantized(module)
-            assert matrix is not None
-            return matrix.dequantize()
+            assert self.format is not None
+            return self._matrix(self.format, module).dequantize()
         tensor = self.raw(name)
         scale_name = f"{name}_scale_inv"
         if scale_name in self:

@@ -148,6 +148,12 @@ class Decoder:
             hidden_TD = hidden_TD[batch.logits_rows_R]
         return self.logits(self.final_normed(hidden_TD))
 
+    def forward_hidden(self, batch: StepBatch, cache: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Return what `forward` does, and the rows behind the final norm [T, D]."""
+        normed_TD = self.final_normed(self.hidden(batch, cache))
+        rows_R = batch.logits_rows_R
+        return self.logits(normed_TD if rows_R is None else normed_TD[rows_R]), normed_TD
+
     def logits(self, normed_RD: Tensor) -> Tensor:
         """Return the logits [R, V], float32, of rows that are behind the final norm."""
         return self._logits(normed_RD, self.head)

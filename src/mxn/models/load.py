@@ -58,21 +58,27 @@ def load_model(
     max_context: int | None = None,
     format: ModelFormat | None = None,
     num_threads: int = 1,
+    prediction: bool = False,
 ) -> LoadedModel:
     """Load the model in `directory` onto `device`, computing in `dtype` ("float32", "bfloat16", …).
 
     `directory` may be a GGUF file.
     `max_context`: the context somebody asked for; models whose positions depend on it adapt.
     `format`: pack the weights for the native kernels of a processor, with `num_threads` threads.
+    `prediction`: read prediction layers for these kernels too (plain weights always have them).
     Raises: UnsupportedError, with the reason, for an architecture that can be served neither by a
     native spec nor through transformers, and for quantized weights that mxn does not read;
     NotFoundError for missing files or tensors.
     """
     if is_artifact(directory):
-        return _load_artifact(directory, device, format, num_threads, max_context)
+        return _load_artifact(
+            directory, device, format, num_threads, max_context, prediction=prediction
+        )
     checkpoint = Checkpoint(directory, on_progress=on_progress)
     if format is not None:
-        return _load_packed(checkpoint, device, format, num_threads, max_context)
+        return _load_packed(
+            checkpoint, device, format, num_threads, max_context, prediction=prediction
+        )
     loaded = _load(
         checkpoint, device, dtype, allow_fallback, prefer_fallback, max_context=max_context
     )
@@ -207,21 +213,28 @@ def _load_native(
     )
 
 
-def pack_model(directory: Path, format: ModelFormat, out: Path) -> int:
+def pack_model(
+    directory: Path, format: ModelFormat, out: Path, *, adapter: Path | None = None
+) -> int:
     """Write the model in `directory` as an artifact with weights in `format`; return its bytes.
 
+    `adapter`: a LoRA folder in PEFT's layout, added to the weights before they are packed.
     Raises: UnsupportedError when native kernels cannot run it; ConfigError when `out` exists.
     """
     import torch
 
+    from mxn.models.merged import MergedCheckpoint
     from mxn.models.native import artifact
     from mxn.models.native.decoder import read_parts
 
-    checkpoint = Checkpoint(directory)
+    merged = MergedCheckpoint(directory, adapter) if adapter else None
+    checkpoint = merged or Checkpoint(directory)
     refuse_quantization(checkpoint.config_json)
     family, spec = _native_spec(directory, checkpoint.config_json, None)
     with torch.inference_mode():
-        parts = read_parts(spec, family.names, checkpoint, format)
+        parts = read_parts(spec, family.names, checkpoint, format, prediction=True)
+    if merged is not None:
+        merged.check()
     _refuse_unused(family, len(spec.layers), checkpoint.unread)
     # The frequencies of LongRoPE depend on the context that is asked for at load.
     is_fixed = "longrope" not in json.dumps(checkpoint.config_json)
@@ -234,6 +247,8 @@ def _load_artifact(
     format: ModelFormat | None,
     num_threads: int,
     max_context: int | None,
+    *,
+    prediction: bool,
 ) -> LoadedModel:
     from mxn.models.native import artifact
 
@@ -246,6 +261,11 @@ def _load_artifact(
             f"{directory.name} is packed as {parts.format.weights}, not {format.weights}",
             hint="leave out --weights, or pack the original again",
         )
+    if prediction and not parts.mtp:
+        raise UnsupportedError(
+            f"speculation mtp: the artifact {directory.name} has no prediction layer",
+            hint="`mxn pack` a checkpoint that has one, or --speculation ngram",
+        )
     if format is not None:
         parts = replace(parts, format=replace(parts.format, cache=format.cache))
     return _packed_model(spec, parts, directory, config_json, num_threads)
@@ -257,6 +277,8 @@ def _load_packed(
     format: ModelFormat,
     num_threads: int,
     max_context: int | None,
+    *,
+    prediction: bool,
 ) -> LoadedModel:
     """Load a decoder onto the native kernels. Raises: UnsupportedError with the reason."""
     import torch
@@ -266,7 +288,7 @@ def _load_packed(
     _refuse_device(device, f"weights in {format.weights}")
     family, spec = _native_spec(checkpoint.directory, checkpoint.config_json, max_context)
     with torch.inference_mode():
-        parts = read_parts(spec, family.names, checkpoint, format)
+        parts = read_parts(spec, family.names, checkpoint, format, prediction=prediction)
     _refuse_unused(family, len(spec.layers), checkpoint.unread)
     unused = tuple(checkpoint.unread)
     return _packed_model(

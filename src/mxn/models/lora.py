@@ -149,6 +149,11 @@ class AdaptedModel:
             if not adapted.factors:
                 slot.set(self._adapted.pop(slot).base)
 
+    @property
+    def is_applied(self) -> bool:
+        """Whether the pass under way has rows that go through an adapter."""
+        return bool(self._step.segments["tokens"])
+
     @contextmanager
     def applied(self, parts: Sequence[Part]) -> Iterator[None]:
         """Within it, a forward pass over these sequences, in this order, uses their adapters."""

@@ -115,7 +115,8 @@ def targets_of(model: Any) -> dict[str, Target]:
         return _fallback(model)
     raise UnsupportedError(
         f"{type(model).__name__} takes no adapters",
-        hint="packed weights take none: serve the model without --weights",
+        hint="packed weights take none: serve the model without --weights, or add one adapter to"
+        " its weights with `mxn pack --merge-lora`",
     )
 
 

@@ -275,15 +275,18 @@ class WeightReader:
 
     def _mtp_layer(self, index: int, prefix: str, embedding_head: Any) -> MtpWeights:
         names = self.names
-        has_head = f"{prefix}{names.mtp_head}.weight" in self.checkpoint
         return MtpWeights(
             hidden_norm=self.norm(prefix + names.mtp_hidden_norm),
             token_norm=self.norm(prefix + names.mtp_token_norm),
             merge=self.linear(prefix + names.mtp_merge),
             layer=self.layer(index),
             final_norm=self.norm(prefix + names.mtp_final_norm),
-            head=self.linear(prefix + names.mtp_head) if has_head else embedding_head,
+            head=self._mtp_head(prefix, embedding_head),
         )
+
+    def _mtp_head(self, prefix: str, embedding_head: Any) -> Any:
+        name = prefix + self.names.mtp_head
+        return self.linear(name) if f"{name}.weight" in self.checkpoint else embedding_head
 
 
 def ungroup_qkv(weight: Tensor, spec: AttentionSpec) -> Tensor:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(missing_reason() is not None, reason=str(missing
 
 QUANTIZED = ["int8", *(f"int8-g{g}" for g in formats.GROUPS)]
 QUANTIZED += [f"int4-g{g}{sym}" for g in formats.GROUPS for sym in ("", "-sym")]
+QUANTIZED += [f"int6-g{g}" for g in formats.GROUPS]
 HALF = 2.0**-11  # relative error of float16
 KEPT = 0.6  # the least part of a range that 4 bits keep; refits cut a little more than 0.8
 
@@ -136,7 +137,7 @@ def test_a_fault_in_a_weight_is_not_made_finite(name, fault):
     assert (got[others] - w[others]).abs().max() < 0.5
 
 
-@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int4-g16", "int4-g128-sym"])
+@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int6-g16", "int4-g16", "int4-g128-sym"])
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 40])
 def test_glu_takes_turns_of_sixteen(name, width):
     gate_up, bias = normal(2 * width, 33), normal(2 * width, seed=1)
@@ -160,23 +161,21 @@ def test_glu_takes_turns_of_sixteen(name, width):
     assert sorted(i for i in order.tolist() if i >= 0) == list(range(2 * width))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_interleaved_values_are_those_that_pack_writes(bits):
     """Importers lay values out in Python, `pack` does in C++: both must mean the same."""
     generator = torch.Generator().manual_seed(bits)
-    high = 2**bits
+    high, middle = 2**bits, 2 ** (bits - 1)
     values = torch.randint(0, high, (32, 64), generator=generator, dtype=torch.uint8)
-    values[:, ::16] = 0 if bits == 4 else 1  # the extremes fix scale and minimum
-    values[:, 1::16] = high - 1
-    w = values.float() - 2 ** (bits - 1)
+    values[:, 1::16] = high - 1  # the extremes fix scale and minimum
     if bits == 4:
         wanted = formats.WeightFormat(bits=4, group=16)
-        values[:, 2::16] = 8
-        w = values.float() - 8
+        values[:, ::16], values[:, 2::16] = 0, middle
     else:
-        wanted = formats.WeightFormat(bits=8, group=16, is_symmetric=True)
+        wanted = formats.WeightFormat(bits=bits, group=16, is_symmetric=True)
+        values[:, ::16] = 1
         values = values.clamp(min=1)
-        w = values.float() - 128
+    w = values.float() - middle
     packed = pack(w, wanted)
     assert torch.equal(packed.dequantize(), w)
     assert torch.equal(packed.data, interleave(values, bits))

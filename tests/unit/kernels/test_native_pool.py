@@ -100,6 +100,33 @@ def test_a_thread_that_gets_no_time_delays_and_loses_nothing(plain):
         busy.communicate()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory")
+def test_threads_that_cannot_be_started_are_an_error_and_not_the_end():
+    from mxn.kernels.native import missing_reason
+
+    if missing_reason() is not None:
+        pytest.skip(str(missing_reason()))
+    code = """
+import resource
+from mxn.errors import CapacityError
+from mxn.kernels.native import library, pool
+library()
+pages = int(open("/proc/self/statm").read().split()[0])
+room = pages * resource.getpagesize() + (100 << 20)  # a thread's stack takes some MiB of it
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+for _ in range(3):
+    try:
+        pool(4000)
+    except CapacityError as error:
+        assert "4000 threads" in str(error) and "MXN_THREADS" in str(error), error
+    else:
+        raise SystemExit("4000 threads started")
+assert pool(2).num_threads == 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_products_in_the_child_of_a_fork_end_and_are_right():
     from mxn.kernels.native import missing_reason
 

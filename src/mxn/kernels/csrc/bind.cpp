@@ -33,7 +33,8 @@ nb::list all_variants() {
 }
 
 void bind_weight(nb::module_& m) {
-  nb::enum_<Format>(m, "Format").value("f32", Format::f32).value("bf16", Format::bf16).value("u8", Format::u8).value("u4", Format::u4);
+  m.attr("revision") = MXN_REVISION;
+  nb::enum_<Format>(m, "Format").value("f32", Format::f32).value("bf16", Format::bf16).value("u8", Format::u8).value("u4", Format::u4).value("u6", Format::u6);
   nb::enum_<Act>(m, "Act").value("silu", Act::silu).value("gelu", Act::gelu).value("gelu_tanh", Act::gelu_tanh).value("relu", Act::relu);
   nb::enum_<CacheType>(m, "CacheType").value("f32", CacheType::f32).value("bf16", CacheType::bf16).value("i8", CacheType::i8);
   nb::class_<Weight>(m, "Weight")
@@ -129,7 +130,8 @@ void bind_layers(nb::module_& m) {
 
 void forward(Decoder& decoder, Pool& pool, int64_t num_tokens, int64_t num_sequences, int64_t num_rows,
              int64_t table_width, uintptr_t tokens, uintptr_t positions, uintptr_t query_starts,
-             uintptr_t context_lens, uintptr_t pages, uintptr_t rows, uintptr_t caches, uintptr_t logits) {
+             uintptr_t context_lens, uintptr_t pages, uintptr_t rows, uintptr_t caches, uintptr_t logits,
+             uintptr_t hidden_in, uintptr_t hidden_out) {
   Step step;
   step.num_tokens = num_tokens, step.num_sequences = num_sequences, step.num_rows = num_rows;
   step.table_width = table_width;
@@ -137,6 +139,7 @@ void forward(Decoder& decoder, Pool& pool, int64_t num_tokens, int64_t num_seque
   step.query_starts = at<const int64_t>(query_starts), step.context_lens = at<const int64_t>(context_lens);
   step.pages = at<const int64_t>(pages), step.rows = at<const int64_t>(rows);
   step.caches = at<uint8_t* const>(caches), step.logits = at<float>(logits);
+  step.hidden_in = at<const float>(hidden_in), step.hidden_out = at<float>(hidden_out);
   decoder.forward(pool, step);
 }
 
@@ -153,6 +156,8 @@ void bind_decoder(nb::module_& m) {
       .def_rw("embedding", &Decoder::embedding)
       .def_rw("is_table", &Decoder::is_table) MXN_POINTER(Decoder, final_norm)
       .def_rw("head", &Decoder::head)
+      .def_rw("is_prediction", &Decoder::is_prediction)
+      .def_rw("merge", &Decoder::merge) MXN_POINTER(Decoder, token_norm) MXN_POINTER(Decoder, hidden_norm)
       .def_prop_ro("num_recomputed", &Decoder::num_recomputed)
       .def("begin_calibration", &Decoder::begin_calibration)
       .def("end_calibration", &Decoder::end_calibration)

@@ -8,13 +8,15 @@ namespace mxn {
 
 constexpr int kLanes = 16;  // output features side by side in a block of weights, tokens in one of keys
 
-enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3 };
+enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, u6 = 4 };
 
 // A matrix [N, K] in blocks of 16 output features, so that a product needs no shuffles.
 //   f32, bf16: [N/16][K][16]
 //   u8:        [N/16][K/4][16][4]; a value v means scale * (v - 128), or scale * v - min
 //   u4:        [N/16][K/8][16][4]; low nibbles hold k = 0..3 of 8, high ones 4..7; v - 8, or - min
-// N is padded to 16 and K to `group` (and to 8); the padding of K meets activations that are 0.
+//   u6:        [N/16][K/16][3][16][4]; the low six bits of line i hold k = 4 i .. 4 i + 3 of 16, the upper two
+//              bits 2 i and 2 i + 1 of k = 12 .. 15; v - 32, or - min
+// N is padded to 16 and K to `group` (and to 16); the padding of K meets activations that are 0.
 struct Weight {
   Format format = Format::f32;
   int64_t n = 0, k = 0, k_padded = 0;
@@ -24,20 +26,23 @@ struct Weight {
   const uint16_t* mins = nullptr;    // fp16 [N/16][G][16], or null: symmetric
   const float* bias = nullptr;       // [N padded], or null
   float gain = 1.0f;                 // multiplies every scale and min
-  int64_t tiled_from = 64;           // rows from which on `Rows::tiled` pays; measured
+  int64_t tiled_from = INT64_MAX;    // rows from which on `Rows::tiled` pays, where measured
 
   int64_t num_blocks() const { return (n + kLanes - 1) / kLanes; }
   int64_t num_groups() const { return group ? k_padded / group : 0; }
-  int64_t block_bytes() const {
+  int bits() const {
     switch (format) {
-      case Format::f32: return k_padded * kLanes * 4;
-      case Format::bf16: return k_padded * kLanes * 2;
-      case Format::u8: return k_padded * kLanes;
-      case Format::u4: return k_padded * kLanes / 2;
+      case Format::f32: return 32;
+      case Format::bf16: return 16;
+      case Format::u8: return 8;
+      case Format::u6: return 6;
+      case Format::u4: break;
     }
-    return 0;
+    return 4;
   }
-  bool is_quantized() const { return format == Format::u8 || format == Format::u4; }
+  int64_t block_bytes() const { return k_padded * kLanes * bits() / 8; }
+  int middle() const { return 1 << (bits() - 1); }  // what stands for 0 where there is no minimum
+  bool is_quantized() const { return bits() <= 8; }
 };
 
 // Rows of activations. Plain formats read `x`; quantized ones int8 values with a scale a group.
@@ -57,7 +62,7 @@ enum class CacheType : int { f32 = 0, bf16 = 1, i8 = 2 };
 
 // Keys and values of 16 tokens for one key/value head are a block; a cache is [heads][pages][blocks of
 // a page], so that a head's context is one stream where its pages are neighbours.
-//   i8:        keys [H/4][16][4] as value + 128, values [16][J], scales of keys [16], of values [16]
+//   i8:        keys [H/4][16][4] as value + 128, values [16/4][J][4], scales of keys [16], of values [16]
 //   f32, bf16: keys [H][16], values [16][J]
 // J == 0: the values are the first `latent` dims of the keys (MLA).
 struct CacheShape {
@@ -96,6 +101,11 @@ struct Attend {
   float* ref = nullptr;            // [num_rows] what was subtracted
   uint8_t* flag = nullptr;         // [num_rows] set when a row left phi +- margin
   float* scratch = nullptr;        // attend_scratch() floats
+  // Fetched into the cache beside the last work: the keys and values that the same thread reads next.
+  bool is_first = true;            // no call fetched for this one
+  const int64_t* next_pages = nullptr;
+  int next_head = 0;
+  int64_t next_begin = 0, next_end = 0;  // tokens; equal: nothing
 };
 
 constexpr int kMaxQueryRows = 16;
@@ -133,7 +143,7 @@ struct Kernels {
 };
 
 inline int64_t attend_scratch(int k_dim, int v_dim) {
-  return kMaxQueryRows * (kChunk + int64_t{k_dim} + 8) + kChunk * int64_t{v_dim} + 1024;
+  return kMaxQueryRows * (2 * kChunk + int64_t{k_dim} + 8) + 2 * kChunk * int64_t{v_dim} + 1024;
 }
 
 }  // namespace mxn

@@ -11,6 +11,7 @@ namespace mxn {
 namespace {
 
 constexpr int64_t kSerialRows = 4;
+constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kLongRange = 512;  // tokens of a range when one context is split over threads
 
 template <typename Fn>
@@ -36,6 +37,18 @@ float half_to_float(uint16_t h) {
   return sign * std::ldexp(static_cast<float>(part + 1024), static_cast<int>(exponent) - 25);
 }
 
+int packed_value(const Weight& w, const uint8_t* data, int64_t k, int64_t lane) {
+  if (w.format == Format::u8) return data[(k / 4 * kLanes + lane) * 4 + k % 4];
+  if (w.format == Format::u4) {
+    const uint8_t byte = data[(k / 8 * kLanes + lane) * 4 + k % 4];
+    return k % 8 < 4 ? byte & 15 : byte >> 4;
+  }
+  const uint8_t* lines = data + k / 16 * 192 + lane * 4 + k % 4;
+  const int64_t quad = k % 16 / 4;
+  if (quad < 3) return lines[64 * quad] & 63;
+  return lines[0] >> 6 | lines[64] >> 6 << 2 | lines[128] >> 6 << 4;
+}
+
 // One row of a packed matrix as float: what a tied head gives the embedding.
 void unpack_row(const Weight& w, int64_t row, float* out) {
   const int64_t block = row / kLanes, lane = row % kLanes, groups = w.num_groups();
@@ -49,17 +62,11 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
       out[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(data)[k * kLanes + lane]);
       continue;
     }
-    int value, offset;
-    if (w.format == Format::u8) {
-      value = data[(k / 4 * kLanes + lane) * 4 + k % 4], offset = 128;
-    } else {
-      const uint8_t byte = data[(k / 8 * kLanes + lane) * 4 + k % 4];
-      value = k % 8 < 4 ? byte & 15 : byte >> 4, offset = 8;
-    }
+    const int value = packed_value(w, data, k, lane);
     const int64_t at = (block * groups + k / w.group) * kLanes + lane;
     const float scale = half_to_float(w.scales[at]);
     const float v = w.mins ? scale * static_cast<float>(value) - half_to_float(w.mins[at])
-                           : scale * static_cast<float>(value - offset);
+                           : scale * static_cast<float>(value - w.middle());
     out[k] = v * w.gain;
   }
 }
@@ -95,14 +102,36 @@ void Decoder::embed(const Step& step, float* x) const {
   }
 }
 
+// Source: DeepSeek-V3, arXiv 2412.19437, section 2.2.
+void Decoder::merge_hidden(Pool& pool, const Step& step, float* x) {
+  const Kernels& k = kernels();
+  const int64_t m = step.num_tokens;
+  float* both = wide_.at_least(m * 2 * hidden);
+  each_row(pool, m, [&](int64_t t, int) {
+    float* row = both + t * 2 * hidden;
+    k.rms_norm(x + t * hidden, token_norm, row, hidden, eps);
+    k.rms_norm(step.hidden_in + t * hidden, hidden_norm, row + hidden, hidden, eps);
+  });
+  const Rows& rows = packed_.make(pool, merge, both, 2 * hidden, m, nullptr, eps, act_group);
+  multiply(pool, merge, rows, m, x, hidden, false);
+}
+
 void Decoder::forward(Pool& pool, const Step& step) {
   float* x = x_.at_least(step.num_tokens * hidden);
   embed(step, x);
+  if (is_prediction) merge_hidden(pool, step, x);
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     if (layer.attention.is_mla) latent_layer(pool, step, layer, step.caches[i], x);
     else attend_layer(pool, step, layer, step.caches[i], x);
     feed_forward(pool, layer, step.num_tokens, x);
+  }
+  if (step.hidden_out && is_prediction) {
+    std::copy_n(x, step.num_tokens * hidden, step.hidden_out);
+  } else if (step.hidden_out) {
+    const auto norm = kernels().rms_norm;
+    each_row(pool, step.num_tokens,
+             [&](int64_t t, int) { norm(x + t * hidden, final_norm, step.hidden_out + t * hidden, hidden, eps); });
   }
   logits(pool, step, x);
 }
@@ -283,8 +312,9 @@ void Decoder::attend_all(Pool& pool, const Step& step, const Layer& layer, const
   const int64_t scratch_size = attend_scratch(static_cast<int>(dim), static_cast<int>(out_dim)) + queries;
   float* scratch = scratch_.at_least(pool.num_threads() * scratch_size);
   std::atomic<int64_t> recomputed{0};
-  pool.run(static_cast<int64_t>(tasks.size()), [&](int64_t item, int thread) {
-    const Task& task = tasks[static_cast<size_t>(item)];
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+  auto compute = [&](int64_t index, int64_t first, int64_t last, int thread) {
+    const Task& task = tasks[static_cast<size_t>(index)];
     float* mine = scratch + thread * scratch_size;
     float* rows = mine;
     float* sums = rows + kMaxQueryRows * dim;
@@ -311,6 +341,12 @@ void Decoder::attend_all(Pool& pool, const Step& step, const Layer& layer, const
     call.begin = task.begin, call.end = task.end, call.window = a.window;
     call.scale = a.scale, call.softcap = a.softcap, call.phi = a.phi, call.margin = a.margin;
     call.out = sums, call.den = den, call.ref = ref, call.flag = flags, call.scratch = mine + queries;
+    call.is_first = index == first;
+    if (index + 1 < last) {
+      const Task& next = tasks[static_cast<size_t>(index + 1)];
+      call.next_pages = step.pages + next.sequence * step.table_width;
+      call.next_head = static_cast<int>(next.head), call.next_begin = next.begin, call.next_end = next.end;
+    }
     k.attend(call);
     if (a.margin > 0.0f && std::any_of(flags, flags + num, [](uint8_t f) { return f != 0; })) {
       recomputed.fetch_add(std::count(flags, flags + num, uint8_t{1}), std::memory_order_relaxed);
@@ -325,6 +361,12 @@ void Decoder::attend_all(Pool& pool, const Step& step, const Layer& layer, const
       const float inverse = 1.0f / den[r];
       for (int64_t j = 0; j < out_dim; ++j) to[j] = sums[r * out_dim + j] * inverse;
     }
+  };
+  // Neighbours go to one thread, which fetches the keys of the next while it works on one.
+  const int64_t items = std::min(num_tasks, kItemsPerThread * pool.num_threads());
+  pool.run(items, [&](int64_t item, int thread) {
+    const int64_t first = num_tasks * item / items, last = num_tasks * (item + 1) / items;
+    for (int64_t i = first; i < last; ++i) compute(i, first, last, thread);
   });
   num_recomputed_ += recomputed.load();
   // Ranges of one row are neighbours in `tasks`. Those that used phi need no rescaling against each other.

@@ -83,6 +83,8 @@ struct Step {
   const int64_t* rows = nullptr;          // [R] tokens whose logits are wanted
   uint8_t* const* caches = nullptr;       // [layers]
   float* logits = nullptr;                // [R, V]
+  const float* hidden_in = nullptr;       // [T, D] what a prediction layer gets of each token
+  float* hidden_out = nullptr;            // [T, D] behind the final norm (of a prediction layer: before), or null
 };
 
 // Memory that only grows, so that steps of a size seen before allocate nothing.
@@ -147,6 +149,11 @@ class Decoder {
   Weight head;
   std::vector<Rope> ropes;
   std::vector<Layer> layers;
+  // Of a prediction layer: its rows are merge [norm(embedding), norm(hidden_in)].
+  bool is_prediction = false;
+  const float* token_norm = nullptr;
+  const float* hidden_norm = nullptr;
+  Weight merge;  // [D, 2 D]
 
   void forward(Pool& pool, const Step& step);
   int64_t num_recomputed() const { return num_recomputed_; }  // rows whose maximum left the margin
@@ -162,6 +169,7 @@ class Decoder {
 
  private:
   void embed(const Step& step, float* x) const;
+  void merge_hidden(Pool& pool, const Step& step, float* x);
   void attend_layer(Pool& pool, const Step& step, const Layer& layer, uint8_t* cache, float* x);
   void latent_layer(Pool& pool, const Step& step, const Layer& layer, uint8_t* cache, float* x);
   void attend_all(Pool& pool, const Step& step, const Layer& layer, const uint8_t* cache, const float* q,

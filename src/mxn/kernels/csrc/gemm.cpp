@@ -1,5 +1,6 @@
 // Products of rows with packed weights. A tile is some rows times one block of 16 output features; its
 // weights are unpacked once for all rows, and its sums stay in registers over the whole of K.
+#include "act.h"
 #include "common.h"
 #include "vec.h"
 #if defined(MXN_AMX)
@@ -11,8 +12,20 @@ namespace {
 
 constexpr int64_t kAhead = 4096;  // bytes of weights fetched ahead: what a core reads while memory answers
 
-// `ahead`: how many bytes in front of what it reads a tile fetches.
-using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, int64_t ahead, float* y);
+// What a tile fetches beside its work: with each 64 bytes that it reads, the line at `at`, `step` bytes
+// further on every time.
+struct Fetch {
+  const uint8_t* at;
+  int64_t step;
+  template <bool IS_FAR>
+  void next() {
+    if constexpr (IS_FAR) prefetch_far(at);
+    else prefetch(at);
+    at += step;
+  }
+};
+
+using Tile = void (*)(const Weight&, const Rows&, int64_t m, int64_t block, Fetch, float* y);
 
 // One group of K for MR rows: sums += scale * (dot - offset * sum of activations).
 // Rows of a tile where they lie, or interleaved as one stream, which the processor fetches ahead.
@@ -24,56 +37,81 @@ struct Values {
   }
 };
 
-template <int MR, bool IS_U4, bool IS_TILED>
-inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length, int64_t ahead,
+// Columns of one step, and the 64-byte lines of weights that hold them.
+template <int BITS>
+constexpr int64_t kStepColumns = BITS == 4 ? 8 : BITS == 6 ? 16 : 4;
+template <int BITS>
+constexpr int64_t kStepLines = BITS == 6 ? 3 : 1;
+
+template <int MR, int BITS, bool IS_TILED>
+inline void dot_group(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length, Fetch& fetch,
                       I (&sum)[MR]) {
-  constexpr int64_t kStep = IS_U4 ? 8 : 4;
-  for (int64_t i = k; i < k + length; i += kStep, w += 64) {
-    const B packed = b_load(w);
-    prefetch(w + ahead);
-    if constexpr (IS_U4) {
-      const B low = b_low(packed), high = b_high(packed);
-      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], low, a.at(m, i));
-      for (int m = 0; m < MR; ++m) sum[m] = dot_u4(sum[m], high, a.at(m, i + 4));
+  // Bytes come twice as fast as nibbles: beside the rows of several tiles they overrun the first cache.
+  constexpr bool kIsFar = BITS == 8 && MR > 4;
+  for (int64_t i = k; i < k + length; i += kStepColumns<BITS>, w += 64 * kStepLines<BITS>) {
+    for (int line = 0; line < kStepLines<BITS>; ++line) fetch.next<kIsFar>();
+    if constexpr (BITS == 4) {
+      const B packed = b_load(w), low = b_low(packed), high = b_high(packed);
+      for (int m = 0; m < MR; ++m) sum[m] = dot_u7(sum[m], low, a.at(m, i));
+      for (int m = 0; m < MR; ++m) sum[m] = dot_u7(sum[m], high, a.at(m, i + 4));
+    } else if constexpr (BITS == 6) {
+      for (int part = 0; part < 4; ++part) {
+        const B values = b_six(w, part);
+        for (int m = 0; m < MR; ++m) sum[m] = dot_u7(sum[m], values, a.at(m, i + 4 * part));
+      }
     } else {
+      const B packed = b_load(w);
       for (int m = 0; m < MR; ++m) sum[m] = dot_u8(sum[m], packed, a.at(m, i));
     }
   }
 }
 
 // A few rows leave room for independent sums over K, which hide the latency of the dot product.
-template <int MR, bool IS_U4, bool IS_TILED>
+template <int MR, int BITS, bool IS_TILED>
 inline void dot_group_deep(const uint8_t*& w, const Values<MR, IS_TILED>& a, int64_t k, int64_t length,
-                           int64_t ahead, I (&sum)[MR]) {
-  constexpr int64_t kStep = IS_U4 ? 8 : 4;
+                           Fetch& fetch, I (&sum)[MR]) {
   I other[MR];
   for (int m = 0; m < MR; ++m) other[m] = i_zero();
   int64_t i = k;
-  for (; i + 2 * kStep <= k + length; i += 2 * kStep, w += 128) {
-    const B first = b_load(w), second = b_load(w + 64);
-    prefetch(w + ahead);
-    prefetch(w + ahead + 64);
-    if constexpr (IS_U4) {
-      const B l0 = b_low(first), h0 = b_high(first), l1 = b_low(second), h1 = b_high(second);
+  if constexpr (BITS == 6) {
+    for (; i < k + length; i += 16, w += 192) {
+      for (int line = 0; line < 3; ++line) fetch.next<false>();
+      const B v0 = b_six(w, 0), v1 = b_six(w, 1), v2 = b_six(w, 2), v3 = b_six(w, 3);
       for (int m = 0; m < MR; ++m) {
-        sum[m] = dot_u4(sum[m], l0, a.at(m, i));
-        other[m] = dot_u4(other[m], h0, a.at(m, i + 4));
-        sum[m] = dot_u4(sum[m], l1, a.at(m, i + 8));
-        other[m] = dot_u4(other[m], h1, a.at(m, i + 12));
-      }
-    } else {
-      for (int m = 0; m < MR; ++m) {
-        sum[m] = dot_u8(sum[m], first, a.at(m, i));
-        other[m] = dot_u8(other[m], second, a.at(m, i + 4));
+        sum[m] = dot_u7(sum[m], v0, a.at(m, i));
+        other[m] = dot_u7(other[m], v1, a.at(m, i + 4));
+        sum[m] = dot_u7(sum[m], v2, a.at(m, i + 8));
+        other[m] = dot_u7(other[m], v3, a.at(m, i + 12));
       }
     }
+  } else {
+    constexpr int64_t kStep = kStepColumns<BITS>;
+    for (; i + 2 * kStep <= k + length; i += 2 * kStep, w += 128) {
+      const B first = b_load(w), second = b_load(w + 64);
+      fetch.next<false>();
+      fetch.next<false>();
+      if constexpr (BITS == 4) {
+        const B l0 = b_low(first), h0 = b_high(first), l1 = b_low(second), h1 = b_high(second);
+        for (int m = 0; m < MR; ++m) {
+          sum[m] = dot_u7(sum[m], l0, a.at(m, i));
+          other[m] = dot_u7(other[m], h0, a.at(m, i + 4));
+          sum[m] = dot_u7(sum[m], l1, a.at(m, i + 8));
+          other[m] = dot_u7(other[m], h1, a.at(m, i + 12));
+        }
+      } else {
+        for (int m = 0; m < MR; ++m) {
+          sum[m] = dot_u8(sum[m], first, a.at(m, i));
+          other[m] = dot_u8(other[m], second, a.at(m, i + 4));
+        }
+      }
+    }
+    dot_group<MR, BITS, IS_TILED>(w, a, i, k + length - i, fetch, sum);
   }
-  dot_group<MR, IS_U4, IS_TILED>(w, a, i, k + length - i, ahead, sum);
   for (int m = 0; m < MR; ++m) sum[m] = i_add(sum[m], other[m]);
 }
 
-template <int MR, bool IS_U4, bool HAS_MIN, bool IS_TILED>
-void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, int64_t ahead, float* y) {
+template <int MR, int BITS, bool HAS_MIN, bool IS_TILED>
+void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, Fetch fetch, float* y) {
   // A scale for each feature (group = all of K) is applied once, behind the activations' own groups.
   const bool is_grouped = w.group < w.k_padded;
   const int64_t length = is_grouped ? w.group : rows.group, num_groups = w.k_padded / length;
@@ -81,7 +119,7 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
   const uint16_t* scales = w.scales + block * w.num_groups() * kLanes;
   const uint16_t* mins = HAS_MIN ? w.mins + block * w.num_groups() * kLanes : nullptr;
   const uint8_t* data = w.data + block * w.block_bytes();
-  const int32_t offset = HAS_MIN ? 0 : IS_U4 ? -8 : -128;
+  const int32_t offset = HAS_MIN ? 0 : -(1 << (BITS - 1));
   Values<MR, IS_TILED> a;
   F total[MR];
   if constexpr (IS_TILED) a.a[0] = rows.tiled + m0 * rows.k_padded;
@@ -96,8 +134,8 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
     for (int m = 0; m < MR; ++m) {
       sum[m] = HAS_MIN ? i_zero() : i_set(offset * rows.isums[at + m * rows.num_groups]);
     }
-    if constexpr (MR <= 4) dot_group_deep<MR, IS_U4, IS_TILED>(data, a, g * length, length, ahead, sum);
-    else dot_group<MR, IS_U4, IS_TILED>(data, a, g * length, length, ahead, sum);
+    if constexpr (MR <= 4) dot_group_deep<MR, BITS, IS_TILED>(data, a, g * length, length, fetch, sum);
+    else dot_group<MR, BITS, IS_TILED>(data, a, g * length, length, fetch, sum);
     const F scale = is_grouped ? f_half(scales + g * kLanes) : ones;
     for (int m = 0; m < MR; ++m) {
       const F factor = f_mul(scale, f_set(rows.scales[at + m * rows.num_groups]));
@@ -128,7 +166,7 @@ void quantized_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block
 }
 
 template <int MR, bool IS_BF16>
-void plain_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, int64_t /*ahead*/, float* y) {
+void plain_tile(const Weight& w, const Rows& rows, int64_t m0, int64_t block, Fetch, float* y) {
   const uint8_t* data = w.data + block * w.block_bytes();
   const float* x[MR];
   F even[MR], odd[MR];
@@ -161,10 +199,10 @@ struct Table {
   static constexpr Tile tiles[] = {Maker<MR>::tile...};
 };
 
-template <bool IS_U4, bool HAS_MIN, bool IS_TILED>
+template <int BITS, bool HAS_MIN, bool IS_TILED>
 struct Quantized {
   template <int MR>
-  struct Maker { static constexpr Tile tile = quantized_tile<MR, IS_U4, HAS_MIN, IS_TILED>; };
+  struct Maker { static constexpr Tile tile = quantized_tile<MR, BITS, HAS_MIN, IS_TILED>; };
 };
 template <bool IS_BF16>
 struct Plain {
@@ -186,32 +224,42 @@ struct Choice {
   int most;  // rows of the largest tile
 };
 
-template <bool IS_TILED>
+template <int BITS, bool IS_TILED>
 Choice choose_quantized(const Weight& w) {
-  constexpr int n = kTileRows;
-  if (w.format == Format::u8) {
-    return {w.mins ? upto<Quantized<false, true, IS_TILED>::template Maker>(n) : upto<Quantized<false, false, IS_TILED>::template Maker>(n), n};
-  }
-  return {w.mins ? upto<Quantized<true, true, IS_TILED>::template Maker>(n) : upto<Quantized<true, false, IS_TILED>::template Maker>(n), n};
+  const Tile* tiles = w.mins ? upto<Quantized<BITS, true, IS_TILED>::template Maker>(kTileRows)
+                             : upto<Quantized<BITS, false, IS_TILED>::template Maker>(kTileRows);
+  return {tiles, kTileRows};
 }
 
 Choice choose(const Weight& w, const Rows& rows) {
   switch (w.format) {
     case Format::f32: return {upto<Plain<false>::Maker>(kPlainRows), kPlainRows};
     case Format::bf16: return {upto<Plain<true>::Maker>(kPlainRows), kPlainRows};
-    default: return rows.tiled ? choose_quantized<true>(w) : choose_quantized<false>(w);
+    case Format::u4: return rows.tiled ? choose_quantized<4, true>(w) : choose_quantized<4, false>(w);
+    case Format::u6: return rows.tiled ? choose_quantized<6, true>(w) : choose_quantized<6, false>(w);
+    case Format::u8: break;
   }
+  return rows.tiled ? choose_quantized<8, true>(w) : choose_quantized<8, false>(w);
 }
 
-// Calls fn(first row, count) for tiles of nearly equal size: 9 rows are 5 and 4, never 8 and 1.
+// Calls fn(first row, count, index, tiles) for tiles of nearly equal size: 9 rows are 5 and 4, never 8 and 1.
 template <typename Fn>
 void each_tile(int64_t m0, int64_t m1, int most, Fn fn) {
   const int64_t num = m1 - m0, tiles = (num + most - 1) / most;
   for (int64_t t = 0, m = m0; t < tiles; ++t) {
     const int64_t count = (num * (t + 1)) / tiles - (num * t) / tiles;
-    fn(m, static_cast<int>(count));
+    fn(m, static_cast<int>(count), t, tiles);
     m += count;
   }
+}
+
+// One tile fetches a little ahead of itself. Of several, each fetches its part of the block that comes
+// `stride` blocks later, so that memory is as busy under the last as under the first.
+Fetch fetch_of(const Weight& w, int64_t block, int64_t stride, int64_t tile, int64_t tiles) {
+  const uint8_t* data = w.data + block * w.block_bytes();
+  if (tiles == 1) return {data + kAhead, 64};
+  const int64_t step = tiles < 64 ? 64 / tiles : 1;
+  return {data + stride * w.block_bytes() + w.block_bytes() * tile / tiles, step};
 }
 
 void finish(const Weight& w, int64_t block, const float* tile, int count, float* y, int64_t ldy, bool is_added) {
@@ -233,8 +281,12 @@ bool fits_tiles(const Weight& w, const Rows& rows) {
   return length % kTileK == 0;
 }
 
-// 64 columns of a block of 4 bits as bytes, [16 quads][16 features][4].
-inline void widen_u4(const uint8_t* packed, uint8_t* wide) {
+// 64 columns of a block of 4 or 6 bits as bytes, [16 quads][16 features][4].
+inline void widen(Format format, const uint8_t* packed, uint8_t* wide) {
+  if (format == Format::u6) {
+    for (int i = 0; i < kTileK / 4; ++i) b_store(wide + 64 * i, b_six(packed + i / 4 * 192, i % 4));
+    return;
+  }
   for (int i = 0; i < kTileK / 8; ++i) {
     const B v = b_load(packed + 64 * i);
     b_store(wide + 128 * i, b_low(v));
@@ -244,13 +296,13 @@ inline void widen_u4(const uint8_t* packed, uint8_t* wide) {
 
 // 16 rows of one block, into tile [16][16].
 void amx_tile(Tiles& tiles, const Weight& w, const Rows& rows, int64_t m0, int64_t block, float* tile) {
-  const bool is_grouped = w.group < w.k_padded, is_u4 = w.format == Format::u4;
+  const bool is_grouped = w.group < w.k_padded, is_wide = w.format == Format::u8;
   const int64_t length = is_grouped ? w.group : rows.group, num_groups = w.k_padded / length;
   const int64_t act_step = rows.num_groups == num_groups ? 1 : 0;
   const uint16_t* scales = w.scales + block * w.num_groups() * kLanes;
   const uint16_t* mins = w.mins ? w.mins + block * w.num_groups() * kLanes : nullptr;
   const uint8_t* data = w.data + block * w.block_bytes();
-  const int32_t offset = w.mins ? 0 : is_u4 ? -8 : -128;
+  const int32_t offset = w.mins ? 0 : -w.middle();
   alignas(64) int32_t sums[kTileM * kLanes];
   alignas(64) uint8_t wide[kTileK * kLanes];
   for (int m = 0; m < kTileM; ++m) f_store(tile + m * kLanes, f_zero());
@@ -258,8 +310,8 @@ void amx_tile(Tiles& tiles, const Weight& w, const Rows& rows, int64_t m0, int64
     tiles.zero(0);
     for (int64_t k = g * length; k < (g + 1) * length; k += kTileK) {
       const uint8_t* b = data + k * kLanes;
-      if (is_u4) {
-        widen_u4(data + k * kLanes / 2, wide);
+      if (!is_wide) {
+        widen(w.format, data + k * kLanes * w.bits() / 8, wide);
         b = wide;
       }
       tiles.multiply<0>(rows.q + m0 * rows.k_padded + k, rows.k_padded, b);
@@ -291,8 +343,9 @@ void amx_tile(Tiles& tiles, const Weight& w, const Rows& rows, int64_t m0, int64
 #endif
 
 // Calls fn(first row, count, compute) for the tiles of rows [m0, m1); compute(block, tile) fills one.
+// `stride`: the block that follows one, counted in blocks.
 template <typename Fn>
-void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, Fn fn) {
+void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t stride, Fn fn) {
   const Choice choice = choose(w, rows);
 #if defined(MXN_AMX)
   if (m1 - m0 >= kTileM && !rows.tiled && fits_tiles(w, rows)) {
@@ -302,11 +355,10 @@ void each_product(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, Fn 
     }
   }
 #endif
-  // With several tiles the first one fetches the next block while the others work on this one.
-  const int64_t next = m1 - m0 > choice.most ? w.block_bytes() : kAhead;
-  each_tile(m0, m1, choice.most, [&](int64_t m, int count) {
-    const int64_t ahead = m == m0 ? next : 0;
-    fn(m, count, [&](int64_t block, float* tile) { choice.tiles[count - 1](w, rows, m, block, ahead, tile); });
+  each_tile(m0, m1, choice.most, [&](int64_t m, int count, int64_t index, int64_t tiles) {
+    fn(m, count, [&](int64_t block, float* tile) {
+      choice.tiles[count - 1](w, rows, m, block, fetch_of(w, block, stride, index, tiles), tile);
+    });
   });
 }
 
@@ -322,24 +374,12 @@ void gemm(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t b0,
   alignas(64) float tile[16 * kLanes];
   for (int64_t block = b0; block < b1; ++block) {
     if (block + 1 < b1) prefetch_block(w, block + 1);
-    each_product(w, rows, m0, m1, [&](int64_t m, int count, const auto& compute) {
+    each_product(w, rows, m0, m1, 1, [&](int64_t m, int count, const auto& compute) {
       compute(block, tile);
       finish(w, block, tile, count, y + m * ldy, ldy, is_added);
     });
   }
 }
-
-namespace {
-inline F activate(F x, Act act) {
-  switch (act) {
-    case Act::silu: return f_silu(x);
-    case Act::gelu: return f_gelu(x);
-    case Act::gelu_tanh: return f_gelu_tanh(x);
-    case Act::relu: break;
-  }
-  return f_max(f_zero(), x);  // in this order NaN stays NaN
-}
-}  // namespace
 
 void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t p0, int64_t p1, float* y,
               int64_t ldy, Act act) {
@@ -349,7 +389,7 @@ void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t
     const int64_t width = n - pair * kLanes < kLanes ? n - pair * kLanes : kLanes;
     const F gate_bias = w.bias ? f_load(w.bias + 2 * pair * kLanes) : f_zero();
     const F up_bias = w.bias ? f_load(w.bias + (2 * pair + 1) * kLanes) : f_zero();
-    each_product(w, rows, m0, m1, [&](int64_t m, int count, const auto& compute) {
+    each_product(w, rows, m0, m1, 2, [&](int64_t m, int count, const auto& compute) {
       compute(2 * pair, gate);
       compute(2 * pair + 1, up);
       for (int i = 0; i < count; ++i) {
@@ -366,7 +406,7 @@ void gemm_glu(const Weight& w, const Rows& rows, int64_t m0, int64_t m1, int64_t
 namespace mxn::MXN_NS {
 
 void tile_rows_of(const Rows& rows, int64_t m0, int64_t m1, int8_t* tiled) {
-  each_tile(m0, m1, kTileRows, [&](int64_t m, int count) {
+  each_tile(m0, m1, kTileRows, [&](int64_t m, int count, int64_t, int64_t) {
     int32_t* to = reinterpret_cast<int32_t*>(tiled + m * rows.k_padded);
     const int64_t quads = rows.k_padded / 4;
     for (int r = 0; r < count; ++r) {

@@ -58,6 +58,7 @@ void Decoder::mixture(Pool& pool, const Layer& layer, int64_t m, const float* x,
   const Kernels& k = kernels();
   Experts& e = *experts_;
   const int64_t top = moe.top_k, num = m * top;
+  if (num == 0) return;  // no expert is used, and work is divided by their number
   float* normed = e.normed.at_least(m * hidden);
   for (int64_t t = 0; t < m; ++t) {
     if (layer.pre_ffn) k.rms_norm(x + t * hidden, layer.pre_ffn, normed + t * hidden, hidden, eps);

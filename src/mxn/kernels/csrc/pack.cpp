@@ -83,6 +83,25 @@ Fit fit4(const float* w, int64_t n, bool is_symmetric) {
   return best;
 }
 
+// Adds one value of column `at` to a block that was all zeros.
+inline void put(uint8_t* data, int bits, int64_t at, int lane, uint8_t value) {
+  if (bits == 8) {
+    data[(at / 4 * kLanes + lane) * 4 + at % 4] = value;
+    return;
+  }
+  if (bits == 4) {
+    data[(at / 8 * kLanes + lane) * 4 + at % 4] |= static_cast<uint8_t>(at % 8 < 4 ? value : value << 4);
+    return;
+  }
+  uint8_t* lines = data + at / 16 * 192 + lane * 4 + at % 4;
+  const int64_t quad = at % 16 / 4;
+  if (quad < 3) {
+    lines[64 * quad] |= value;
+    return;
+  }
+  for (int i = 0; i < 3; ++i) lines[64 * i] |= static_cast<uint8_t>((value >> (2 * i) & 3) << 6);
+}
+
 }  // namespace
 
 // rows: 16 pointers to k floats, null for padding. scales, mins: [G][16]; mins null when symmetric.
@@ -90,6 +109,7 @@ void pack_block(const float* const* rows, int64_t k, int64_t k_padded, int64_t g
                 float* scales, float* mins) {
   std::memset(data, 0, static_cast<size_t>(k_padded * kLanes * bits / 8));
   alignas(64) float w[256];
+  const int middle = 1 << (bits - 1);
   for (int lane = 0; lane < kLanes; ++lane) {
     float whole = 0.0f, fault = 0.0f;  // largest value of a row that has one scale; NaN beside a fault
     if (group == k_padded && rows[lane]) {
@@ -108,12 +128,13 @@ void pack_block(const float* const* rows, int64_t k, int64_t k_padded, int64_t g
           fault += w[i] - w[i];
         }
         Fit fit;
-        if (bits == 8) {
+        if (bits != 4) {
           float most = whole;
           if (group != k_padded) {
             for (int64_t i = 0; i < n; ++i) most = std::fabs(w[i]) > most ? std::fabs(w[i]) : most;
           }
-          fit.scale = is_nothing(most / 127.0f) ? 0.0f : most / 127.0f;
+          const float largest = static_cast<float>(middle - 1);
+          fit.scale = is_nothing(most / largest) ? 0.0f : most / largest;
         } else {
           fit = fit4(w, n, mins == nullptr);
         }
@@ -125,14 +146,13 @@ void pack_block(const float* const* rows, int64_t k, int64_t k_padded, int64_t g
         scales[g * kLanes + lane] = fit.scale;
         if (mins) mins[g * kLanes + lane] = -fit.low;
         const float inverse = fit.scale == 0.0f || fault != 0.0f ? 0.0f : 1.0f / fit.scale;
-        const float offset = bits == 8 ? 128.0f : mins ? 0.0f : 8.0f;
-        const float last = bits == 8 ? 255.0f : 15.0f;
+        const float offset = mins ? 0.0f : static_cast<float>(middle);
+        const float last = static_cast<float>(2 * middle - 1);
         for (int64_t i = 0; i < n; ++i) {
           const float q = clamp(std::nearbyint((w[i] - fit.low) * inverse) + offset, 0.0f, last);
           const uint8_t value = static_cast<uint8_t>(q);
           const int64_t at = start + i;
-          if (bits == 8) data[(at / 4 * kLanes + lane) * 4 + at % 4] = value;
-          else data[(at / 8 * kLanes + lane) * 4 + at % 4] |= static_cast<uint8_t>(at % 8 < 4 ? value : value << 4);
+          put(data, bits, at, lane, value);
         }
       }
     }

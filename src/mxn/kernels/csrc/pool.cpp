@@ -73,11 +73,16 @@ int64_t this_process() {
 
 Pool::Pool(int num_threads, int spin_us, bool is_pinned)
     : spin_us_(spin_us), process_(this_process()), seats_(new Seat[static_cast<size_t>(num_threads > 0 ? num_threads : 1)]) {
-  for (int thread = 1; thread < num_threads; ++thread) {
-    workers_.emplace_back([this, thread, is_pinned] {
-      if (is_pinned) pin(thread);
-      work(thread);
-    });
+  try {
+    for (int thread = 1; thread < num_threads; ++thread) {
+      workers_.emplace_back([this, thread, is_pinned] {
+        if (is_pinned) pin(thread);
+        work(thread);
+      });
+    }
+  } catch (...) {  // too many for the system; a running thread must not be destroyed
+    stop();
+    throw;
   }
 }
 
@@ -87,6 +92,10 @@ Pool::~Pool() {
     static_cast<void>(std::make_unique<std::vector<std::thread>>(std::move(workers_)).release());
     return;
   }
+  stop();
+}
+
+void Pool::stop() {
   is_ending_.store(true);
   wake_.fetch_add(1);
   wake_.notify_all();

@@ -45,6 +45,7 @@ class Pool {
   using Call = void (*)(const void*, int64_t item, int thread);
   void run_items(int64_t num_items, Call call, const void* fn);
   void work(int thread);
+  void stop();
   bool take(uint32_t round, int64_t* item);
   int64_t take_all(uint32_t round, int thread);
   void wait_for_others(uint32_t round, int64_t num_items, int64_t item_ns);

@@ -1,4 +1,5 @@
 // What happens to a row between two products: norm, quantization, activation, rotary positions.
+#include "act.h"
 #include "common.h"
 #include "vec.h"
 
@@ -43,20 +44,8 @@ void quantize(const float* x, int64_t k, int64_t k_padded, int64_t group, int8_t
   }
 }
 
-namespace {
-inline F one(F x, Act act) {
-  switch (act) {
-    case Act::silu: return f_silu(x);
-    case Act::gelu: return f_gelu(x);
-    case Act::gelu_tanh: return f_gelu_tanh(x);
-    case Act::relu: break;
-  }
-  return f_max(f_zero(), x);  // in this order NaN stays NaN
-}
-}  // namespace
-
 void activate_row(const float* x, float* y, int64_t n, Act act) {
-  for (int64_t i = 0; i < n; i += kLanes) f_store_n(y + i, one(f_load_n(x + i, n - i), act), n - i);
+  for (int64_t i = 0; i < n; i += kLanes) f_store_n(y + i, activate(f_load_n(x + i, n - i), act), n - i);
 }
 
 void add_row(const float* x, float scale, float* y, int64_t n) {

@@ -52,6 +52,7 @@ inline F f_round(F v) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(v.a, mode), _mm256_round_ps(v.b, mode)};
 }
+inline F f_floor(F v) { return {_mm256_floor_ps(v.a), _mm256_floor_ps(v.b)}; }
 inline __m256 scale2(__m256 v, __m256 n) {  // n in [-126, 128]; 2^128 is infinite
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(v, _mm256_castsi256_ps(bits));
@@ -79,16 +80,6 @@ inline __m256 bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_register(p)), 16));
 }
 inline F f_bf16(const uint16_t* p) { return {bf16(p), bf16(p + 8)}; }
-inline F f_s8(const int8_t* p) {
-  const __m128i bytes = half_register(p);
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
-inline F f_u8(const uint8_t* p) {
-  const __m128i bytes = half_register(p);
-  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
-          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
-}
 inline F f_int(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 inline I i_nearest(F v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 inline void i_store_s8(int8_t* p, I v) {
@@ -118,15 +109,6 @@ inline void f_store_bf16(uint16_t* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(v.a));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), to_bf16(v.b));
 }
-inline F f_repeat4(const float* p) {
-  return {_mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0])),
-          _mm256_set_m128(_mm_set1_ps(p[3]), _mm_set1_ps(p[2]))};
-}
-inline void f_sum4(float* p, F v) {
-  const __m256 s = _mm256_add_ps(v.a, v.b);
-  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-}
-
 inline B b_load(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
@@ -136,19 +118,46 @@ inline B b_low(B v) {
   return {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
 }
 inline B b_high(B v) { return b_low({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}); }
+// 16 dims of 16 tokens, [dim / 4][token][4], as [token / 4][dim][4] with `step` bytes between the four; the
+// sign bit changes.
+inline void b_turn(const uint8_t* p, uint8_t* out, int64_t step) {
+  for (int t = 0; t < 16; ++t) {
+    for (int h = 0; h < 16; ++h) out[t / 4 * step + 4 * h + t % 4] = static_cast<uint8_t>(p[(h / 4 * 16 + t) * 4 + h % 4] ^ 128);
+  }
+}
+// Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
+inline B b_six(const uint8_t* p, int part) {
+  auto masked = [](__m256i v, char bits) { return _mm256_and_si256(v, _mm256_set1_epi8(bits)); };
+  if (part < 3) {
+    const B v = b_load(p + 64 * part);
+    return {masked(v.a, 0x3F), masked(v.b, 0x3F)};
+  }
+  const B x = b_load(p), y = b_load(p + 64), z = b_load(p + 128);
+  auto join = [&](__m256i a, __m256i b, __m256i c) {
+    const __m256i low = masked(_mm256_srli_epi16(a, 6), 0x03), middle = masked(_mm256_srli_epi16(b, 4), 0x0C);
+    return _mm256_or_si256(_mm256_or_si256(low, middle), masked(_mm256_srli_epi16(c, 2), 0x30));
+  };
+  return {join(x.a, y.a, z.a), join(x.b, y.b, z.b)};
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // to the second cache
 
 inline __m256i dot16(__m256i sum, __m256i u, __m256i a, __m256i factor) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, a), factor));
 }
-inline I dot_u4(I sum, B u, int32_t a) {
+inline I dot_u7(I sum, B u, int32_t a) {
   const __m256i v = _mm256_set1_epi32(a), one = _mm256_set1_epi16(1);
   return {dot16(sum.a, u.a, v, one), dot16(sum.b, u.b, v, one)};
+}
+// Four unsigned values of at most 127 with every four signed bytes of v.
+inline I dot_s8(I sum, int32_t p, B v) {
+  const __m256i u = _mm256_set1_epi32(p), one = _mm256_set1_epi16(1);
+  return {dot16(sum.a, u, v.a, one), dot16(sum.b, u, v.b, one)};
 }
 inline I dot_u8(I sum, B u, int32_t a) {  // in nibbles: a pair of full bytes would saturate int16
   const __m256i v = _mm256_set1_epi32(a), high = _mm256_set1_epi16(16);
   const B top = b_high(u);
-  sum = dot_u4(sum, b_low(u), a);
+  sum = dot_u7(sum, b_low(u), a);
   return {dot16(sum.a, top.a, v, high), dot16(sum.b, top.b, v, high)};
 }
 

@@ -32,6 +32,7 @@ inline F f_min(F a, F b) { MXN_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
 inline F f_abs(F a) { MXN_LANES a.v[i] = std::fabs(a.v[i]); return a; }
 inline F f_copysign(F a, F s) { MXN_LANES a.v[i] = std::copysign(a.v[i], s.v[i]); return a; }
 inline F f_round(F a) { MXN_LANES a.v[i] = std::nearbyint(a.v[i]); return a; }
+inline F f_floor(F a) { MXN_LANES a.v[i] = std::floor(a.v[i]); return a; }
 inline F f_scale2(F a, F n) { MXN_LANES a.v[i] = std::ldexp(a.v[i], static_cast<int>(n.v[i])); return a; }
 inline F f_zero_where_below(F a, F x, F low) { MXN_LANES a.v[i] = x.v[i] < low.v[i] ? 0.0f : a.v[i]; return a; }
 inline float f_sum(F a) { float s = 0; MXN_LANES s += a.v[i]; return s; }
@@ -45,8 +46,6 @@ inline float from_half(uint16_t h) {
 }
 inline F f_half(const uint16_t* p) { F r; MXN_LANES r.v[i] = from_half(p[i]); return r; }
 inline F f_bf16(const uint16_t* p) { F r; MXN_LANES r.v[i] = bits_to_float(static_cast<uint32_t>(p[i]) << 16); return r; }
-inline F f_s8(const int8_t* p) { F r; MXN_LANES r.v[i] = p[i]; return r; }
-inline F f_u8(const uint8_t* p) { F r; MXN_LANES r.v[i] = p[i]; return r; }
 inline F f_int(I a) { F r; MXN_LANES r.v[i] = static_cast<float>(a.v[i]); return r; }
 inline I i_nearest(F a) { I r; MXN_LANES r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i])); return r; }
 inline void i_store_s8(int8_t* p, I a) {
@@ -64,13 +63,26 @@ inline void f_store_bf16(uint16_t* p, F a) {
     p[i] = static_cast<uint16_t>(a.v[i] == a.v[i] ? rounded : 0x7FC0);  // a NaN could carry to zero
   }
 }
-inline F f_repeat4(const float* p) { F r; MXN_LANES r.v[i] = p[i / 4]; return r; }
-inline void f_sum4(float* p, F a) { for (int i = 0; i < 4; ++i) p[i] = a.v[i] + a.v[i + 4] + a.v[i + 8] + a.v[i + 12]; }
-
 inline B b_load(const uint8_t* p) { B r; std::memcpy(r.v, p, 64); return r; }
 inline B b_low(B x) { for (uint8_t& b : x.v) b &= 15; return x; }
 inline B b_high(B x) { for (uint8_t& b : x.v) b >>= 4; return x; }
+// 16 dims of 16 tokens, [dim / 4][token][4], as [token / 4][dim][4] with `step` bytes between the four; the
+// sign bit changes.
+inline void b_turn(const uint8_t* p, uint8_t* out, int64_t step) {
+  for (int t = 0; t < 16; ++t) {
+    for (int h = 0; h < 16; ++h) out[t / 4 * step + 4 * h + t % 4] = static_cast<uint8_t>(p[(h / 4 * 16 + t) * 4 + h % 4] ^ 128);
+  }
+}
+// Four columns of 16 with 6 bits each, out of three lines; see `Weight`.
+inline B b_six(const uint8_t* p, int part) {
+  B six;
+  for (int i = 0; i < 64; ++i) {
+    six.v[i] = static_cast<uint8_t>(part < 3 ? p[64 * part + i] & 63 : p[i] >> 6 | p[64 + i] >> 6 << 2 | p[128 + i] >> 6 << 4);
+  }
+  return six;
+}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline I dot_u8(I sum, B u, int32_t a) {
   int8_t v[4];
@@ -78,7 +90,14 @@ inline I dot_u8(I sum, B u, int32_t a) {
   MXN_LANES for (int j = 0; j < 4; ++j) sum.v[i] += static_cast<int32_t>(u.v[4 * i + j]) * v[j];
   return sum;
 }
-inline I dot_u4(I sum, B u, int32_t a) { return dot_u8(sum, u, a); }
+// Four unsigned values of at most 127 with every four signed bytes of v.
+inline I dot_s8(I sum, int32_t p, B v) {
+  uint8_t u[4];
+  std::memcpy(u, &p, 4);
+  MXN_LANES for (int j = 0; j < 4; ++j) sum.v[i] += u[j] * static_cast<int8_t>(v.v[4 * i + j]);
+  return sum;
+}
+inline I dot_u7(I sum, B u, int32_t a) { return dot_u8(sum, u, a); }
 #undef MXN_LANES
 
 }  // namespace mxn::MXN_NS

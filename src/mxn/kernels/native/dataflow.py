@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 NEVER = 1 << 62
 ROWS = (16, 64, 256)
-_DEFAULT = 64  # where nothing was measured
+_DEFAULT = NEVER  # where nothing was measured
 _BUDGET_S = 0.04  # for each way and number of rows
 _MARGIN = 1.01
 
 
 def key_of(weight: PackedWeight, num_threads: int) -> str:
     shape = f"{weight.in_features}x{weight.out_features}"
-    return f"native {library().variant()} {weight.format} {shape} t{num_threads}"
+    lib = library()
+    return f"native {lib.revision} {lib.variant()} {weight.format} {shape} t{num_threads}"
 
 
 def tiled_from(weight: PackedWeight, table: Table, num_threads: int) -> tuple[int, str]:

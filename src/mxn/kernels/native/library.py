@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from mxn import env
-from mxn.errors import ConfigError, UnsupportedError
+from mxn.errors import CapacityError, ConfigError, UnsupportedError
 
 log = logging.getLogger("mxn.kernels")
 _num_threads = 1
@@ -58,6 +58,15 @@ def use_threads(num_threads: int) -> Any:
 
 @cache
 def pool(num_threads: int) -> Any:
-    """Return the threads that native kernels share in this process; the caller is one of them."""
+    """Return the threads that native kernels share in this process; the caller is one of them.
+
+    Raises: CapacityError when the system does not let this process have so many.
+    """
     spin_us = env.get_int("MXN_SPIN_US")
-    return library().Pool(num_threads, spin_us, env.get("MXN_PIN") == "on")
+    try:
+        return library().Pool(num_threads, spin_us, env.get("MXN_PIN") == "on")
+    except RuntimeError as error:
+        raise CapacityError(
+            f"{num_threads} threads for the native kernels could not be started: {error}",
+            hint="set fewer threads (MXN_THREADS), or raise the limit of processes or memory",
+        ) from error

@@ -28,7 +28,7 @@ class PackedWeight:
     """A matrix [F, D] as native kernels read it; owns its memory.
 
     A quantized value q means ``gain * (scale * q - min)``, or with no minimum
-    ``gain * scale * (q - 8)`` for 4 bits and ``(q - 128)`` for 8.
+    ``gain * scale * (q - 8)`` for 4 bits, ``(q - 32)`` for 6 and ``(q - 128)`` for 8.
     """
 
     format: WeightFormat
@@ -57,7 +57,13 @@ class PackedWeight:
     def _make_handle(self) -> Any:
         lib = library()
         weight = lib.Weight()
-        names = {4: lib.Format.u4, 8: lib.Format.u8, 16: lib.Format.bf16, 32: lib.Format.f32}
+        names = {
+            4: lib.Format.u4,
+            6: lib.Format.u6,
+            8: lib.Format.u8,
+            16: lib.Format.bf16,
+            32: lib.Format.f32,
+        }
         weight.format = names[self.format.bits]
         weight.n, weight.k, weight.k_padded = self.out_features, self.in_features, self.in_padded
         weight.group = (self.format.group or self.in_padded) if self.format.is_quantized else 0
@@ -207,16 +213,28 @@ def _padded_bias(bias_F: Tensor | None, length: int) -> Tensor | None:
 
 
 def interleave(values_FD: Tensor, bits: int) -> Tensor:
-    """Return values of [F, D], one a byte, as flat blocks; F in 16s, D in 4s (8 bits) or 8s."""
+    """Return values of [F, D], one a byte, as flat blocks; F and D in 16s."""
     blocks = len(values_FD) // LANES
     if bits == 8:
         return values_FD.view(blocks, LANES, -1, 4).transpose(1, 2).reshape(-1)
-    parts = values_FD.view(blocks, LANES, -1, 2, 4).permute(3, 0, 2, 1, 4)
-    return (parts[0] | (parts[1] << 4)).reshape(-1)
+    if bits == 4:
+        parts = values_FD.view(blocks, LANES, -1, 2, 4).permute(3, 0, 2, 1, 4)
+        return (parts[0] | (parts[1] << 4)).reshape(-1)
+    quads = values_FD.view(blocks, LANES, -1, 4, 4).permute(
+        3, 0, 2, 1, 4
+    )  # [4, blocks, D / 16, 16, 4]
+    lines = [quads[i] | (((quads[3] >> (2 * i)) & 3) << 6) for i in range(3)]
+    return torch.stack(lines, dim=2).reshape(-1)
 
 
 def _unpack(data: Tensor, blocks: int, bits: int) -> Tensor:
     """Return values [F, D] of interleaved blocks, one a byte."""
+    if bits == 6:
+        lines = data.view(blocks, -1, 3, LANES, 4).unbind(2)
+        quads = [line & 63 for line in lines]
+        quads.append(lines[0] >> 6 | (lines[1] >> 6 << 2) | (lines[2] >> 6 << 4))
+        parts = torch.stack(quads, dim=2).flatten(1, 2)
+        return parts.transpose(1, 2).reshape(blocks * LANES, -1)
     parts = data.view(blocks, -1, LANES, 4)
     if bits == 4:
         parts = torch.stack((parts & 15, parts >> 4), dim=2).flatten(1, 2)

@@ -2,7 +2,7 @@
 `attention.py` do, with one constant maximum or with a running one.
 
 Letters as there: U query heads of a group, L positions of a tile, J value dims; a head is read in
-two pieces of A and B dims.
+two pieces of A and B dims. Start at `attend_heads`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _weigh(p_UL, v_LJ, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def attend(
+def _attend(
     q_UA,
     q_UB,
     begin,
@@ -124,7 +124,88 @@ def attend(
 
 
 @triton.jit
-def load_query(
+def heads_of_program(U: tl.constexpr, BLOCK_U: tl.constexpr):
+    """Return the key head of this program, its query heads [U], and which of them exist."""
+    blocks_of_group: tl.constexpr = (U + BLOCK_U - 1) // BLOCK_U
+    group = tl.program_id(1) // blocks_of_group
+    in_group_U = (tl.program_id(1) % blocks_of_group) * BLOCK_U + tl.arange(0, BLOCK_U)
+    return group, group * U + in_group_U, in_group_U < U
+
+
+@triton.jit
+def row_of_program(
+    r,
+    rows_ptr,
+    sequences_ptr,
+    seen_ptr,
+    window,
+    HAS_ROWS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Return row and sequence of query row r, and the positions first..seen that it sees."""
+    row = r
+    sequence = r
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + r)
+        sequence = tl.load(sequences_ptr + r)
+    seen = tl.load(seen_ptr + r).to(tl.int32)
+    first = tl.maximum(seen - window, 0) if HAS_WINDOW else 0
+    return row, sequence, seen, first
+
+
+@triton.jit
+def attend_heads(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    row,
+    sequence,
+    group,
+    heads_U,
+    is_head_U,
+    begin,
+    end,
+    q_stride_t,
+    q_stride_n,
+    k_stride_p,
+    k_stride_k,
+    k_stride_g,
+    v_stride_p,
+    v_stride_k,
+    v_stride_g,
+    table_stride,
+    scale,
+    softcap,
+    phi,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    PAGE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_LATENT: tl.constexpr,
+    IS_UNIFIED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`attend` of the query heads of one row and one key head."""
+    q_UA = _load_query(q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, 0, A, BLOCK_A)
+    q_UB = _load_query(q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, A, B, BLOCK_B)
+    return _attend(
+        q_UA, q_UB, begin, end, table_ptr + sequence * table_stride,
+        k_ptr + group * k_stride_g, v_ptr + group * v_stride_g,
+        k_stride_p, k_stride_k, v_stride_p, v_stride_k, scale, softcap, phi,
+        A, B, J, BLOCK_A, BLOCK_B, BLOCK_J, BLOCK_L, BLOCK_U, PAGE,
+        HAS_SOFTCAP, IS_LATENT, IS_UNIFIED, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_query(
     q_ptr,
     row_at,
     heads_U,

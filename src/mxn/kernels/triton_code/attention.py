@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxn.kernels.triton_code.attend import attend, load_query
+from mxn.kernels.triton_code.attend import attend_heads, heads_of_program, row_of_program
 
 
 @triton.jit
@@ -70,27 +70,17 @@ def attend_splits(
     r = tl.program_id(0).to(tl.int64)
     part = tl.program_id(2)
     num_parts = tl.num_programs(2)
-    blocks_of_group: tl.constexpr = (U + BLOCK_U - 1) // BLOCK_U
-    group = tl.program_id(1) // blocks_of_group
-    in_group_U = (tl.program_id(1) % blocks_of_group) * BLOCK_U + tl.arange(0, BLOCK_U)
-    is_head_U = in_group_U < U
-    heads_U = group * U + in_group_U
-    row = r
-    sequence = r
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + r)
-        sequence = tl.load(sequences_ptr + r)
-    seen = tl.load(seen_ptr + r).to(tl.int32)
-    first = tl.maximum(seen - window, 0) if HAS_WINDOW else 0
+    group, heads_U, is_head_U = heads_of_program(U, BLOCK_U)
+    row, sequence, seen, first = row_of_program(
+        r, rows_ptr, sequences_ptr, seen_ptr, window, HAS_ROWS, HAS_WINDOW
+    )
     tiles = tl.cdiv(tl.cdiv(seen - first, num_parts), BLOCK_L)
     begin = first + part * tiles * BLOCK_L
     end = tl.minimum(begin + tiles * BLOCK_L, seen)
-    q_UA = load_query(q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, 0, A, BLOCK_A)
-    q_UB = load_query(q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, A, B, BLOCK_B)
-    acc_UJ, den_U, top_U = attend(
-        q_UA, q_UB, begin, end, table_ptr + sequence * table_stride,
-        k_ptr + group * k_stride_g, v_ptr + group * v_stride_g,
-        k_stride_p, k_stride_k, v_stride_p, v_stride_k, scale, softcap, phi,
+    acc_UJ, den_U, top_U = attend_heads(
+        q_ptr, k_ptr, v_ptr, table_ptr, row, sequence, group, heads_U, is_head_U, begin, end,
+        q_stride_t, q_stride_n, k_stride_p, k_stride_k, k_stride_g,
+        v_stride_p, v_stride_k, v_stride_g, table_stride, scale, softcap, phi,
         A, B, J, BLOCK_A, BLOCK_B, BLOCK_J, BLOCK_L, BLOCK_U, PAGE,
         HAS_SOFTCAP, IS_LATENT, IS_UNIFIED, PRECISION,
     )  # fmt: skip
@@ -156,11 +146,7 @@ def finish(
     to recomputed [1] int32. A row that sees nothing (padding of a captured graph) becomes zero.
     """
     r = tl.program_id(0).to(tl.int64)
-    blocks_of_group: tl.constexpr = (U + BLOCK_U - 1) // BLOCK_U
-    group = tl.program_id(1) // blocks_of_group
-    in_group_U = (tl.program_id(1) % blocks_of_group) * BLOCK_U + tl.arange(0, BLOCK_U)
-    is_head_U = in_group_U < U
-    heads_U = group * U + in_group_U
+    group, heads_U, is_head_U = heads_of_program(U, BLOCK_U)
     dims = tl.arange(0, BLOCK_J)
     mask = is_head_U[:, None] & (dims < J)[None, :]
     at_U = (r * num_heads + heads_U) * num_parts
@@ -181,12 +167,9 @@ def finish(
             part_den_U *= weight_U
         acc_UJ += sums_UJ
         den_U += part_den_U
-    row = r
-    sequence = r
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + r)
-        sequence = tl.load(sequences_ptr + r)
-    seen = tl.load(seen_ptr + r).to(tl.int32)
+    row, sequence, seen, first = row_of_program(
+        r, rows_ptr, sequences_ptr, seen_ptr, window, HAS_ROWS, HAS_WINDOW
+    )
     is_real_U = is_head_U & (seen > 0)
     out_UJ = acc_UJ / tl.where(is_real_U, den_U, 1.0)[:, None]
     at_UJ = out_ptr + (row * num_heads + heads_U)[:, None] * J + dims[None, :]
@@ -205,13 +188,10 @@ def finish(
         num_bad = tl.sum(bad_U, axis=0)
         if num_bad > 0:
             tl.atomic_add(recomputed_ptr, num_bad, sem="relaxed")
-            first = tl.maximum(seen - window, 0) if HAS_WINDOW else 0
-            q_UA = load_query(q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, 0, A, BLOCK_A)
-            q_UB = load_query(q_ptr, row, heads_U, is_head_U, q_stride_t, q_stride_n, A, B, BLOCK_B)
-            safe_UJ, safe_den_U, _ = attend(
-                q_UA, q_UB, first, seen, table_ptr + sequence * table_stride,
-                k_ptr + group * k_stride_g, v_ptr + group * v_stride_g,
-                k_stride_p, k_stride_k, v_stride_p, v_stride_k, scale, softcap, phi,
+            safe_UJ, safe_den_U, _ = attend_heads(
+                q_ptr, k_ptr, v_ptr, table_ptr, row, sequence, group, heads_U, is_head_U,
+                first, seen, q_stride_t, q_stride_n, k_stride_p, k_stride_k, k_stride_g,
+                v_stride_p, v_stride_k, v_stride_g, table_stride, scale, softcap, phi,
                 A, B, J, BLOCK_A, BLOCK_B, BLOCK_J, BLOCK_L, BLOCK_U, PAGE,
                 HAS_SOFTCAP, IS_LATENT, False, PRECISION,
             )  # fmt: skip

@@ -21,26 +21,44 @@ def gemv(
     y_ptr,
     num_in,
     num_out,
+    x_stride,
     w_stride,
     HAS_BIAS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (f): y [F] = w [F, D] @ x [D], without tensor cores: one row has no use for them."""
+    """Program (f, m): y [M, F] = x [M, D] @ w [F, D]^T, row by row and without tensor cores."""
+    m = tl.program_id(1).to(tl.int64)
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_f = f < num_out
     acc = tl.zeros([BLOCK_F, BLOCK_D], dtype=tl.float32)
     for start in range(0, num_in, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         is_d = d < num_in
-        x_D = tl.load(x_ptr + d, mask=is_d, other=0.0).to(tl.float32)
+        x_D = tl.load(x_ptr + m * x_stride + d, mask=is_d, other=0.0).to(tl.float32)
         mask = is_f[:, None] & is_d[None, :]
         w_FD = tl.load(w_ptr + f[:, None] * w_stride + d[None, :], mask=mask, other=0.0)
         acc += w_FD.to(tl.float32) * x_D[None, :]
     y_F = tl.sum(acc, axis=1)
     if HAS_BIAS:
         y_F += tl.load(bias_ptr + f, mask=is_f, other=0.0).to(tl.float32)
-    tl.store(y_ptr + f, y_F.to(y_ptr.dtype.element_ty), mask=is_f)
+    tl.store(y_ptr + m * num_out + f, y_F.to(y_ptr.dtype.element_ty), mask=is_f)
+
+
+@triton.jit
+def tile_of_program(BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the out features [F] and rows [M] of this program's tile."""
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return f, m
+
+
+@triton.jit
+def part_of_program(size, BLOCK: tl.constexpr, NUM_PARTS: tl.constexpr):
+    """Return where this program's part of `size` begins and ends: whole blocks but for the last."""
+    blocks = tl.cdiv(tl.cdiv(size, BLOCK), NUM_PARTS)
+    begin = tl.program_id(2) * blocks * BLOCK
+    return begin, tl.minimum(begin + blocks * BLOCK, size)
 
 
 @triton.jit
@@ -87,11 +105,8 @@ def flat(
     BLOCK_D: tl.constexpr,
 ):
     """Program (f, m, p): a tile of y [M, F] = x [M, D] @ w [F, D]^T over the part p of D."""
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tiles = tl.cdiv(tl.cdiv(num_in, BLOCK_D), NUM_PARTS)
-    begin = tl.program_id(2) * tiles * BLOCK_D
-    end = tl.minimum(begin + tiles * BLOCK_D, num_in)
+    f, m = tile_of_program(BLOCK_F, BLOCK_M)
+    begin, end = part_of_program(num_in, BLOCK_D, NUM_PARTS)
     acc_FM = tl.zeros([BLOCK_F, BLOCK_M], dtype=tl.float32)
     w_F1 = w_ptr + f[:, None] * w_stride
     x_1M = x_ptr + m.to(tl.int64)[None, :] * x_stride

@@ -34,6 +34,13 @@ def _activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _rows_of_block(first_rows_ptr, end_rows_ptr, BLOCK_M: tl.constexpr):
+    """Return the sorted places [M] of this program's block, and which of them exist."""
+    rows = tl.load(first_rows_ptr + tl.program_id(1)) + tl.arange(0, BLOCK_M)
+    return rows, rows < tl.load(end_rows_ptr + tl.program_id(1))
+
+
+@triton.jit
 def gate_up(
     x_ptr,
     w_ptr,
@@ -62,8 +69,7 @@ def gate_up(
     expert = tl.load(experts_ptr + tl.program_id(1))
     if expert >= NUM_EXPERTS:
         return
-    rows = tl.load(first_rows_ptr + tl.program_id(1)) + tl.arange(0, BLOCK_M)
-    is_row = rows < tl.load(end_rows_ptr + tl.program_id(1))
+    rows, is_row = _rows_of_block(first_rows_ptr, end_rows_ptr, BLOCK_M)
     tokens = tl.load(order_ptr + rows, mask=is_row, other=0) // TOP_K
     i = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_i = i < num_inner
@@ -108,8 +114,7 @@ def down(
     expert = tl.load(experts_ptr + tl.program_id(1))
     if expert >= NUM_EXPERTS:
         return
-    rows = tl.load(first_rows_ptr + tl.program_id(1)) + tl.arange(0, BLOCK_M)
-    is_row = rows < tl.load(end_rows_ptr + tl.program_id(1))
+    rows, is_row = _rows_of_block(first_rows_ptr, end_rows_ptr, BLOCK_M)
     pairs = tl.load(order_ptr + rows, mask=is_row, other=0)
     o = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_o = o < num_out

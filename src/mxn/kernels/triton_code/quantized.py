@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxn.kernels.triton_code.matmul import store_rows
+from mxn.kernels.triton_code.matmul import part_of_program, store_rows, tile_of_program
 
 
 @triton.jit
@@ -37,13 +37,10 @@ def flat_int4(
     uint8. number - zero is exact in every dtype of x; the scale multiplies the float32 sum.
     """
     half: tl.constexpr = GROUP // 2
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    f, m = tile_of_program(BLOCK_F, BLOCK_M)
     is_f, is_m = f < num_out, m < num_rows
     num_groups = num_in // GROUP
-    groups = tl.cdiv(num_groups, NUM_PARTS)
-    begin = tl.program_id(2) * groups
-    end = tl.minimum(begin + groups, num_groups)
+    begin, end = part_of_program(num_groups, 1, NUM_PARTS)
     i = tl.arange(0, half)
     w_F1 = w_ptr + f[:, None] * (num_in // 2)
     x_1M = x_ptr + m.to(tl.int64)[None, :] * x_stride
@@ -107,14 +104,11 @@ def flat_int8(
 
     Products and sums in int32, then both scales, then bias.
     """
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    f, m = tile_of_program(BLOCK_F, BLOCK_M)
     is_f, is_m = f < num_out, m < num_rows
     w_F1 = w_ptr + f[:, None] * num_in
     x_1M = x_ptr + m.to(tl.int64)[None, :] * num_in
-    tiles = tl.cdiv(tl.cdiv(num_in, BLOCK_D), NUM_PARTS)
-    begin = tl.program_id(2) * tiles * BLOCK_D
-    end = tl.minimum(begin + tiles * BLOCK_D, num_in)
+    begin, end = part_of_program(num_in, BLOCK_D, NUM_PARTS)
     acc_FM = tl.zeros([BLOCK_F, BLOCK_M], dtype=tl.int32)
     for start in range(begin, end, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)

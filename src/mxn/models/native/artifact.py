@@ -35,21 +35,21 @@ from mxn.models.spec import (
     RopeSpec,
     RouterSpec,
 )
-from mxn.models.weights import GqaWeights, LayerWeights, MlpWeights
+from mxn.models.weights import GqaWeights, LayerWeights, MlpWeights, MtpWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mxn.models.native.decoder import NativeParts
 
-LAYOUT = 1  # of packed weights: another number means that they must be packed again
+LAYOUT = 2  # of packed weights: another number means that they must be packed again
 _ALIGN = 4096  # a memory page, so that large parts begin on one
 _SMALL_ALIGN = 64
 _PARTS = {
     part.__name__: part
     for part in (
-        GqaWeights, LayerWeights, MlpWeights, NativeMla, NativeMoe, DecoderSpec, LayerSpec,
-        AttentionSpec, MlaSpec, MlpSpec, MoeSpec, RopeSpec, RouterSpec,
+        GqaWeights, LayerWeights, MlpWeights, MtpWeights, NativeMla, NativeMoe, DecoderSpec,
+        LayerSpec, AttentionSpec, MlaSpec, MlpSpec, MoeSpec, RopeSpec, RouterSpec,
     )
 }  # fmt: skip
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
@@ -137,7 +137,7 @@ def _broken(path: Path, error: Exception) -> NotFoundError:
 
 
 def _as_dict(parts: NativeParts) -> dict[str, Any]:
-    names = ("table_VD", "head", "layers", "final_norm")
+    names = ("table_VD", "head", "layers", "final_norm", "mtp")
     return {name: getattr(parts, name) for name in names}
 
 

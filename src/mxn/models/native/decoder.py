@@ -7,7 +7,7 @@ Knows specs, packed weights and cache pages; knows nothing of requests. Start at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from mxn.kernels.native.formats import ModelFormat
     from mxn.models.checkpoint import Checkpoint
     from mxn.models.names import Names
+    from mxn.models.native.predict import NativePrediction
     from mxn.models.spec import DecoderSpec, LayerSpec, RopeSpec
-    from mxn.models.weights import GqaWeights, LayerWeights, MlpWeights
+    from mxn.models.weights import GqaWeights, LayerWeights, MlpWeights, MtpWeights
 
 LANES = 16
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
@@ -56,20 +57,30 @@ class NativeParts:
     head: PackedWeight
     layers: list[LayerWeights]
     final_norm: Tensor
+    mtp: list[MtpWeights] = field(default_factory=list)  # prediction layers; head None: `head`
 
 
 def read_parts(
-    spec: DecoderSpec, names: Names, checkpoint: Checkpoint, format: ModelFormat
+    spec: DecoderSpec,
+    names: Names,
+    checkpoint: Checkpoint,
+    format: ModelFormat,
+    *,
+    prediction: bool = False,
 ) -> NativeParts:
-    """Read and pack all weights of `spec`. Raises: UnsupportedError for what cannot run."""
+    """Read and pack all weights of `spec`; its prediction layers only if `prediction`.
+
+    Raises: UnsupportedError for what cannot run.
+    """
     refuse(spec)
     reader = NativeReader(spec, names, checkpoint, format)
     table, head = reader.packed_embedding()
     layers = [reader.layer(i) for i in range(len(spec.layers))]
     final_norm = reader.norm(names.final_norm)
+    num_parameters = checkpoint.num_parameters  # the same whether or not guesses are wanted
     return NativeParts(
-        format=format, num_parameters=checkpoint.num_parameters, table_VD=table, head=head,
-        layers=layers, final_norm=final_norm,
+        format=format, num_parameters=num_parameters, table_VD=table, head=head, layers=layers,
+        final_norm=final_norm, mtp=reader.mtp(None) if prediction else [],
     )  # fmt: skip
 
 
@@ -105,10 +116,11 @@ class NativeDecoder:
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self._lib = library()
+        self.num_threads = num_threads
         self._pool = use_threads(num_threads)
         self._ropes = _Ropes(spec)
         self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
-        self._logits_area = torch.empty(0)
+        self._logits_area = self._hidden_area = torch.empty(0)
         self._rows = torch.arange(64)
         self._call: _Call | None = None  # the last one: a step of decodes writes over its batch
         self._build()
@@ -116,6 +128,7 @@ class NativeDecoder:
     def _build(self) -> None:
         """Describe the model to the native side, which copies the descriptions."""
         self._native = self._lib.Decoder()
+        self._prediction: NativePrediction | None = None
         self._pages = (0, 0)
         self._call = None
         parts = self.parts
@@ -146,12 +159,48 @@ class NativeDecoder:
         """
         call = self._call
         if call is None or call.batch is not batch or call.cache is not cache:
-            call = self._call = self._prepare(batch, cache)
+            call = self._call = self._prepare(batch, cache, 0, 0)
         self._grow_ropes(max(batch.attention.context_lens, default=1))
         self._native.forward(self._pool, *call.arguments)
         return call.logits_RV
 
-    def _prepare(self, batch: StepBatch, cache: list[LayerCache]) -> _Call:
+    def forward_hidden(self, batch: StepBatch, cache: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Return what `forward` does, and the rows behind the final norm [T, D]; both as there."""
+        hidden_TD = self._hidden(batch.token_ids_T.shape[0])
+        return self._run(batch, cache, 0, hidden_TD.data_ptr()), hidden_TD
+
+    @property
+    def mtp(self) -> list[MtpWeights]:
+        """The prediction layers that were read."""
+        return self.parts.mtp
+
+    @property
+    def prediction(self) -> NativePrediction:
+        """The first prediction layer, a decoder with a cache of its own; `mtp` says if it is."""
+        if self._prediction is None:
+            from mxn.models.native.predict import NativePrediction
+
+            self._prediction = NativePrediction(self, self.parts.mtp[0])
+        return self._prediction
+
+    def predict_after_next(
+        self, normed_TD: Tensor, batch: StepBatch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """Run the prediction layer: see `Decoder.predict_after_next`. Results as in `forward`."""
+        return self.prediction.predict(normed_TD, batch, cache)
+
+    def _run(
+        self, batch: StepBatch, cache: list[LayerCache], hidden_in: int, hidden_out: int
+    ) -> Tensor:
+        """Return logits [R, V]; rows behind the norm [T, D] are read and written where given."""
+        call = self._prepare(batch, cache, hidden_in, hidden_out)
+        self._grow_ropes(max(batch.attention.context_lens, default=1))
+        self._native.forward(self._pool, *call.arguments)
+        return call.logits_RV
+
+    def _prepare(
+        self, batch: StepBatch, cache: list[LayerCache], hidden_in: int, hidden_out: int
+    ) -> _Call:
         """Return the arguments of the native call; they hold while the batch's memory stays."""
         attention = batch.attention
         pages = (attention.page_tokens, cache[0].k.shape[0])
@@ -177,6 +226,8 @@ class NativeDecoder:
             rows_R.data_ptr(),
             self._addresses(cache),
             logits_RV.data_ptr(),
+            hidden_in,
+            hidden_out,
         )
         return _Call(batch, cache, rows_R, logits_RV, arguments)
 
@@ -224,6 +275,12 @@ class NativeDecoder:
         if num_rows * self.vocab_size > self._logits_area.numel():
             self._logits_area = lazy_zeros(4 * num_rows * self.vocab_size).view(torch.float32)
         return self._logits_area[: num_rows * self.vocab_size].view(num_rows, self.vocab_size)
+
+    def _hidden(self, num_tokens: int) -> Tensor:
+        size = num_tokens * self.spec.hidden
+        if size > self._hidden_area.numel():
+            self._hidden_area = torch.empty(size)
+        return self._hidden_area[:size].view(num_tokens, self.spec.hidden)
 
     def _addresses(self, cache: list[LayerCache]) -> int:
         """Return the address of the layers' addresses."""

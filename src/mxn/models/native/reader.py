@@ -72,7 +72,12 @@ class NativeReader(WeightReader):
         """Return the embedding table, None when it is tied to the packed head, and the head."""
         table = self.checkpoint.read(f"{self.names.embedding}.weight")
         has_own = not self.spec.is_tied or self._has_own_head(table.float())
-        if has_own:
+        stored = self._stored(
+            (self.names.head if has_own else self.names.embedding,), self.format.head
+        )
+        if stored is not None:
+            head = pack_stored(stored)
+        elif has_own:
             head = pack(*self._plain(self.names.head), self.format.head)
         else:
             head = pack(table.float(), self.format.head)
@@ -82,6 +87,19 @@ class NativeReader(WeightReader):
         is_small = self.format.weights.bits <= 16
         dtype = torch.bfloat16 if is_small else torch.float32
         return table.to(dtype).contiguous(), head
+
+    def _mtp_head(self, prefix: str, embedding_head: Any) -> PackedWeight | None:
+        """Published checkpoints repeat the model's head here: None stands for that one."""
+        own = prefix + self.names.mtp_head
+        if f"{own}.weight" not in self.checkpoint or self._is_copy(own, self.names.head):
+            return None
+        return pack(*self._plain(own), self.format.head)
+
+    def _is_copy(self, module: str, of: str) -> bool:
+        name, other = f"{module}.weight", f"{of}.weight"
+        if other not in self.checkpoint:
+            return False
+        return torch.equal(self.checkpoint.read(name), self.checkpoint.read(other))
 
     def _plain(self, module: str) -> tuple[Tensor]:
         return (self.tensor(f"{module}.weight"),)

@@ -219,14 +219,14 @@ def _affine(values: Tensor, scales: Tensor, minima: Tensor) -> Parts:
 _UNPACK: dict[str, tuple[int, Callable[[Tensor], Parts]]] = {
     "Q4_0": (4, _q4_0),
     "Q4_1": (4, _q4_1),
-    "Q5_0": (8, _q5_0),
-    "Q5_1": (8, _q5_1),
+    "Q5_0": (6, _q5_0),
+    "Q5_1": (6, _q5_1),
     "Q8_0": (8, _q8_0),
     "Q2_K": (4, _q2_k),
     "Q3_K": (4, _q3_k),
     "Q4_K": (4, _q4_k),
-    "Q5_K": (8, _q5_k),
-    "Q6_K": (8, _q6_k),
+    "Q5_K": (6, _q5_k),
+    "Q6_K": (6, _q6_k),
     "IQ4_NL": (8, _iq4_nl),
     "IQ4_XS": (8, _iq4_xs),
 }

@@ -25,8 +25,8 @@ class QuantizedMatrix:
     contiguous: column j of `values` belongs to ``x[..., perm[j]]``.
     """
 
-    values: Tensor  # uint8 [out, in], one value per byte: 0..15 (4 bit) or 0..255 (8 bit)
-    bits: int  # 4 or 8: what the values need
+    values: Tensor  # uint8 [out, in], one value per byte, less than 2 ** bits
+    bits: int  # 4, 6 or 8: what the values need
     group: int  # columns per scale; `in` when there is one scale per row
     scales: Tensor  # float32 [out, in / group]; may be negative (GGUF Q4_0)
     zeros: Tensor  # uint8 or float32, like `scales`; in steps of the values, may lie outside them
@@ -34,8 +34,10 @@ class QuantizedMatrix:
 
     def __post_init__(self) -> None:
         out_features, in_features = self.values.shape
-        if self.bits not in (4, 8):
-            raise UnsupportedError(f"a quantized matrix has {self.bits!r} bits; 4 and 8 are known")
+        if self.bits not in (4, 6, 8):
+            raise UnsupportedError(
+                f"a quantized matrix has {self.bits!r} bits; 4, 6 and 8 are known"
+            )
         if self.group < 1 or in_features % self.group:
             raise UnsupportedError(f"groups of {self.group} do not divide {in_features} columns")
         want = (out_features, in_features // self.group)

@@ -1,8 +1,8 @@
 """`linear` in Triton where rows are few, torch's (cuBLAS, hipBLAS) where they are many.
 
-The dataflow of FlashDecoding++ section 5: up to `GEMV_ROWS` a product without tensor cores, up to
-`FLAT_ROWS` a flat one, above the library's. The two bounds are estimates until a GPU is measured;
-the registry times the whole against torch and takes it only where it is faster.
+The dataflow of FlashDecoding++ section 5: few rows without tensor cores, more flat, many by the
+library. `mxn tune` measures the two bounds for each shape (`ways.py`); without that they are
+estimates. The registry times the whole against torch and takes it only where it is faster.
 
 Shape letters: M rows of x, P parts of D.
 """
@@ -10,15 +10,18 @@ Shape letters: M rows of x, P parts of D.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mxn.kernels import triton_host as host
-from mxn.kernels.registry import kernel
+from mxn.kernels.ops.linear.ways import ESTIMATE, Bounds, known, measure
+from mxn.kernels.registry import dtype_name, kernel
 
-GEMV_ROWS = 1
-FLAT_ROWS = 64
+if TYPE_CHECKING:
+    from mxn.kernels.tune import Table
+
 _MAX_PARTS = 8
 
 
@@ -26,9 +29,12 @@ class TritonLinear:
     """x[..., D] -> y[..., F]. Holds the weight as the checkpoint stores it."""
 
     kernel = "triton"
-    __slots__ = ("bias_F", "in_features", "num_bytes", "out_features", "weight_FD")
+    __slots__ = ("bias_F", "bounds", "in_features", "num_bytes", "out_features", "weight_FD")
 
-    def __init__(self, weight_FD: Tensor, bias_F: Tensor | None = None) -> None:
+    def __init__(
+        self, weight_FD: Tensor, bias_F: Tensor | None = None, bounds: Bounds = ESTIMATE
+    ) -> None:
+        self.bounds = bounds
         self.weight_FD = weight_FD if weight_FD.stride(-1) == 1 else weight_FD.contiguous()
         self.bias_F = bias_F
         self.out_features, self.in_features = weight_FD.shape
@@ -36,10 +42,10 @@ class TritonLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = rows_of(x)
-        if len(rows) > FLAT_ROWS:
+        if len(rows) > max(self.bounds.gemv_rows, self.bounds.flat_rows):
             return torch.nn.functional.linear(x, self.weight_FD, self.bias_F)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device=x.device)
-        if len(rows) <= GEMV_ROWS:
+        if len(rows) <= self.bounds.gemv_rows:
             self._gemv(rows, y)
         else:
             self._flat(rows, y)
@@ -51,13 +57,14 @@ class TritonLinear:
         block_f = 4 if self.out_features <= 8192 else 8
         host.launch(
             code.gemv,
-            (host.ceil_div(self.out_features, block_f) * len(rows),),
+            (host.ceil_div(self.out_features, block_f), len(rows)),
             rows,
             self.weight_FD,
             y if self.bias_F is None else self.bias_F,
             y,
             self.in_features,
             self.out_features,
+            rows.stride(0),
             self.weight_FD.stride(0),
             HAS_BIAS=self.bias_F is not None,
             BLOCK_F=block_f,
@@ -95,6 +102,25 @@ class TritonLinear:
         add_parts(parts, self.bias_F, y, tile.num_parts)
 
 
+class TritonWays:
+    """Which way for how many rows: see `ways.py`."""
+
+    def settle(self, made: TritonLinear, table: Table) -> str:
+        weight = made.weight_FD
+        shape = (made.in_features, made.out_features, dtype_name(weight.dtype), weight.device.type)
+        found = known(table, *shape)
+        made.bounds = found or ESTIMATE
+        return f"{made.bounds}, {'measured' if found else 'an estimate'}"
+
+    def measure(
+        self, table: Table, in_features: int, out_features: int, dtype: str, device: torch.device
+    ) -> str:
+        def prepare(weight_FD: Tensor, bounds: Bounds) -> TritonLinear:
+            return TritonLinear(weight_FD, None, bounds)
+
+        return str(measure(table, prepare, in_features, out_features, dtype, device))
+
+
 @kernel(
     "linear",
     name="triton",
@@ -102,6 +128,7 @@ class TritonLinear:
     priority=host.PRIORITY,
     missing=host.missing,
     needs_proof=True,
+    ways=TritonWays(),
 )
 def linear(weight_FD: Tensor, bias_F: Tensor | None = None) -> TritonLinear:
     return TritonLinear(weight_FD, bias_F)

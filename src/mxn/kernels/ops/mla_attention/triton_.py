@@ -23,6 +23,7 @@ from mxn.kernels.registry import kernel
     priority=host.PRIORITY,
     missing=host.missing,
     needs_proof=True,
+    is_static=True,
 )
 def mla_attention(
     q_TNC: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, v_dim: int

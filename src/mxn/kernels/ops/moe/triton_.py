@@ -25,6 +25,7 @@ from mxn.kernels.registry import kernel
     priority=host.PRIORITY,
     missing=host.missing,
     needs_proof=True,
+    is_static=True,
 )
 def moe(
     x_TD: Tensor,

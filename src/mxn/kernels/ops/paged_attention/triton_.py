@@ -72,6 +72,7 @@ def recomputed(device: torch.device) -> Tensor:
     priority=host.PRIORITY,
     missing=host.missing,
     needs_proof=True,
+    is_static=True,
 )
 def paged_attention(
     q_TNH: Tensor,
