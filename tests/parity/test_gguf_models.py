@@ -6,6 +6,7 @@ The golden files come from tools/make_gguf_golden.py, written by PyPI's `gguf`.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,22 @@ def test_a_llama_of_mixed_k_types_has_the_logits_of_the_dequantized_one(
     got = Session(loaded.model).step({0: tokens})[0]
     assert (got - want).abs().max() / want.abs().max() < LOGIT_TOLERANCE
     assert loaded.num_parameters == sum(p.numel() for p in model.parameters())
+    assert loaded.unused_tensors == ()
+
+
+@pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason()))
+@pytest.mark.parametrize("weights", ["plain", "f32", "int8", "int6", "int4"])
+@pytest.mark.parametrize("embedding", [None, gguf_writer.Q4_K, gguf_writer.Q6_K])
+def test_a_tied_embedding_counts_once_however_it_is_kept(tmp_path, device, weights, embedding):
+    tensors = gguf_writer.llama_tensors()
+    if embedding is not None:
+        generator = torch.Generator().manual_seed(1)
+        stored = gguf_writer.Stored.random(40, 256, embedding, generator)
+        tensors["token_embd.weight"] = stored
+    gguf_writer.write(tmp_path / "m.gguf", gguf_writer.llama(), tensors)
+    format = None if weights == "plain" else formats.parse(weights)
+    loaded = load_model(tmp_path / "m.gguf", device, "float32", format=format, num_threads=1)
+    assert loaded.num_parameters == sum(math.prod(stored.shape) for stored in tensors.values())
     assert loaded.unused_tensors == ()
 
 

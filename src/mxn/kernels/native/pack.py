@@ -184,10 +184,10 @@ def pack_glu(
 ) -> PackedWeight:
     """Return gate and up as one matrix in which blocks of 16 rows of each take turns."""
     order = glu_order(len(gate_up_2FD) // 2)
-    bias = None if bias_2F is None else _taken(bias_2F, order)
+    bias = None if bias_2F is None else taken(bias_2F, order)
     if wanted.is_quantized:
         return _quantize(gate_up_2FD, order, len(order), wanted, bias)
-    return pack(_taken(gate_up_2FD, order), wanted, bias)
+    return pack(taken(gate_up_2FD, order), wanted, bias)
 
 
 def glu_order(width: int) -> Tensor:
@@ -198,10 +198,11 @@ def glu_order(width: int) -> Tensor:
     return torch.stack((at, torch.where(at < 0, -1, at + width)), dim=1).view(-1)
 
 
-def _taken(rows: Tensor, order: Tensor) -> Tensor:
-    taken = rows[order.clamp(min=0)]
-    taken[order < 0] = 0
-    return taken
+def taken(rows: Tensor, order: Tensor) -> Tensor:
+    """Return `rows` in that order; -1 is a row of zeros."""
+    found = rows[order.clamp(min=0)]
+    found[order < 0] = 0
+    return found
 
 
 def _padded_bias(bias_F: Tensor | None, length: int) -> Tensor | None:
