@@ -118,7 +118,8 @@ class DraftLength:
             self.length = min(self._limit, max(self.length, num_drafted + 1))
         else:
             self.length = max(1, num_accepted)
-        self._rate += _WEIGHT * num_drafted * (num_accepted / num_drafted - self._rate)
+        weight = 1 - (1 - _WEIGHT) ** num_drafted
+        self._rate += weight * (num_accepted / num_drafted - self._rate)
         if self._rate < pays_from:
             self.resumes_at = num_tokens + self._next_pause
             self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)

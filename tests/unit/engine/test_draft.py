@@ -65,6 +65,16 @@ def test_drafts_grow_while_all_come_true_and_shrink_to_what_did():
     assert (length.length, length.resumes_at) == (8, 0)
 
 
+@pytest.mark.parametrize("num_drafted", [1, 15, 16, 17, 32])
+def test_no_draft_however_long_takes_the_rate_out_of_its_range(num_drafted):
+    length = DraftLength(32)
+    for num_accepted in (num_drafted, num_drafted, 0, num_drafted, 0, 0):
+        before = length._rate
+        length.observe(num_drafted, num_accepted, 100, 0.0)
+        aim = num_accepted / num_drafted
+        assert min(before, aim) < length._rate < max(before, aim)
+
+
 def test_drafts_that_never_come_true_cost_little_and_ever_less():
     length, drafted_at = DraftLength(4), []
     for num_tokens in range(2000):
