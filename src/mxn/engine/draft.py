@@ -186,8 +186,10 @@ class NgramDrafter:
 class MtpDrafter:
     """Implements `scheduler.Drafter` with guesses that the model's prediction layer made."""
 
-    def __init__(self, num_draft_tokens: int) -> None:
+    def __init__(self, num_draft_tokens: int, max_draft_rows: int) -> None:
+        """`max_draft_rows`: drafts make no step larger than this; see `SchedulerConfig`."""
         self._limit = num_draft_tokens
+        self.max_draft_rows = max_draft_rows
         self.cost = RowCost()
         self._num_sequences = 1  # in the last step
         self._lengths: dict[str, DraftLength] = {}
