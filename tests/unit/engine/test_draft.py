@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxn.engine.draft import LONGEST_MATCH, DraftLength, NgramDrafter, NgramIndex, RowCost
+from mxn.engine.draft import (
+    LONGEST_MATCH,
+    DraftLength,
+    MtpDrafter,
+    NgramDrafter,
+    NgramIndex,
+    RowCost,
+)
 from mxn.engine.sequence import Sequence
 
 TOKENS = st.lists(st.integers(0, 3) | st.sampled_from([2**31, 2**32 - 1]), max_size=40)
@@ -123,6 +130,42 @@ def test_what_is_not_known_yet_is_no_measure():
     cost = RowCost()
     cost.observe(2, 4, 5.0)
     assert cost.value == RowCost().value
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+@pytest.mark.parametrize("kind", ["ngram", "mtp"])
+def test_where_every_step_has_drafts_a_few_go_without_so_that_the_cost_is_known(
+    kind, num_sequences
+):
+    drafter = NgramDrafter(4) if kind == "ngram" else MtpDrafter(4, 16)
+    seqs = [Sequence(str(i), [5] * 20) for i in range(num_sequences)]
+    plain = []
+    for step in range(400):
+        drafts = []
+        for seq in seqs:
+            if isinstance(drafter, MtpDrafter):
+                drafter.wanted(seq, len(seq.token_ids))
+                drafter.offer(seq.seq_id, len(seq.token_ids), [5] * 4)
+            if found := drafter.propose(seq, 4):
+                drafts += found
+                drafter.observe(seq.seq_id, len(found), len(found))
+            seq.token_ids += [5] * (len(found) + 1)
+        assert len(drafts) in (0, 4 * num_sequences)
+        plain += [step] if not drafts else []
+        drafter.observe_step(num_sequences, len(drafts), 0.010 * (1 + 0.25 * len(drafts)))
+    assert drafter.cost.value == pytest.approx(0.25, abs=1e-3)
+    assert sum(at < 30 for at in plain) == 3
+    assert len(plain) == 5
+
+
+def test_a_plain_step_that_brings_no_measure_keeps_no_draft_back_for_long():
+    """A step beside a prompt is not observed: the drafts it was refused are spent."""
+    drafter = NgramDrafter(4)
+    seq = Sequence("a", [5] * 20)
+    for _ in range(8):
+        drafter.observe_step(1, 4, 0.010)
+    assert drafter.propose(seq, 4) == []
+    assert drafter.propose(seq, 4) == [5] * 4
 
 
 @pytest.mark.parametrize(("step_s", "stays_on"), [(0.011, True), (0.030, False)])
