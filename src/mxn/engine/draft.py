@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mxn.engine.sequence import Sequence
 
 LONGEST_MATCH = 3
+_NOTED_AT_ONCE = 1024  # tokens, 5 ms: all sequences wait for it, so long prompts take several steps
 _SHIFT = 32  # token ids fit below; an n-gram is one integer
 
 _WEIGHT = 1 / 16  # of one draft in the running rate of acceptance
@@ -197,7 +198,9 @@ class NgramDrafter:
         index, length = found.index, found.length
         if len(seq.token_ids) < length.resumes_at:
             return []
-        index.extend(seq.token_ids[len(index) :])
+        index.extend(seq.token_ids[len(index) : len(index) + _NOTED_AT_ONCE])
+        if len(index) < len(seq.token_ids):
+            return []
         num_matched, position = index.match()
         if not num_matched or self.cost.takes_plain():
             return []

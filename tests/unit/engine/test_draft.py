@@ -38,6 +38,25 @@ def test_the_index_finds_what_a_search_finds_however_the_tokens_come(tokens, cut
     assert len(index) == len(tokens)
 
 
+def test_a_long_prompt_is_noted_over_several_steps(monkeypatch):
+    """No step, for which all sequences wait, may take the time of all its tokens."""
+    noted: list[int] = []
+    extend = NgramIndex.extend
+
+    def watched(index: NgramIndex, token_ids: list[int]) -> None:
+        noted.append(len(token_ids))
+        extend(index, token_ids)
+
+    monkeypatch.setattr(NgramIndex, "extend", watched)
+    seq, drafter = Sequence("a", list(range(10_000))), NgramDrafter(4)
+    while not (drafts := drafter.propose(seq, 4)):
+        seq.token_ids.append(seq.num_output)  # as the prompt began
+        assert len(noted) < 20
+    assert drafts == [len(noted) - 1 + i for i in range(4)]
+    assert max(noted) <= 1024
+    assert sum(noted) == len(seq.token_ids)
+
+
 def test_a_continuation_past_the_end_goes_round():
     index = NgramIndex()
     index.extend([9, 1, 2, 1, 2, 1, 2])
