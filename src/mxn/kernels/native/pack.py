@@ -7,7 +7,7 @@ features, G groups of D. Start at `pack`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,8 @@ from mxn.kernels.native.library import library, pool
 from mxn.kernels.native.memory import Arena
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 LANES = 16
@@ -165,6 +167,33 @@ def assemble(
         None if mins is None else _kept_half(mins / gain),
         bias,
         gain,
+    )
+
+
+def stack(parts: Sequence[PackedWeight], bias: Tensor | None = None) -> PackedWeight:
+    """Join quantized weights of one width and group on the output dim, each of whole blocks.
+
+    Where one has minima, all get them. `bias` is that of the whole. The parts are not needed
+    any more; their scales keep all bits unless they are 2^23 times smaller than the largest.
+    """
+    first = parts[0]
+    has_mins = any(part.mins is not None for part in parts)
+    scales, mins = [], []
+    for part in parts:
+        assert part.scales is not None
+        scales.append(part.scales.float() * part.gain)
+        if part.mins is None:
+            mins.append(scales[-1] * 2 ** (part.format.bits - 1))
+        else:
+            mins.append(part.mins.float() * part.gain)
+    return assemble(
+        replace(first.format, is_symmetric=not has_mins),
+        sum(part.out_features for part in parts),
+        first.in_features,
+        torch.cat([part.data for part in parts]),
+        torch.cat(scales),
+        torch.cat(mins) if has_mins else None,
+        bias,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mxn.kernels.native.formats import BF16, F32, ModelFormat, WeightFormat
 from mxn.kernels.native.pack import LANES, PackedWeight, glu_order, pack, pack_glu, taken
-from mxn.models.native.stored import can_pack, pack_stored
+from mxn.models.native.stored import can_pack, can_pack_mixed, pack_mixed, pack_stored
 from mxn.models.quantized.matrix import QuantizedMatrix
 from mxn.models.spec import AttentionSpec, MlpSpec, MoeSpec
 from mxn.models.weights import MlpWeights, WeightReader
@@ -57,6 +57,13 @@ class NativeMoe:
     experts: list[MlpWeights]
     shared: MlpWeights | None
     shared_gate: PackedWeight | None
+
+
+def _are_kept(parts: list[QuantizedMatrix], wanted: WeightFormat) -> bool:
+    """Whether parts join without another rounding to a matrix of no more bits than `wanted`."""
+    if not QuantizedMatrix.can_cat(parts) or max(part.bits for part in parts) > wanted.bits:
+        return False
+    return can_pack(QuantizedMatrix.cat(parts))
 
 
 class NativeReader(WeightReader):
@@ -110,18 +117,21 @@ class NativeReader(WeightReader):
         return super().norm(module).float().contiguous()
 
     def linear(self, *modules: str) -> PackedWeight:
-        parts = self._parts(modules, self.format.weights)
+        parts = self._parts(modules, self.format.weights, can_mix=True)
         if parts is None:
             return super().linear(*modules)
-        sizes = [part.shape[0] for part in parts]
-        return pack_stored(QuantizedMatrix.cat(parts), self._bias(modules, sizes))
+        bias = self._bias(modules, [part.shape[0] for part in parts])
+        if _are_kept(parts, self.format.weights):
+            return pack_stored(QuantizedMatrix.cat(parts), bias)
+        return pack_mixed(parts, self.format.weights.bits, bias)
 
     def _parts(
-        self, modules: tuple[str, ...], wanted: WeightFormat
+        self, modules: tuple[str, ...], wanted: WeightFormat, *, can_mix: bool = False
     ) -> list[QuantizedMatrix] | None:
         """Return modules as their maker quantized them, if joined they are no finer than `wanted`.
 
-        Rounding numbers that were rounded before loses twice and gains nothing.
+        With `can_mix` also where some of them are finer, and `pack_mixed` can join them. Rounding
+        numbers that were rounded before loses twice and gains nothing.
         """
         if not wanted.is_quantized:
             return None
@@ -129,10 +139,8 @@ class NativeReader(WeightReader):
             return None
         found = [self.checkpoint.quantized(module) for module in modules]
         parts = [part for part in found if part is not None]
-        if QuantizedMatrix.can_cat(parts):
-            joined = QuantizedMatrix.cat(parts)
-            if joined.bits <= wanted.bits and can_pack(joined):
-                return parts
+        if _are_kept(parts, wanted) or (can_mix and can_pack_mixed(parts, wanted.bits)):
+            return parts
         self.checkpoint.num_parameters -= sum(part.values.numel() for part in parts)  # read again
         return None
 
