@@ -6,6 +6,7 @@ The golden files come from tools/make_gguf_golden.py, written by PyPI's `gguf`.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,22 @@ def test_a_llama_of_mixed_k_types_has_the_logits_of_the_dequantized_one(
     assert loaded.unused_tensors == ()
 
 
+@pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason()))
+@pytest.mark.parametrize("weights", ["plain", "f32", "int8", "int6", "int4"])
+@pytest.mark.parametrize("embedding", [None, gguf_writer.Q4_K, gguf_writer.Q6_K])
+def test_a_tied_embedding_counts_once_however_it_is_kept(tmp_path, device, weights, embedding):
+    tensors = gguf_writer.llama_tensors()
+    if embedding is not None:
+        generator = torch.Generator().manual_seed(1)
+        stored = gguf_writer.Stored.random(40, 256, embedding, generator)
+        tensors["token_embd.weight"] = stored
+    gguf_writer.write(tmp_path / "m.gguf", gguf_writer.llama(), tensors)
+    format = None if weights == "plain" else formats.parse(weights)
+    loaded = load_model(tmp_path / "m.gguf", device, "float32", format=format, num_threads=1)
+    assert loaded.num_parameters == sum(math.prod(stored.shape) for stored in tensors.values())
+    assert loaded.unused_tensors == ()
+
+
 def test_parts_of_mixed_k_types_join_exactly(tmp_path):
     path = tmp_path / "m.gguf"
     gguf_writer.write(path, gguf_writer.llama(), gguf_writer.llama_tensors())
@@ -99,6 +116,28 @@ def test_parts_of_mixed_k_types_join_exactly(tmp_path):
     joined = QuantizedMatrix.cat(parts)
     assert (joined.shape, joined.bits, joined.group) == ((512, 256), 6, 16)
     assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason()))
+@pytest.mark.parametrize("weights", ["int4", "int4-g128-sym", "int6", "int8"])
+def test_q_and_k_of_a_q4_k_m_file_are_never_rounded_again(tmp_path, device, weights):
+    """v has 6 bits there: it is rounded where 4 are wanted, and it alone."""
+    path = tmp_path / "m.gguf"
+    gguf_writer.write(path, gguf_writer.llama(), gguf_writer.llama_tensors())
+    loaded = load_model(path, device, "float32", format=formats.parse(weights), num_threads=1)
+    layer = loaded.model.parts.layers[0]
+    checkpoint = Checkpoint(path)
+    found = [checkpoint.quantized(f"model.layers.0.self_attn.{p}_proj") for p in ("q", "k", "v")]
+    q, k, v = (part.dequantize() for part in found if part is not None)
+    got = layer.attention.qkv.dequantize().split([256, 128, 128])
+    assert layer.attention.qkv.format.bits == (4 if weights.startswith("int4") else 6)
+    # Scales and minima are kept as float16: half a unit of 11 bits, of the largest product.
+    for want, kept in ((q, got[0]), (k, got[1])):
+        assert (kept - want).abs().max() < 2**-10 * want.abs().max()
+    error = float((got[2] - v).norm() / v.norm())
+    assert (0.02 < error < 0.12) if weights.startswith("int4") else error < 2**-10
+    assert loaded.unused_tensors == ()
 
 
 @pytest.mark.parametrize("name", sorted(TOKENS))

@@ -10,7 +10,9 @@ import torch
 
 from mxn.chips import find_device
 from mxn.kernels.native import formats, missing_reason
+from mxn.models.base import LayerCache
 from mxn.models.load import load_model
+from mxn.models.native.decoder import _one_prompt
 from support import tiny
 from support.paged import Session
 
@@ -89,3 +91,17 @@ def test_one_long_context_is_split_and_each_part_computed_again_alone(models):
 @torch.inference_mode()
 def step(session: Session, tokens: list[int]) -> torch.Tensor:
     return session.step({0: tokens})[0]
+
+
+@torch.inference_mode()
+def test_a_cache_that_begins_where_another_did_has_its_own_other_layers(models):
+    model = models[0]
+    prompt = _one_prompt(list(range(3, 20)))
+    first = model.make_cache(4, 16)
+    want = model.forward(prompt, first).clone()
+    second = [first[0], *(LayerCache(torch.zeros_like(part.k), None) for part in first[1:])]
+    for part in first[1:]:
+        part.k.zero_()
+    assert torch.equal(model.forward(prompt, second), want)
+    assert all(part.k.any() for part in second), "keys went to the cache of the first call"
+    assert not any(part.k.any() for part in first[1:])

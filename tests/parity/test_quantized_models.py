@@ -193,6 +193,57 @@ def test_native_kernels_read_the_makers_numbers_without_rounding_them_again(kind
 
 
 @torch.inference_mode()
+def test_biases_of_gate_and_up_stay_beside_the_makers_numbers_and_count_once(tmp_path):
+    from mxn.kernels.native import formats, missing_reason
+    from mxn.models.native.reader import NativeReader
+
+    if missing_reason() is not None:
+        pytest.skip(str(missing_reason()))
+    mlp = write("gptq", tmp_path).model.layers[0].mlp
+    path, prefix = tmp_path / "model.safetensors", "model.layers.0.mlp."
+    rows = mlp.gate_proj.weight.shape[0]
+    gate, up = torch.arange(1.0, rows + 1), -torch.arange(1.0, rows + 1)
+    biases = {f"{prefix}gate_proj.bias": gate, f"{prefix}up_proj.bias": up}
+    save_file(load_file(path) | biases, path, metadata={"format": "pt"})
+    checkpoint = Checkpoint(tmp_path)
+    family = find_decoder(checkpoint.config_json)
+    spec = family.spec(load_config(tmp_path, checkpoint.config_json))
+    reader = NativeReader(spec, family.names, checkpoint, formats.parse("int4", "f32"))
+    packed = reader._ffn(spec.layers[0].ffn, "model.layers.0.").gate_up
+    halves = packed.dequantize().view(-1, 2, 16, spec.hidden)
+    found = packed.bias.view(-1, 2, 16)
+    for i, (part, bias) in enumerate(((mlp.gate_proj.weight, gate), (mlp.up_proj.weight, up))):
+        assert (halves[:, i].flatten(0, 1)[:rows] - part).abs().max() < 2**-10 * part.abs().max()
+        assert torch.equal(found[:, i].flatten()[:rows], bias)
+    assert checkpoint.num_parameters == sum(p.numel() for p in mlp.parameters()) + 2 * rows
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("biased", ["qkv", "k"])
+def test_biases_of_attention_are_read_beside_the_makers_numbers(tmp_path, biased):
+    """Qwen 2 has them, and its GPTQ and AWQ checkpoints have no tensor named `weight`."""
+    from mxn.kernels.native import formats, missing_reason
+    from mxn.models.native.reader import NativeReader
+
+    if missing_reason() is not None:
+        pytest.skip(str(missing_reason()))
+    attention = write("gptq", tmp_path).model.layers[0].self_attn
+    path, prefix = tmp_path / "model.safetensors", "model.layers.0.self_attn."
+    rows = {name: getattr(attention, f"{name}_proj").weight.shape[0] for name in "qkv"}
+    biases = {name: torch.arange(1.0, rows[name] + 1) for name in biased}
+    stored = {f"{prefix}{name}_proj.bias": bias for name, bias in biases.items()}
+    save_file(load_file(path) | stored, path, metadata={"format": "pt"})
+    checkpoint = Checkpoint(tmp_path)
+    family = find_decoder(checkpoint.config_json)
+    spec = family.spec(load_config(tmp_path, checkpoint.config_json))
+    reader = NativeReader(spec, family.names, checkpoint, formats.parse("int4", "f32"))
+    packed = reader._attention(spec.layers[0].attention, "model.layers.0.").qkv
+    want = torch.cat([biases.get(name, torch.zeros(rows[name])) for name in "qkv"])
+    assert packed.format.bits == 4
+    assert torch.equal(packed.bias[: len(want)], want)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_kernels_give_the_logits_of_the_dequantized_model(kind, tmp_path):
     from mxn.chips import find_device

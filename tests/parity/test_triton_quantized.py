@@ -86,6 +86,7 @@ def test_rows_of_a_wider_tensor_and_leading_dims() -> None:
 
 def test_rounding_of_activations_is_to_nearest_even_and_a_zero_row_stays_zero() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -0.4999], [0.0] * 5, [1e-30, -2e-30, 0, 0, 0]])
+    x = torch.cat((x, torch.tensor([[1e-44], [1e-40], [2e-38], [1.4e-36]]) * torch.ones(5)))
     values, scales = triton_quantized.quantize_rows(x)
     want_values, want_scales = packed.quantize_rows(x)
     assert values[0].tolist() == [127, 0, 2, -2, 0]

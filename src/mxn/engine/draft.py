@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from mxn.engine.sequence import Sequence
 
 LONGEST_MATCH = 3
+_NOTED_AT_ONCE = 1024  # tokens, 5 ms: all sequences wait for it, so long prompts take several steps
 _SHIFT = 32  # token ids fit below; an n-gram is one integer
 
 _WEIGHT = 1 / 16  # of one draft in the running rate of acceptance
 _START_RATE = 0.6  # what a sequence is credited with before it has shown anything
 _UNKNOWN_COST = 0.1  # of a draft, as a part of a step without drafts, until it was measured
+# After so many steps with drafts and none without, one goes without: until it was seen so often
+# that its time is known, and from then on, when contexts have grown.
+_PLAIN_SOON, _PLAIN_KNOWN, _PLAIN_LATER = 8, 3, 128
 _PAYS_FROM, _PAYS_SURELY = 0.05, 0.8  # bounds of the rate of acceptance from which drafts pay
 _FIRST_PAUSE = 16  # tokens without drafts once they do not pay; doubled each time
 _LONGEST_PAUSE = 512
@@ -69,23 +73,57 @@ class NgramIndex:
         return [known[position + i % period] for i in range(num_tokens)]
 
 
-class RowCost:
-    """What a draft adds to the time of a step, as a part of that time, measured as steps go by."""
+class _Plain:
+    """Steps without drafts of one number of sequences."""
+
+    __slots__ = ("mean_s", "num_drafted", "num_seen")
 
     def __init__(self) -> None:
-        self._plain_s: dict[int, float] = {}  # number of sequences -> mean time without drafts
+        self.mean_s = 0.0
+        self.num_seen = 0
+        self.num_drafted = 0  # steps with drafts since the last one without
+
+    def observe(self, elapsed_s: float) -> None:
+        # A step that was interrupted is no measure: it counts as twice the usual at most.
+        usual_s = min(elapsed_s, 2 * self.mean_s) if self.num_seen else elapsed_s
+        self.num_seen += 1
+        self.num_drafted = 0
+        self.mean_s += max(_WEIGHT, 1 / self.num_seen) * (usual_s - self.mean_s)
+
+
+class RowCost:
+    """What a draft adds to the time of a step, as a part of that time, measured as steps go by.
+
+    Where every step carries drafts there is nothing to compare with, so now and then one is made to
+    carry none: `takes_plain` says when.
+    """
+
+    def __init__(self) -> None:
+        self._plain: dict[int, _Plain] = {}  # by number of sequences
+        self._num_refused = 0  # drafts to leave out, so that the next step carries none
         self.value = _UNKNOWN_COST
 
     def observe(self, num_sequences: int, num_drafts: int, elapsed_s: float) -> None:
         """Learn from a step of decodes only."""
-        plain_s = self._plain_s.get(num_sequences)
+        plain = self._plain.setdefault(num_sequences, _Plain())
+        self._num_refused = 0
         if not num_drafts:
-            known = elapsed_s if plain_s is None else plain_s
-            # A step that was interrupted is no measure: it counts as twice the usual at most.
-            self._plain_s[num_sequences] = known + _WEIGHT * (min(elapsed_s, 2 * known) - known)
-        elif plain_s:
-            cost = (elapsed_s / plain_s - 1) / num_drafts
+            plain.observe(elapsed_s)
+            return
+        if plain.mean_s:
+            cost = (elapsed_s / plain.mean_s - 1) / num_drafts
             self.value += _WEIGHT * (min(max(cost, 0.0), 1.0) - self.value)
+        plain.num_drafted += 1
+        if plain.num_drafted >= (_PLAIN_SOON if plain.num_seen < _PLAIN_KNOWN else _PLAIN_LATER):
+            plain.num_drafted = 0
+            self._num_refused = num_sequences
+
+    def takes_plain(self) -> bool:
+        """Whether the next sequence's drafts are to be left out for the sake of a measure."""
+        if not self._num_refused:
+            return False
+        self._num_refused -= 1
+        return True
 
     def pays_from(self, num_sequences: int) -> float:
         """Return the rate of acceptance that is worth its time.
@@ -118,7 +156,8 @@ class DraftLength:
             self.length = min(self._limit, max(self.length, num_drafted + 1))
         else:
             self.length = max(1, num_accepted)
-        self._rate += _WEIGHT * num_drafted * (num_accepted / num_drafted - self._rate)
+        weight = 1 - (1 - _WEIGHT) ** num_drafted
+        self._rate += weight * (num_accepted / num_drafted - self._rate)
         if self._rate < pays_from:
             self.resumes_at = num_tokens + self._next_pause
             self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
@@ -159,9 +198,11 @@ class NgramDrafter:
         index, length = found.index, found.length
         if len(seq.token_ids) < length.resumes_at:
             return []
-        index.extend(seq.token_ids[len(index) :])
+        index.extend(seq.token_ids[len(index) : len(index) + _NOTED_AT_ONCE])
+        if len(index) < len(seq.token_ids):
+            return []
         num_matched, position = index.match()
-        if not num_matched:
+        if not num_matched or self.cost.takes_plain():
             return []
         wanted = length.length if num_matched == LONGEST_MATCH else min(num_matched, length.length)
         return index.continuation(position, min(wanted, limit))
@@ -185,8 +226,10 @@ class NgramDrafter:
 class MtpDrafter:
     """Implements `plan.Drafter` with guesses that the model's prediction layer made."""
 
-    def __init__(self, num_draft_tokens: int) -> None:
+    def __init__(self, num_draft_tokens: int, max_draft_rows: int) -> None:
+        """`max_draft_rows`: drafts make no step larger than this; see `SchedulerConfig`."""
         self._limit = num_draft_tokens
+        self.max_draft_rows = max_draft_rows
         self.cost = RowCost()
         self._num_sequences = 1  # in the last step
         self._lengths: dict[str, DraftLength] = {}
@@ -210,7 +253,7 @@ class MtpDrafter:
     def propose(self, seq: Sequence, limit: int) -> list[int]:
         """Return what was offered for just this length of `seq`."""
         num_tokens, drafts = self._offered.get(seq.seq_id, (0, []))
-        if num_tokens != len(seq.token_ids):
+        if num_tokens != len(seq.token_ids) or not drafts or self.cost.takes_plain():
             return []
         self._num_tokens[seq.seq_id] = num_tokens
         return drafts[:limit]

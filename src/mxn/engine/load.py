@@ -274,8 +274,9 @@ def _drafter(config: EngineConfig) -> NgramDrafter | MtpDrafter | None:
 
     if config.speculation == "off":
         return None
-    kind = MtpDrafter if config.speculation == "mtp" else NgramDrafter
-    return kind(config.num_draft_tokens)
+    if config.speculation == "mtp":
+        return MtpDrafter(config.num_draft_tokens, config.max_draft_rows)
+    return NgramDrafter(config.num_draft_tokens)
 
 
 def _bind_ops(replica: LoadedReplica) -> Ops:

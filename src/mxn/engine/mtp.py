@@ -107,14 +107,15 @@ class Predictor:
         """
         normed_TD = self._model.normed_TD
         assert normed_TD is not None, "a pass goes before"
-        rows, known, first = [], [], 0
+        rows, computed, first = [], [], 0
         for part, count in zip(parts, num_rows, strict=True):
             if part is not None:
                 rows.extend(range(first, first + part.num_rows))
-                known.append((part, self._num_wanted(part)))
+                computed.append(part)
             first += count
-        if not known:
+        if not computed:
             return
+        known = list(zip(computed, self._nums_wanted(computed), strict=True))
         chunks = [
             Chunk(
                 part.chunk.table_row, part.chunk.start,
@@ -131,10 +132,27 @@ class Predictor:
             last_SD = out_TD[ends[drawn].to(out_TD.device)]
             self._chain([known[index] for index in drawn], logits_RV, last_SD)
 
+    def _nums_wanted(self, parts: list[Computed]) -> list[int]:
+        """Return the guesses to make for each part, no more than the next step has room for.
+
+        The scheduler shares that room alike. Where there is none the layer's cache is filled and
+        that is all: the head, the largest matrix, would be read for guesses that nobody carries.
+        """
+        room = self._drafter.max_draft_rows - sum(_num_next_rows(part) for part in parts)
+        num_left = sum(part.samples for part in parts)
+        nums_wanted = []
+        for part in parts:
+            wanted = 0
+            if part.samples:
+                if room > 0:
+                    wanted = min(self._num_wanted(part), -(-room // num_left))
+                num_left -= 1
+            room -= wanted
+            nums_wanted.append(wanted)
+        return nums_wanted
+
     def _num_wanted(self, part: Computed) -> int:
         """Return the guesses to make: no more than the pages that are held have slots for."""
-        if not part.samples:
-            return 0
         num_tokens = part.chunk.start + part.num_rows + 1
         wanted = self._drafter.wanted(part.sequence, num_tokens)
         return min(wanted, 1 + max(0, part.num_pages * self._page_tokens - num_tokens + 1))
@@ -165,3 +183,10 @@ class Predictor:
     def _run(self, chunks: list[Chunk], hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         batch = pack(chunks, self._pages, self._page_tokens, self._model.device)
         return self._model.decoder.predict_after_next(hidden_TD, batch, self._cache)
+
+
+def _num_next_rows(part: Computed) -> int:
+    """Return the rows that the next step has of a sequence: its new token, or the prompt's rest."""
+    if part.samples:
+        return 1
+    return max(1, len(part.sequence.token_ids) - part.chunk.start - part.num_rows)

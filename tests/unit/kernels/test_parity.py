@@ -35,6 +35,25 @@ def test_small_error_is_caught_with_name_and_size() -> None:
     assert "max abs" in found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_wrong_element_of_many_is_caught(dtype: torch.dtype) -> None:
+    want = parity.Maker(1, dtype).normal(64, 1024)
+    want[7] /= 50  # a row of its own size
+    tolerance = parity.TOLERANCES[registry.dtype_name(dtype)]
+    assert parity.compare("out", want, want.clone(), tolerance) == (0.0, None)
+    nearly = want * (1 + tolerance / 2)
+    assert parity.compare("out", want, nearly, tolerance)[1] is None
+    for place in ((0, 0), (7, 500), (63, 1023)):
+        want[place] = want[place[0]].abs().mean()
+        got = want.clone()
+        got[place] = 0
+        ratio, mismatch = parity.compare("out", want, got, tolerance)
+        assert mismatch is not None
+        if dtype == torch.bfloat16:
+            assert ratio < tolerance, "the RMS alone sees it"
+            assert f"element {place}" in str(mismatch)
+
+
 def test_wrong_dtype_is_caught() -> None:
     found = failures("softcap", lambda x, cap: torch.tanh(x.float() / cap) * cap, torch.bfloat16)
     assert "is torch.float32" in found

@@ -187,6 +187,19 @@ def test_the_numbered_files_of_a_model_are_read_as_one(tmp_path):
     assert GgufStorage(first).names == ["model.embed_tokens.weight", "model.norm.weight"]
 
 
+def test_rotary_divisors_are_found_in_any_of_the_numbered_files(tmp_path):
+    factors = gguf.Stored.plain(torch.linspace(1, 8, 32))
+    parts = [{"token_embd.weight": EMBEDDING}, {"rope_freqs.weight": factors}]
+    for order in (parts, parts[::-1]):
+        for i, tensors in enumerate(order, 1):
+            gguf.write(tmp_path / f"m-0000{i}-of-00002.gguf", gguf.llama(), tensors)
+        storage = GgufStorage(tmp_path / "m-00001-of-00002.gguf")
+        rope = storage.config_json["rope_parameters"]
+        assert rope["rope_type"] == "longrope"
+        assert rope["long_factor"] == torch.linspace(1, 8, 32).tolist()
+        assert storage.names == ["model.embed_tokens.weight"]
+
+
 def test_a_directory_means_its_one_gguf_file(tmp_path):
     with pytest.raises(NotFoundError, match=r"no config\.json and no GGUF file"):
         resolve(str(tmp_path))

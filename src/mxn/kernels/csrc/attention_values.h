@@ -91,12 +91,12 @@ void split_row(float* weights, const float* scales, int num, int r, const Digits
   F top = f_zero();
   for (int i = 0; i < num; i += kLanes) {
     const F p = f_load(weights + i);
-    const F w = f_zero_where_below(f_mul(p, f_load(scales + i)), p, f_set(1e-38f));
+    const F w = f_zero_where_below(f_mul(p, f_load(scales + i)), p, f_set(FLT_MIN));
     top = f_max(top, w);
     f_store(weights + i, w);
   }
   const float most = f_top(top);
-  const bool is_nothing = most < 1e-32f;  // the factor would be infinite
+  const bool is_nothing = most < 1e-34f;  // the factor would be infinite
   const F factor = f_set(is_nothing ? 0.0f : kLargest / most), to_high = f_set(1.0f / 128.0f);
   d.scales[r] = is_nothing ? 0.0f : most / kLargest;
   for (int i = 0; i < num; i += kLanes) {

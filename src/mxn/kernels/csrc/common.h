@@ -147,8 +147,9 @@ struct Kernels {
   int64_t (*choose)(const float* x, int64_t n, const ChoiceRule&, float* scratch);  // -1: like argmax
 };
 
+// Floats for the scores and weights of a chunk, its values in another layout, and the queries as int8.
 inline int64_t attend_scratch(int k_dim, int v_dim) {
-  return kMaxQueryRows * (2 * kChunk + int64_t{k_dim} + 8) + 2 * kChunk * int64_t{v_dim} + 1024;
+  return kMaxQueryRows * kChunk * 3 / 2 + 2 * kLanes * (int64_t{v_dim} + kLanes) + kMaxQueryRows * int64_t{k_dim} / 4 + 256;
 }
 
 }  // namespace mxn

@@ -34,6 +34,7 @@ float half_to_float(uint16_t h) {
   const uint32_t exponent = (h >> 10) & 31, part = h & 1023;
   const float sign = h & 0x8000 ? -1.0f : 1.0f;
   if (exponent == 0) return sign * std::ldexp(static_cast<float>(part), -24);
+  if (exponent == 31) return part ? NAN : sign * INFINITY;
   return sign * std::ldexp(static_cast<float>(part + 1024), static_cast<int>(exponent) - 25);
 }
 

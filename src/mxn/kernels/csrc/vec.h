@@ -1,6 +1,7 @@
 // Sixteen lanes of one instruction set: the only file with intrinsics. MXN_NS names the variant, so no
 // inline function is shared between files that are compiled with different flags.
 #pragma once
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

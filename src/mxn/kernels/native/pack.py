@@ -7,7 +7,7 @@ features, G groups of D. Start at `pack`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,8 @@ from mxn.kernels.native.library import library, pool
 from mxn.kernels.native.memory import Arena
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 LANES = 16
@@ -184,6 +186,33 @@ def assemble(
     )
 
 
+def stack(parts: Sequence[PackedWeight], bias: Tensor | None = None) -> PackedWeight:
+    """Join quantized weights of one width and group on the output dim, each of whole blocks.
+
+    Where one has minima, all get them. `bias` is that of the whole. The parts are not needed
+    any more; their scales keep all bits unless they are 2^23 times smaller than the largest.
+    """
+    first = parts[0]
+    has_mins = any(part.mins is not None for part in parts)
+    scales, mins = [], []
+    for part in parts:
+        assert part.scales is not None
+        scales.append(part.scales.float() * part.gain)
+        if part.mins is None:
+            mins.append(scales[-1] * 2 ** (part.format.bits - 1))
+        else:
+            mins.append(part.mins.float() * part.gain)
+    return assemble(
+        replace(first.format, is_symmetric=not has_mins),
+        sum(part.out_features for part in parts),
+        first.in_features,
+        torch.cat([part.data for part in parts]),
+        torch.cat(scales),
+        torch.cat(mins) if has_mins else None,
+        bias,
+    )
+
+
 def _largest(values: Tensor) -> float:
     """Return the largest size of a finite value, 0 where there is none."""
     sizes = values.abs().nan_to_num(nan=0.0, posinf=0.0)
@@ -200,10 +229,10 @@ def pack_glu(
 ) -> PackedWeight:
     """Return gate and up as one matrix in which blocks of 16 rows of each take turns."""
     order = glu_order(len(gate_up_2FD) // 2)
-    bias = None if bias_2F is None else _taken(bias_2F, order)
+    bias = None if bias_2F is None else taken(bias_2F, order)
     if wanted.is_quantized:
         return _quantize(gate_up_2FD, order, len(order), wanted, bias)
-    return pack(_taken(gate_up_2FD, order), wanted, bias)
+    return pack(taken(gate_up_2FD, order), wanted, bias)
 
 
 def glu_order(width: int) -> Tensor:
@@ -214,10 +243,11 @@ def glu_order(width: int) -> Tensor:
     return torch.stack((at, torch.where(at < 0, -1, at + width)), dim=1).view(-1)
 
 
-def _taken(rows: Tensor, order: Tensor) -> Tensor:
-    taken = rows[order.clamp(min=0)]
-    taken[order < 0] = 0
-    return taken
+def taken(rows: Tensor, order: Tensor) -> Tensor:
+    """Return `rows` in that order; -1 is a row of zeros."""
+    found = rows[order.clamp(min=0)]
+    found[order < 0] = 0
+    return found
 
 
 def _padded_bias(bias_F: Tensor | None, length: int) -> Tensor | None:

@@ -64,7 +64,10 @@ def flat_int4(
 
 @triton.jit
 def quantize_rows(x_ptr, values_ptr, scales_ptr, num_in, x_stride, BLOCK_D: tl.constexpr):
-    """Program (m): values [M, D] int8 = x / scale to nearest even; scales [M] = max |x| / 127."""
+    """Program (m): values [M, D] int8 = x / scale to nearest even; scales [M] = max |x| / 127.
+
+    A scale that is not zero is no less than 2^-126, so that its inverse is finite.
+    """
     m = tl.program_id(0).to(tl.int64)
     largest_D = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in range(0, num_in, BLOCK_D):
@@ -72,6 +75,8 @@ def quantize_rows(x_ptr, values_ptr, scales_ptr, num_in, x_stride, BLOCK_D: tl.c
         x_D = tl.load(x_ptr + m * x_stride + d, mask=d < num_in, other=0.0).to(tl.float32)
         largest_D = tl.maximum(largest_D, tl.abs(x_D), propagate_nan=tl.PropagateNan.ALL)
     scale = tl.max(largest_D, axis=0) / 127.0
+    least: tl.constexpr = 1.1754943508222875e-38  # 2^-126
+    scale = tl.where((scale > 0.0) & (scale < least), least, scale)
     tl.store(scales_ptr + m, scale)
     inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
     for start in range(0, num_in, BLOCK_D):

@@ -100,6 +100,7 @@ class _Call:
     cache: list[LayerCache]
     rows_R: Tensor
     logits_RV: Tensor
+    addresses: np.ndarray  # of the layers' caches
     arguments: tuple[int, ...]
 
 
@@ -121,7 +122,7 @@ class NativeDecoder:
         self.num_threads = num_threads
         self._pool = use_threads(num_threads)
         self._ropes = _Ropes(spec)
-        self._caches: tuple[int, np.ndarray] = (0, np.empty(0, dtype=np.uint64))
+        self._caches: tuple[tuple[int, ...], np.ndarray] = ((), np.empty(0, dtype=np.uint64))
         self._logits_area = self._hidden_area = torch.empty(0)
         self._rows = torch.arange(64)
         self._call: _Call | None = None  # the last one: a step of decodes writes over its batch
@@ -213,7 +214,7 @@ class NativeDecoder:
         if rows_R is None:
             rows_R = self._all_rows(num_tokens)
         num_rows = rows_R.shape[0]
-        logits_RV = self._logits(num_rows)
+        logits_RV, addresses = self._logits(num_rows), self._addresses(cache)
         pages_SP = attention.page_table_SP
         arguments = (
             num_tokens,
@@ -226,12 +227,12 @@ class NativeDecoder:
             attention.context_lens_S.data_ptr(),
             pages_SP.data_ptr(),
             rows_R.data_ptr(),
-            self._addresses(cache),
+            addresses.ctypes.data,
             logits_RV.data_ptr(),
             hidden_in,
             hidden_out,
         )
-        return _Call(batch, cache, rows_R, logits_RV, arguments)
+        return _Call(batch, cache, rows_R, logits_RV, addresses, arguments)
 
     def score_ranges(self, prompts: list[list[int]]) -> list[tuple[float, float, int]]:
         """Return (least, largest, rows) of the maxima of attention rows, layer by layer."""
@@ -284,13 +285,15 @@ class NativeDecoder:
             self._hidden_area = torch.empty(size)
         return self._hidden_area[:size].view(num_tokens, self.spec.hidden)
 
-    def _addresses(self, cache: list[LayerCache]) -> int:
-        """Return the address of the layers' addresses."""
-        key = cache[0].k.data_ptr()
+    def _addresses(self, cache: list[LayerCache]) -> np.ndarray:
+        """Return the layers' addresses.
+
+        Every address is compared: another cache may begin where one that was freed began.
+        """
+        key = tuple(part.k.data_ptr() for part in cache)
         if self._caches[0] != key:
-            array = np.array([part.k.data_ptr() for part in cache], dtype=np.uint64)
-            self._caches = (key, array)
-        return self._caches[1].ctypes.data
+            self._caches = (key, np.array(key, dtype=np.uint64))
+        return self._caches[1]
 
     def _fill(self, table_VD: Tensor | None, head: PackedWeight, final_norm: Tensor) -> None:
         native, spec, lib = self._native, self.spec, self._lib

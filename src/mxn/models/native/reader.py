@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mxn.kernels.native.formats import BF16, F32, ModelFormat, WeightFormat
-from mxn.kernels.native.pack import LANES, PackedWeight, glu_order, pack, pack_glu
-from mxn.models.native.stored import can_pack, pack_stored
+from mxn.kernels.native.pack import LANES, PackedWeight, glu_order, pack, pack_glu, taken
+from mxn.models.native.stored import can_pack, can_pack_mixed, pack_mixed, pack_stored
 from mxn.models.quantized.matrix import QuantizedMatrix
 from mxn.models.spec import AttentionSpec, MlpSpec, MoeSpec
 from mxn.models.weights import MlpWeights, WeightReader
@@ -59,6 +59,13 @@ class NativeMoe:
     shared_gate: PackedWeight | None
 
 
+def _are_kept(parts: list[QuantizedMatrix], wanted: WeightFormat) -> bool:
+    """Whether parts join without another rounding to a matrix of no more bits than `wanted`."""
+    if not QuantizedMatrix.can_cat(parts) or max(part.bits for part in parts) > wanted.bits:
+        return False
+    return can_pack(QuantizedMatrix.cat(parts))
+
+
 class NativeReader(WeightReader):
     """A `WeightReader` whose linears are packed."""
 
@@ -73,11 +80,13 @@ class NativeReader(WeightReader):
         """Return the embedding table, None when it is tied to the packed head, and the head."""
         table = self.checkpoint.read(f"{self.names.embedding}.weight")
         has_own = not self.spec.is_tied or self._has_own_head(table.float())
-        stored = self._stored(
+        stored = self._parts(
             (self.names.head if has_own else self.names.embedding,), self.format.head
         )
         if stored is not None:
-            head = pack_stored(stored)
+            head = pack_stored(stored[0])
+            if not has_own:
+                self.checkpoint.num_parameters -= table.numel()  # the head is the table, read again
         elif has_own:
             head = pack(*self._plain(self.names.head), self.format.head)
         else:
@@ -109,40 +118,44 @@ class NativeReader(WeightReader):
         return super().norm(module).float().contiguous()
 
     def linear(self, *modules: str) -> PackedWeight:
-        stored = self._stored(modules, self.format.weights)
-        if stored is None:
+        parts = self._parts(modules, self.format.weights, can_mix=True)
+        if parts is None:
             return super().linear(*modules)
-        return pack_stored(stored, self._bias(modules, stored.shape[0]))
+        bias = self._bias(modules, [part.shape[0] for part in parts])
+        if _are_kept(parts, self.format.weights):
+            return pack_stored(QuantizedMatrix.cat(parts), bias)
+        return pack_mixed(parts, self.format.weights.bits, bias)
 
-    def _stored(self, modules: tuple[str, ...], wanted: WeightFormat) -> QuantizedMatrix | None:
-        """Return modules joined as their maker quantized them, if that is no finer than `wanted`.
+    def _parts(
+        self, modules: tuple[str, ...], wanted: WeightFormat, *, can_mix: bool = False
+    ) -> list[QuantizedMatrix] | None:
+        """Return modules as their maker quantized them, if joined they are no finer than `wanted`.
 
-        Rounding numbers that were rounded before loses twice and gains nothing.
+        With `can_mix` also where some of them are finer, and `pack_mixed` can join them. Rounding
+        numbers that were rounded before loses twice and gains nothing.
         """
         if not wanted.is_quantized or not self._keeps_stored:
             return None
         if any(not self.checkpoint.is_quantized(module) for module in modules):
             return None
-        parts = [self.checkpoint.quantized(module) for module in modules]
-        found = [part for part in parts if part is not None]
-        if QuantizedMatrix.can_cat(found):
-            joined = QuantizedMatrix.cat(found)
-            if joined.bits <= wanted.bits and can_pack(joined):
-                return joined
-        self.checkpoint.num_parameters -= sum(part.values.numel() for part in found)  # read again
+        found = [self.checkpoint.quantized(module) for module in modules]
+        parts = [part for part in found if part is not None]
+        if _are_kept(parts, wanted) or (can_mix and can_pack_mixed(parts, wanted.bits)):
+            return parts
+        self.checkpoint.num_parameters -= sum(part.values.numel() for part in parts)  # read again
         return None
 
-    def _bias(self, modules: tuple[str, ...], length: int) -> Tensor | None:
-        """Return the biases of modules, padded to whole blocks; None when none has one."""
-        if not any(f"{module}.bias" in self.checkpoint for module in modules):
+    def _bias(self, modules: tuple[str, ...], sizes: list[int]) -> Tensor | None:
+        """Return the biases of modules of that many rows, padded to whole blocks; None: no bias."""
+        names = [f"{module}.bias" for module in modules]
+        if not any(name in self.checkpoint for name in names):
             return None
-        parts = []
-        for module in modules:
-            name = f"{module}.bias"
-            size = self.checkpoint.shape(f"{module}.weight")[0]
-            parts.append(self.tensor(name) if name in self.checkpoint else torch.zeros(size))
-        bias = torch.zeros(-(-length // LANES) * LANES)
-        bias[:length] = torch.cat(parts)
+        parts = [
+            self.tensor(name) if name in self.checkpoint else torch.zeros(size)
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        bias = torch.zeros(-(-sum(sizes) // LANES) * LANES)
+        bias[: sum(sizes)] = torch.cat(parts)
         return bias
 
     def _ffn(self, spec: MlpSpec | MoeSpec, prefix: str) -> Any:
@@ -152,9 +165,12 @@ class NativeReader(WeightReader):
         return self._mlp(spec, tuple(prefix + name for name in names.gate_up), prefix + names.down)
 
     def _mlp(self, spec: MlpSpec, gate_up: tuple[str, ...], down: str) -> MlpWeights:
-        stored = self._stored(gate_up, self.format.weights) if spec.is_gated else None
-        if stored is not None and self._bias(gate_up, stored.shape[0]) is None:
-            up = pack_stored(stored, order=glu_order(stored.shape[0] // 2))
+        parts = self._parts(gate_up, self.format.weights) if spec.is_gated else None
+        if parts is not None:
+            stored = QuantizedMatrix.cat(parts)
+            order = glu_order(stored.shape[0] // 2)
+            bias = self._bias(gate_up, [part.shape[0] for part in parts])
+            up = pack_stored(stored, None if bias is None else taken(bias, order), order)
             return MlpWeights(gate_up=up, down=self.linear(down))
         weight, bias = self.matrix(gate_up)
         if spec.is_gated:

@@ -1,19 +1,31 @@
 """Weights that their maker quantized, packed as they are: no second rounding.
 
 Knows the neutral form of quantized checkpoints and the layout of the kernels. Start at
-`pack_stored`; `can_pack` says which matrices fit.
+`pack_stored`; `can_pack` says which matrices fit. `pack_mixed` joins them with rounded ones.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from mxn.kernels.native.formats import GROUPS, WeightFormat
-from mxn.kernels.native.pack import LANES, PackedWeight, assemble, interleave, padded_width
+from mxn.kernels.native.pack import (
+    LANES,
+    PackedWeight,
+    assemble,
+    interleave,
+    pack,
+    padded_width,
+    stack,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from mxn.models.quantized.matrix import QuantizedMatrix
@@ -57,6 +69,36 @@ def pack_stored(
     mins = None if is_symmetric else _by_block(matrix.scales * matrix.zeros.float(), order)
     data = interleave(values, matrix.bits)
     return assemble(wanted, out_features, in_features, data, scales, mins, bias)
+
+
+def can_pack_mixed(parts: Sequence[QuantizedMatrix], bits: int) -> bool:
+    """Whether `pack_mixed` can join `parts`: some have no more than `bits`, others more."""
+    kept = [part for part in parts if part.bits <= bits]
+    if not 0 < len(kept) < len(parts) or not all(can_pack(part) for part in kept):
+        return False
+    if any(part.shape[0] % LANES or part.shape[1] != kept[0].shape[1] for part in parts):
+        return False
+    return math.gcd(*(part.group for part in kept)) in GROUPS
+
+
+def pack_mixed(
+    parts: Sequence[QuantizedMatrix], bits: int, bias: Tensor | None = None
+) -> PackedWeight:
+    """Join `parts` on the output dim: those of at most `bits` as they are, the others rounded.
+
+    All get the smallest group of those that are kept. A Q4_K_M file has q and k in 4 bits and v in
+    6: with 4 wanted, v alone is rounded. See `can_pack_mixed`.
+    """
+    kept = [part for part in parts if part.bits <= bits]
+    most, group = max(part.bits for part in kept), math.gcd(*(part.group for part in kept))
+    rounded = WeightFormat(bits=most, group=group, is_symmetric=most != 4)
+    packed = [
+        pack_stored(replace(part.regrouped(group), bits=most))
+        if part.bits <= bits
+        else pack(part.dequantize(), rounded)
+        for part in parts
+    ]
+    return stack(packed, bias)
 
 
 def _by_block(numbers_FG: Tensor, order: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Keys: "<architecture>.<what>" of llama.cpp's converter. Start at `config_json`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,14 @@ def architecture_of(path: Path, metadata: Mapping[str, Any]) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def config_json(file: GgufFile, *, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def config_json(files: Sequence[GgufFile]) -> dict[str, Any]:
     """Return what config.json would hold.
 
-    `shapes`: of all tensors, under llama.cpp's names (a model may be split into several files).
+    `files`: of one model; the first has the metadata, each has some of the tensors.
     Raises: UnsupportedError for a foreign architecture, a missing key or an unknown variant.
     """
+    file = files[0]
+    shapes = {name: info.shape for part in files for name, info in part.tensors.items()}
     architecture = architecture_of(file.path, file.metadata)
     fields = Fields(file.path, file.metadata)
     heads = fields.count("attention.head_count")
@@ -120,7 +122,7 @@ def config_json(file: GgufFile, *, shapes: Mapping[str, tuple[int, ...]]) -> dic
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in shapes,
-        "rope_parameters": _rope(file, fields, "rope_freqs.weight" in shapes),
+        "rope_parameters": _rope(fields, _frequency_factors(files)),
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "quantization_config": {"quant_method": "gguf"},
         **_token_ids(file.metadata),
@@ -160,15 +162,22 @@ def _experts(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _rope(file: GgufFile, fields: Fields, has_factors: bool) -> dict[str, Any]:
+def _frequency_factors(files: Sequence[GgufFile]) -> list[float]:
+    """Return the divisor of each rotary frequency, from whichever file has them; [] for none."""
+    from mxn.models.quantized.gguf_blocks import to_plain
+
+    for file in files:
+        info = file.tensors.get("rope_freqs.weight")
+        if info is not None:
+            return to_plain(info.type.name, file.raw(info), info.shape).float().tolist()
+    return []
+
+
+def _rope(fields: Fields, factors: list[float]) -> dict[str, Any]:
     """Return `rope_parameters`. Llama 3's scaling is stored as a divisor of each frequency."""
     theta = fields.number("rope.freq_base", 10000.0)
     kind = fields.text("rope.scaling.type", "none")
-    if has_factors:
-        from mxn.models.quantized.gguf_blocks import to_plain
-
-        info = file.tensors["rope_freqs.weight"]
-        factors = to_plain(info.type.name, file.raw(info), info.shape).float().tolist()
+    if factors:
         return {
             "rope_type": "longrope", "rope_theta": theta, "attention_factor": 1.0,
             "short_factor": factors, "long_factor": factors,
@@ -178,7 +187,7 @@ def _rope(file: GgufFile, fields: Fields, has_factors: bool) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": theta}
     if kind not in ("linear", "yarn"):
         raise UnsupportedError(
-            f"{file.path}: rope scaling {kind!r} is not one of none, linear, yarn"
+            f"{fields.path}: rope scaling {kind!r} is not one of none, linear, yarn"
         )
     scaling = {
         "rope_type": kind,

@@ -74,8 +74,7 @@ class GgufStorage:
         self.path = path
         self.files = [GgufFile(part) for part in _parts(path)]
         self.metadata = self.files[0].metadata
-        shapes = {name: info.shape for file in self.files for name, info in file.tensors.items()}
-        self.config_json: dict[str, Any] = config_json(self.files[0], shapes=shapes)
+        self.config_json: dict[str, Any] = config_json(self.files)
         self.config_json["dtype"] = self._dtype()
         self._places = dict(self._map())
         self.num_bytes = sum(file.num_bytes for file in self.files)

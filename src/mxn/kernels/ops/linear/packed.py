@@ -15,6 +15,7 @@ from torch import Tensor
 from mxn.errors import ConfigError
 
 GROUP_SIZES = (128, 64, 32)
+LEAST_SCALE = 2.0**-126  # of a row that is not zero: the inverse of a smaller one may be infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,11 @@ class Int8Weight:
 def quantize_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 [M, D] (to nearest even) and float32 scales [M] = largest magnitude / 127.
 
-    The inverse of the scale multiplies, as in the kernels, so that both round alike.
+    The inverse of the scale multiplies, as in the kernels, so that both round alike. Numbers so
+    small that the scale would be subnormal lose digits or become zero.
     """
     wide = x_MD.float()
     scales = wide.abs().amax(-1) / 127
+    scales = torch.where((scales > 0) & (scales < LEAST_SCALE), LEAST_SCALE, scales)
     inverse = torch.where(scales > 0, 1 / scales, 0.0)
     return (wide * inverse[:, None]).round().to(torch.int8), scales
