@@ -21,7 +21,7 @@ Dtype = Annotated[
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="Weights on a CPU: plain (as --dtype), f32, bf16, int8, int6, int4, int4-g32, int4-g128."
+        help="Weights on a CPU: plain (as --dtype), f32, bf16, int8, int6, int4, int4-g32, …"
     ),
 ]
 Kv = Annotated[
