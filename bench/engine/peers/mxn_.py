@@ -17,7 +17,7 @@ from protocol import Load, Refused, serve
 
 from mxn.engine.config import EngineConfig
 from mxn.engine.local import LocalEngine
-from mxn.engine.protocol import Delta, Failed, Generate, SamplingParams
+from mxn.engine.protocol import Cancel, Delta, Failed, Generate, SamplingParams
 
 _SETTING = "weights"  # the engine's setting for the formats of its native kernels
 
@@ -59,13 +59,22 @@ class Mxn:
         return time.perf_counter() - started_s
 
     def decode(self, prompts: list[list[int]], steps: int) -> float:
-        names = {self._submit(prompt, steps + 1) for prompt in prompts}
-        while names:  # until each sequence has its first token
-            names -= {reply.request_id for reply in self._step() if reply.token_ids}
+        """Return the seconds of `steps` steps in which each sequence gets a token.
+
+        Prompts that do not fit one step begin one after the other, so the first ones are further
+        when the clock starts, and all are cut when it stops.
+        """
+        names = {self._submit(prompt, steps + len(prompts) + 1) for prompt in prompts}
+        waiting = set(names)
+        while waiting:  # until each sequence has its first token
+            waiting -= {reply.request_id for reply in self._step() if reply.token_ids}
         started_s = time.perf_counter()
         made = sum(len(reply.token_ids) for _ in range(steps) for reply in self._step())
         seconds = time.perf_counter() - started_s
-        if self._core.has_work or made != steps * len(prompts):
+        for name in names:
+            self._core.handle(Cancel(request_id=name))
+        self._tokens()
+        if made != steps * len(prompts):
             raise RuntimeError(f"{steps} steps made {made} tokens for {len(prompts)} sequences")
         return seconds
 
