@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +71,16 @@ def test_too_many_query_rows_are_refused_with_the_limit():
     lib = library()
     with pytest.raises(ValueError, match="17 query rows, at most 16"):
         lib.attend(lib.CacheShape(), 0, 0, 0, 17, 0, 0, 0, 0, 0, 1.0, 0.0, 0.0, 0.0, 0, 0, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_zeros_are_private_memory():
+    """Shared memory, which is Python's default, gets no large pages."""
+    area = memory.lazy_zeros(8 << 20)
+    start = area.data_ptr()
+    line = next(
+        line
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if int(line.split("-")[0], 16) <= start < int(line.split("-")[1].split()[0], 16)
+    )
+    assert line.split()[1][3] == "p"

@@ -23,7 +23,9 @@ def lazy_zeros(num_bytes: int) -> Tensor:
     """Return uint8 zeros that take no memory until they are written, on large pages if possible."""
     import torch
 
-    area = mmap.mmap(-1, -(-max(num_bytes, 1) // _LARGE_PAGE) * _LARGE_PAGE)
+    size = -(-max(num_bytes, 1) // _LARGE_PAGE) * _LARGE_PAGE
+    # Python's default is shared memory, for which most systems have no large pages.
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None:
         with contextlib.suppress(OSError):  # EINVAL: a system without large pages; small ones serve
