@@ -99,7 +99,7 @@ def test_only_config_tokenizer_and_texts_are_copied(tmp_path):
     tiny.write("llama2", tmp_path / "source")
     wanted = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "LICENSE",
               "chat_template.jinja", "README.md")  # fmt: skip
-    for name in (*wanted, "other.pth", "tf_model.h5", "flax_model.msgpack", "rust_model.ot",
+    for name in (*wanted, "other.pth", "tf_model.h5", "flax_model.msgpack", "model.keras",
                  "model.onnx", "pytorch_model.bin.index.json"):  # fmt: skip
         (tmp_path / "source" / name).write_text("{}")
     pack_model(tmp_path / "source", formats.parse("int8"), tmp_path / "packed")
