@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _home = Path(os.environ.get("MXN_HOME", "~/.mxn")).expanduser()
 os.environ.setdefault("MXN_BUILD_DIR", str(_home / "build"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell's background job ignores ctrl-c and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
