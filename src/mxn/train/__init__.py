@@ -1,0 +1,1 @@
+"""Training jobs over chips of different makers: `plan` decides (pure), `run` carries it out."""

@@ -1,0 +1,140 @@
+"""What is decided about a training job: who holds which layers and does how many micro-batches.
+
+A plan is a set of pipelines over the same model. Pipelines may differ in everything: chips, number
+of stages, cuts, micro-batches. A layer's gradients are summed over the pipelines and divided by the
+tokens of the whole batch, so uneven shares give the exact gradient. Immutable, hashable, JSON.
+Start at `TrainPlan`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mxn.errors import UserError
+
+Recompute = Literal["none", "selective", "full"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Layers `first` to `end` - 1; layer 0 is the embedding, the last one the head."""
+
+    first: int
+    end: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.end - self.first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """`tp` neighbouring devices of a group that hold the same chunks together.
+
+    One chunk, except under an interleaved schedule: then chunk c of stage s is the c·S + s-th part
+    of the model.
+    """
+
+    group: str
+    first_device: int  # in its group; devices first_device … first_device + tp - 1
+    chunks: tuple[Chunk, ...]
+    tp: int = 1
+    recompute: Recompute = "none"
+
+    @property
+    def num_layers(self) -> int:
+        return sum(chunk.num_layers for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """One copy of the model, cut over its stages, and the micro-batches it does of each step."""
+
+    stages: tuple[Stage, ...]
+    micro_batches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPlan:
+    model: str
+    num_layers: int  # embedding and head counted
+    seq_tokens: int
+    micro_batch: int  # rows of a micro-batch, the same everywhere
+    pipelines: tuple[Pipeline, ...]
+    schedule: Schedule = "1f1b"
+    shards_optimizer: bool = False  # each pipeline keeps the optimizer state of a part (ZeRO-1)
+    expert_parallel: int = 1  # pipelines that share out the experts of a layer
+
+    @property
+    def num_devices(self) -> int:
+        return sum(stage.tp for pipeline in self.pipelines for stage in pipeline.stages)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, over all pipelines."""
+        return sum(pipeline.micro_batches for pipeline in self.pipelines)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.micro_batches * self.micro_batch * self.seq_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainPlan:
+        """Raises: UserError for what is no plan."""
+        try:
+            return _plan(json.loads(text))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"this is no training plan: {error}") from error
+
+    def check(self) -> None:
+        """Raises: UserError when a pipeline does not cover each layer once, in order."""
+        for number, pipeline in enumerate(self.pipelines):
+            if pipeline.micro_batches < 1:
+                raise UserError(f"pipeline {number} has no micro-batch")
+            depth = len(pipeline.stages[0].chunks)
+            if any(len(stage.chunks) != depth for stage in pipeline.stages):
+                raise UserError(f"the stages of pipeline {number} have different numbers of chunks")
+            row = [stage.chunks[c] for c in range(depth) for stage in pipeline.stages]
+            at = 0
+            for chunk in row:
+                if chunk.first != at or chunk.end <= chunk.first:
+                    raise UserError(
+                        f"pipeline {number} holds layers {chunk.first} to {chunk.end - 1} "
+                        f"where layer {at} is next"
+                    )
+                at = chunk.end
+            if at != self.num_layers:
+                raise UserError(f"pipeline {number} ends at layer {at} of {self.num_layers}")
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        taken: set[tuple[str, int]] = set()
+        for pipeline in self.pipelines:
+            for stage in pipeline.stages:
+                for device in range(stage.first_device, stage.first_device + stage.tp):
+                    if (stage.group, device) in taken:
+                        raise UserError(f"device {device} of group {stage.group!r} is used twice")
+                    taken.add((stage.group, device))
+
+
+def _plan(data: dict[str, Any]) -> TrainPlan:
+    return TrainPlan(**data | {"pipelines": tuple(_pipeline(p) for p in data["pipelines"])})
+
+
+def _pipeline(data: dict[str, Any]) -> Pipeline:
+    return Pipeline(**data | {"stages": tuple(_stage(stage) for stage in data["stages"])})
+
+
+def _stage(data: dict[str, Any]) -> Stage:
+    return Stage(**data | {"chunks": tuple(Chunk(**chunk) for chunk in data["chunks"])})

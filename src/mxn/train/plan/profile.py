@@ -1,0 +1,55 @@
+"""What one layer costs on one chip: measured, derived or simulated, and said which.
+
+Start at `ChipProfile.layer`. A profile never guesses: what it does not hold is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mxn.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCost:
+    """One layer, one micro-batch, one tensor-parallel width; its communication included.
+
+    `backward_s` is both halves. `weight_s` is the part of it that makes weight gradients and can
+    wait (zero-bubble schedules); None: unknown, taken as half.
+    """
+
+    forward_s: float
+    backward_s: float
+    optimizer_s: float  # once per step, of the whole layer
+    weight_s: float | None = None
+    activation_bytes: float | None = None  # measured, of this micro-batch; None: from the shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChipProfile:
+    """Costs of each kind of layer on one chip: `costs[kind, micro_batch, tp]`."""
+
+    chip: str
+    costs: Mapping[tuple[str, int, int], LayerCost]
+    framework_bytes: float = 0.0  # taken on a device before any weight is there
+    basis: str = "measured"
+    fingerprint: str = ""  # of chip, driver, torch, model shape and dtype; "" for public sets
+    notes: tuple[str, ...] = field(default=())
+
+    def layer(self, kind: str, micro_batch: int, tp: int) -> LayerCost:
+        """Raises: UserError when this was not profiled."""
+        cost = self.costs.get((kind, micro_batch, tp))
+        if cost is None:
+            raise UserError(
+                f"the profile of {self.chip} has no {kind!r} at micro-batch {micro_batch}, tp {tp}",
+                hint="profile it with `mxn train profile`",
+            )
+        return cost
+
+    def has(self, kind: str, micro_batch: int, tp: int) -> bool:
+        return (kind, micro_batch, tp) in self.costs
+
+
+Profiles = Mapping[str, ChipProfile]
+"""By chip."""

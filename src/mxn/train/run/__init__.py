@@ -1,0 +1,1 @@
+"""Carry out a training plan on real devices. Start at `job.Job`."""
