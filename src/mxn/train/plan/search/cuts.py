@@ -204,4 +204,4 @@ def _add(front: list[Cut], cut: Cut) -> None:
 
 
 def _without(counts: Counts, kind: int) -> Counts:
-    return counts[:kind] + (counts[kind] - 1,) + counts[kind + 1 :]
+    return (*counts[:kind], counts[kind] - 1, *counts[kind + 1 :])
