@@ -60,16 +60,18 @@ class Executor:
         *,
         dtypes: Sequence[torch.dtype],
         deferred: Sequence[DeferredWeights] = (),
-        on_last: Callable[[int], None] = lambda chunk: None,
+        before_last: Callable[[int], None] = lambda chunk: None,
+        after_last: Callable[[int], None] = lambda chunk: None,
     ) -> None:
         """`modules` by chunk; `dtypes` of what each part of this pipeline computes in.
 
-        `deferred` by chunk, needed where the row has weight halves. `on_last` is called ahead of
-        the backward action that completes a chunk's gradients.
+        `deferred` by chunk, needed where the row has weight halves. `before_last` and `after_last`
+        are called around the action that completes a chunk's gradients.
         """
         self._placement, self._place, self._row = placement, place, row
         self._modules, self._bridge, self._dtypes = modules, bridge, dtypes
-        self._deferred, self._on_last = deferred, on_last
+        self._deferred = deferred
+        self._before_last, self._after_last = before_last, after_last
         self._num_stages = len(placement.pipeline_of(place.rank).stages)
         self._num_parts = placement.num_parts(place.pipeline)
         self._split = split_backwards(row)
@@ -85,9 +87,12 @@ class Executor:
         begin_s = time.perf_counter()
         for at, action in enumerate(self._row):
             step.look_ahead(at)
-            if at == self._last[action.chunk]:
-                self._on_last(action.chunk)
+            is_last = at == self._last[action.chunk]
+            if is_last:
+                self._before_last(action.chunk)
             step.do(action)
+            if is_last:
+                self._after_last(action.chunk)
         step.finish()
         step.work.total_s = time.perf_counter() - begin_s
         return step.work
@@ -131,7 +136,6 @@ class _Step:
         self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._owed: dict[tuple[int, int], list] = {}
         self._here: dict[tuple[str, int, int], Tensor] = {}  # between chunks of this very rank
-        self._shapes: dict[int, tuple[int, ...]] = {}
         self._wanted = self._in_order()
         self._posted = 0  # receives posted so far, of `_wanted`
 
@@ -203,6 +207,8 @@ class _Step:
             what=_words(kind, boundary, micro_batch),
         )
         self._sent.append(handle)
+        while self._sent and self._sent[0].is_done():  # lets go of memory that has left
+            self._sent.popleft().wait()
 
     def _take(self, kind: str, boundary: int, micro_batch: int) -> Tensor:
         key = kind, boundary, micro_batch
@@ -222,9 +228,9 @@ class _Step:
 
     def _post(self, need: _Need) -> None:
         executor, key = self._executor, (need.kind, need.boundary, need.micro_batch)
-        rows, tokens = self._batches(need.micro_batch).shape
+        plan = executor._placement.plan
         self._incoming[key] = self._bridge.recv(
-            (rows, tokens, executor._modules[0].spec.hidden),
+            (plan.micro_batch, plan.seq_tokens, executor._modules[0].spec.hidden),
             executor._dtypes[need.boundary],
             need.sender,
             executor.tag(*key),
