@@ -202,13 +202,14 @@ _SECTIONS: dict[str, type] = {
 
 
 def _job(told: dict[str, Any]) -> Job:
-    sections = {
+    sections: dict[str, Any] = {
         name: _value(kind, told[name])
         for name, kind in _SECTIONS.items()
         if told.get(name) is not None
     }
     devices = tuple(_value(DeviceSettings, group) for group in told["devices"])
-    return Job(**told | sections | {"devices": devices})
+    values: dict[str, Any] = told | sections | {"devices": devices}
+    return Job(**values)
 
 
 def _value(kind: type, told: dict[str, Any]) -> Any:
@@ -216,7 +217,8 @@ def _value(kind: type, told: dict[str, Any]) -> Any:
     names = {item.name for item in fields(kind)}
     if unknown := sorted(told.keys() - names):
         raise TypeError(f"{kind.__name__} has no {unknown[0]!r}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    return kind(**values)
 
 
 def metrics_path(job: Job) -> Path:
