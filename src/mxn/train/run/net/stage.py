@@ -54,7 +54,7 @@ class StageModule(nn.Module):
         count = len(spec.layers) + 2
         if not 0 <= first < end <= count:
             raise UserError(f"layers {first} to {end - 1} are no part of a model of {count} layers")
-        self.spec, self.first, self.end = spec, first, end
+        self.spec, self.names, self.first, self.end = spec, names, first, end
         self.dtype, self.device = dtype, torch.device(device)
         self.recompute: Recompute = recompute
         make = Make(dtype=dtype, device=self.device, biases=biases)
@@ -131,19 +131,30 @@ class StageModule(nn.Module):
         named = module.named_parameters(remove_duplicate=False)
         return {module.prefix + name: parameter for name, parameter in named}
 
-    def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """Return parameters and buffers of a plan layer by full name, not copied."""
+    def layer_state(self, layer: int, *, trainable_only: bool = False) -> dict[str, Tensor]:
+        """Return parameters and buffers of a plan layer by full name, not copied.
+
+        `trainable_only`: what training changes; under LoRA the adapters alone.
+        """
         module = self._at(layer)
-        state = {name: parameter.data for name, parameter in self.layer_parameters(layer).items()}
+        state = {
+            name: parameter.data
+            for name, parameter in self.layer_parameters(layer).items()
+            if parameter.requires_grad or not trainable_only
+        }
+        if trainable_only:
+            return state
         return state | {module.prefix + name: buffer for name, buffer in module.named_buffers()}
 
     @torch.no_grad()
-    def load_layer_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into a plan layer, cast to this stage's dtype.
+    def load_layer_state(
+        self, layer: int, state: Mapping[str, Tensor], *, trainable_only: bool = False
+    ) -> None:
+        """Copy what `layer_state` gives into a plan layer, cast to this stage's dtype.
 
         Raises: UserError when names or shapes are not those of the layer.
         """
-        own = self.layer_state(layer)
+        own = self.layer_state(layer, trainable_only=trainable_only)
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
             what = f"lacks {missing[:3]}" if missing else f"has unknown {extra[:3]}"
