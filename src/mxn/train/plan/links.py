@@ -61,3 +61,22 @@ def ring_s(num_members: int, num_bytes: float, link: Link) -> float:
 def slowest(links: Sequence[Link], num_bytes: float) -> Link | None:
     """Return the link on which a message of `num_bytes` takes longest; None when there is none."""
     return max(links, key=lambda link: link.transfer_s(num_bytes), default=None)
+
+
+def ring_link(num_members: int, sums: Sequence[tuple[float, float]], basis: str) -> Link:
+    """Return the link on which a ring of `num_members` takes what was measured of whole sums.
+
+    `sums` are (bytes, seconds) with rising bytes. Below the first, time is the first's.
+    Raises: UserError for fewer than two members or sums.
+    """
+    if num_members < 2 or len(sums) < 2:
+        raise UserError(f"{len(sums)} sums over {num_members} devices make no link, 2 and 2 do")
+    rounds = 2 * (num_members - 1)
+    points = tuple((size / num_members, seconds / rounds) for size, seconds in sums)
+    (size, seconds), (last_size, last_s) = points[0], points[-1]
+    return Link(
+        latency_s=seconds,
+        bytes_per_s=(last_size - size) / (last_s - seconds),
+        points=points,
+        basis=basis,
+    )

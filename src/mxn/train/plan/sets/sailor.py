@@ -272,17 +272,23 @@ def _derived(model: str, chip: str, tables: Mapping[tuple[str, str], Costs]) -> 
 
 
 def _scaled(theirs: Costs, ours: Costs, reference: Costs) -> Costs:
-    """Return `theirs` times the ratio of whole blocks `ours` / `reference` where all three exist."""
+    """Return `theirs` times the ratio of whole models `ours` / `reference`, for each width.
+
+    The ratio is taken at the largest micro-batch that both have: there the chips are compared, at
+    smaller ones their hosts.
+    """
     result: dict[str, dict[str, dict[str, list[float]]]] = {}
     for mbs in theirs:
         for tp in theirs[mbs]:
-            if tp not in ours.get(mbs, {}) or tp not in reference.get(mbs, {}):
+            both = [int(m) for m in ours if tp in ours[m] and tp in reference.get(m, {})]
+            if not both:
                 continue
-            ratio = [
-                sum(row[k] for row in _sorted(ours[mbs][tp]))
-                / sum(row[k] for row in _sorted(reference[mbs][tp]))
-                for k in range(3)
+            at = str(max(both))
+            sums = [
+                [sum(row[k] for row in _sorted(table[at][tp])) for k in range(3)]
+                for table in (ours, reference)
             ]
+            ratio = [a / b for a, b in zip(*sums, strict=True)]
             result.setdefault(mbs, {})[tp] = {
                 layer: [t * r for t, r in zip(times, ratio, strict=True)]
                 for layer, times in theirs[mbs][tp].items()
