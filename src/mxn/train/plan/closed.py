@@ -30,12 +30,14 @@ def pipeline_time(
     *,
     chunks: int = 1,
     blocks: bool = False,
+    late_sends: bool = False,
 ) -> PipelineTime:
     """Return the time of `micro_batches` through `stages`.
 
     `hops[s]` are the seconds of a micro-batch's activations from stage s to s + 1 and of its
     gradients back. With `blocks` both ends of a hop stand still meanwhile; without, only the data
-    is late.
+    is late. `late_sends` (1F1B only) is the order of engines that receive the gradient that is due
+    before they send the activation that is ready, so one micro-batch fewer is on its way.
     """
     if schedule == "gpipe":
         total = _gpipe(stages, hops, micro_batches, blocks)
@@ -44,7 +46,7 @@ def pipeline_time(
     elif schedule == "interleaved" and chunks > 1:
         total = _bubble_form(stages, hops, micro_batches, blocks, chunks=chunks, waits_weight=False)
     else:
-        total = _one_f_one_b(stages, hops, micro_batches, blocks)
+        total = _one_f_one_b(stages, hops, micro_batches, blocks, late_sends)
     # The gradient of the last micro-batch leaves the later stages first.
     share = 0.0 if schedule == "zero-bubble" else 1.0 / chunks
     ends = [total]
@@ -64,7 +66,11 @@ def _held(stages: Sequence[StageCost], hops: Sequence[tuple[float, float]]) -> l
 
 
 def _one_f_one_b(
-    stages: Sequence[StageCost], hops: Sequence[tuple[float, float]], count: int, blocks: bool
+    stages: Sequence[StageCost],
+    hops: Sequence[tuple[float, float]],
+    count: int,
+    blocks: bool,
+    late_sends: bool,
 ) -> float:
     """Return 1F1B: the slowest circle of dependencies, plus filling and draining around it.
 
@@ -85,6 +91,8 @@ def _one_f_one_b(
         for t in range(s, size):
             through += busy[t] + (both[t - 1] if t > s else 0.0)
             period = held[s] if t == s else through / (t - s + 1)
+            if late_sends and t > s:
+                period = max(period, (through - busy[s]) / (t - s))
             spare = min(count, size - t) - 1  # passes that stage t can do while it waits
             wait = max(after[t] - spare * stages[t].forward_s, 0.0)
             wait += max(after[t] - spare * stages[t].backward_s, 0.0)
