@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxn.errors import ConfigError, MxnError, NotFoundError, UserError
-from mxn.train.run.job import Job, AdapterSettings
+from mxn.train.run.job import AdapterSettings, Job
 from mxn.train.run.job_file import read_job
 
 EXAMPLE = Path(__file__).parents[3] / "recipes" / "train" / "shakespeare.yaml"

@@ -24,7 +24,7 @@ OnLie = Literal["replan", "stop", "ignore"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """`source`: a folder (absolute) or a hub id. From scratch only its config and tokenizer count."""
+    """`source`: an absolute folder or a hub id. From scratch its config and tokenizer are used."""
 
     source: str
     begin: Literal["checkpoint", "scratch"] = "checkpoint"
