@@ -17,7 +17,7 @@ from mxn.train.plan.plan import Recompute, Schedule
 
 Method = Literal["pretrain", "sft", "lora"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Format = Literal["auto", "text", "jsonl", "chat"]
+Packing = Literal["auto", "stream", "fit", "none"]
 Decay = Literal["constant", "linear", "cosine", "wsd"]
 OnLie = Literal["replan", "stop", "ignore"]
 
@@ -41,11 +41,12 @@ class AdapterSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    files: tuple[str, ...]  # absolute
-    format: Format = "auto"
-    packing: bool = True  # several documents in a row; attention never crosses
+    files: tuple[str, ...]  # absolute; a folder stands for its data files
+    documents: Literal["file", "paragraph", "line"] = "file"  # of plain text files
+    learn: Literal["assistant", "all"] = "assistant"  # of chats
+    packing: Packing = "auto"  # documents that share a row; attention never crosses
     shuffle: bool = True
-    max_broken: float = 0.01  # share of broken lines above which the job stops
+    max_broken: float = 0.01  # share of broken lines above which the job does not start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

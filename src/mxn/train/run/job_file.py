@@ -130,6 +130,14 @@ def _beside(entry: y.Entry) -> str:
     return str(path.resolve())
 
 
+def _data_file(entry: y.Entry) -> str:
+    """A file or a folder of files, sought beside the job file."""
+    path = (entry.file.parent / Path(y.text(entry)).expanduser()).absolute()
+    if not path.exists():
+        raise entry.wrong(f"is no file and no folder (sought at {path})")
+    return str(path.resolve())
+
+
 def _model_name(entry: y.Entry) -> str:
     """A folder beside the job file, or a model that ships with mxn; else it is left for the hub."""
     from mxn.models.catalogue import shipped_dir
@@ -253,9 +261,10 @@ _KEYS: dict[str, y.Reader] = {
     "data": _settings(
         DataSettings,
         {
-            "files": y.list_of(_beside),
-            "format": y.one_of("auto", "text", "jsonl", "chat"),
-            "packing": y.switch,
+            "files": y.list_of(_data_file),
+            "documents": y.one_of("file", "paragraph", "line"),
+            "learn": y.one_of("assistant", "all"),
+            "packing": y.one_of("auto", "stream", "fit", "none"),
             "shuffle": y.switch,
             "max_broken": y.number(0, 1),
         },
