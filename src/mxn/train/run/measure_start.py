@@ -53,7 +53,9 @@ def ask_ranks(job: Job, request: Request, devices: Mapping[int, Device]) -> list
     return answers
 
 
-def _start(folder: Path, rank: int, address: str, device: Device, group: object) -> subprocess.Popen[bytes]:
+def _start(
+    folder: Path, rank: int, address: str, device: Device, group: object
+) -> subprocess.Popen[bytes]:
     threads = str(getattr(group, "threads", 1))
     variables = {**os.environ, **chip_of(device.vendor).environment, "OMP_NUM_THREADS": threads}
     with (folder / f"rank-{rank}.log").open("wb") as log:
@@ -85,4 +87,6 @@ def _failed(rank: int, how: str, folder: Path, devices: Mapping[int, Device]) ->
     lines = (folder / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()
     said = "\n  ".join(lines[-8:]) or "nothing"
     device = devices[rank].id
-    return ChipError(f"the measurement on {device} failed ({how}); it said:\n  {said}", device=device)
+    return ChipError(
+        f"the measurement on {device} failed ({how}); it said:\n  {said}", device=device
+    )
