@@ -23,7 +23,7 @@ _INDEX_BYTES = 8  # of a token id, a label or an expert number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Biases:
-    """Which linear layers of a family have a bias. A spec does not say: loading sees the tensors."""
+    """Which linear layers of a family have a bias. No spec says so: loading sees the tensors."""
 
     qkv: bool = False  # with MLA: the two projections down to the latents
     attn_out: bool = False
@@ -139,7 +139,7 @@ def _embedding(spec: DecoderSpec, size: int) -> LayerShape:
         kind="embedding",
         params=spec.vocab_size * spec.hidden,
         forward_flop=0.0,
-        activation_bytes=float(_INDEX_BYTES),
+        activation_bytes=0.0,  # only the token ids, which belong to the batch
         output_bytes=float(spec.hidden * size),
         active_params=spec.hidden,
     )

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import logging
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxn.errors import InternalError
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
 from mxn.train.plan.memory import FLOAT32, MemoryModel
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.shape import ModelShape
 from mxn.train.run import stored
 from mxn.train.run.job import DeviceSettings, Job
+from mxn.train.run.measure_start import ask_ranks
 from mxn.train.run.measured import (
     Answer,
     Member,

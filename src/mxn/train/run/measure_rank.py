@@ -1,4 +1,4 @@
-"""The process that measures one device of a job: `python -m mxn.train.run.measure_rank REQUEST RANK`.
+"""The process that measures one device: `python -m mxn.train.run.measure_rank REQUEST RANK STORE`.
 
 It is started as a rank of the job is, with the same device, threads and share of the processor, at
 the same time as all others, so that they are in each other's way as they will be. Writes its answer
@@ -90,7 +90,7 @@ def measure_kind(
     """Return what one kind of layer costs on this device, in this process."""
     work = Workload(
         spec=source.spec, names=source.family.names, biases=source.biases,
-        seq_tokens=job.seq_tokens, dtype=job.dtype_of(group), is_packed=job.data.packing,
+        seq_tokens=job.seq_tokens, dtype=job.dtype_of(group), is_packed=job.data.packing != "none",
     )  # fmt: skip
     torch_device = torch.device(device.torch_device)
     chain = make_chain(work, layers, micro_batch, torch_device, lambda stage: updates(stage, job))

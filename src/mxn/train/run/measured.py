@@ -129,7 +129,7 @@ def layers_key(
         "dtype": job.dtype_of(group.name),
         "model": _digest(asdict(spec)),
         "seq_tokens": job.seq_tokens,
-        "is_packed": job.data.packing,
+        "packing": job.data.packing,
         "lora": asdict(job.lora) if job.lora else None,
         "company": sorted(company),
         "mxn": revision(_CODE),
