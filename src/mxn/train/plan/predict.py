@@ -28,7 +28,6 @@ from mxn.train.plan.shape import ModelShape
 _BASES = ("measured", "datasheet", "derived", "assumed", "simulated")  # strongest first
 
 
-
 class Timer(Protocol):
     """Times one pipeline; `closed.pipeline_time` is one."""
 

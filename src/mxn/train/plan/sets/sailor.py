@@ -143,9 +143,7 @@ def _plan(
     )
 
 
-def _cluster(
-    stages: list[tuple[int, list[tuple[str, int]]]], links: Mapping[str, Any]
-) -> Cluster:
+def _cluster(stages: list[tuple[int, list[tuple[str, int]]]], links: Mapping[str, Any]) -> Cluster:
     """Return one group per chip, one node per replica.
 
     The fits are of a whole node with so many of its devices sending, so a device gets its share.
@@ -153,7 +151,9 @@ def _cluster(
     contradict each other (RTX-2080 to Titan-RTX: 0.115 and 2.858 GB/s).
     """
     used = [(chip, tp) for _, replicas in stages for chip, tp in replicas]
-    own = {chip: _node_share(links[chip][str(tp)][0], links[chip][str(tp)][1], tp) for chip, tp in used}
+    own = {
+        chip: _node_share(links[chip][str(tp)][0], links[chip][str(tp)][1], tp) for chip, tp in used
+    }
     groups = [
         DeviceGroup(
             name=chip,
