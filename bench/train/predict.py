@@ -23,6 +23,7 @@ from sets import (
     roofline_seconds,
     sailor_cases,
     sailor_seconds,
+    sailor_simulated_seconds,
     vtrain_cases,
 )
 
@@ -73,6 +74,7 @@ def sailor_part() -> Row:
         seconds = sailor_seconds(case, replace(SAILOR_TUNING, flow_bytes_per_s=without))
         left_out.append(_sailor_row(case, seconds))
     mixed = [row for row in rows if row["mixed"]]
+    events = [_sailor_row(case, sailor_simulated_seconds(case, tuning)) for case in valid]
     plain = [_sailor_row(case, sailor_seconds(case, SAILOR_TUNING)) for case in valid]
     apart = [case for case in sailor_cases() if case.fault]
     return {
@@ -84,6 +86,8 @@ def sailor_part() -> Row:
         "mixed (no mixed row was fitted on)": _scores(mixed),
         "homogeneous": _scores([row for row in rows if not row["mixed"]]),
         "homogeneous left out in turn, and mixed": _scores(left_out + mixed),
+        "event simulator": _scores(events),
+        "event simulator, mixed": _scores([row for row in events if row["mixed"]]),
         "nothing fitted": _scores(plain),
         "derived GPT-Neo profiles": _scores(
             [_sailor_row(c, sailor_seconds(c, tuning)) for c in apart if "26 layers" not in c.fault]
@@ -180,7 +184,8 @@ def published_part() -> Row:
         try:
             seconds = _published_s(case)
         except UserError as error:
-            rows.append({"name": case.name, "measured_s": case.measured_s, "note": str(error)})
+            note = str(error).partition("\n")[0]
+            rows.append({"name": case.name, "measured_s": case.measured_s, "note": note})
             continue
         rows.append(
             {
