@@ -245,7 +245,7 @@ class _Run:
             ends.append(clock)
             at += 1
             if kind == "F" and part < last:
-                if self.late_sends and self._gradient_is_next(stage, at, last):
+                if self.late_sends and self._gradient_is_next(stage, at, last, micro_batch):
                     self.held[stage] = (part + 1, action, forward_hops[part])
                     continue
                 clock = self._send(stage, part + 1, action, forward_hops[part], clock)
@@ -253,9 +253,10 @@ class _Run:
                 clock = self._send(stage, part - 1, action, backward_hops[part - 1], clock)
         self.clock[stage], self.at[stage] = clock, at
 
-    def _gradient_is_next(self, stage: int, at: int, last: int) -> bool:
+    def _gradient_is_next(self, stage: int, at: int, last: int, micro_batch: int) -> bool:
+        """Return whether the next pass waits for a gradient that is not of `micro_batch` itself."""
         row = self.order[stage]
-        if at == len(row) or row[at].kind != "B":
+        if at == len(row) or row[at].kind != "B" or row[at].micro_batch == micro_batch:
             return False
         return row[at].chunk * len(self.order) + stage < last
 
