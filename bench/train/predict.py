@@ -29,7 +29,7 @@ from sets import (
 from mxn.chips import specs
 from mxn.errors import UserError
 from mxn.train.plan import fits
-from mxn.train.plan.analytic import Roofline, derive_profile, numbers_of
+from mxn.train.plan.analytic import derive_profile, numbers_of
 from mxn.train.plan.predict import predict
 from mxn.train.plan.scores import regret, scores
 from mxn.train.plan.sets import vtrain
@@ -123,11 +123,9 @@ def _memory_scores(rows: Sequence[SailorCase]) -> Row:
 
 def vtrain_part() -> Row:
     rows = vtrain_cases("none")
-    whole = vtrain_cases("full")
     profiles = fits.load("vtrain-profiles")["profiles"]
     by_profile = profile_seconds(rows, profiles)
-    by_roofline = roofline_seconds(whole, fits.roofline())
-    bare = roofline_seconds(whole, Roofline())
+    by_roofline = roofline_seconds(rows, fits.roofline())
     measured = [case.measured_s for case in rows]
     test = [at for at, case in enumerate(rows) if case.num_blocks not in FIT_BLOCKS]
     result: Row = {
@@ -152,13 +150,12 @@ def vtrain_part() -> Row:
     for name, predicted in (
         ("profiles", by_profile),
         ("roofline", by_roofline),
-        ("roofline, nothing fitted", bare),
     ):
         chosen = [predicted[at] for at in test], [measured[at] for at in test]
         result[f"{name}, test half"] = scores(*chosen)
         result[f"{name}, all"] = scores(predicted, measured)
-    result["roofline, choice of parallelism"] = _choices(whole, by_roofline)
-    result["profiles, choice of parallelism"] = _choices(whole, by_profile)
+    result["roofline, choice of parallelism"] = _choices(rows, by_roofline)
+    result["profiles, choice of parallelism"] = _choices(rows, by_profile)
     return result
 
 

@@ -68,7 +68,7 @@ def _shape(hidden: int, blocks: int) -> ModelShape:
 
 @cache
 def _cluster(dp: int) -> Cluster:
-    case = next(case for case in vtrain_cases("full") if case.dp == dp)
+    case = next(case for case in vtrain_cases("none") if case.dp == dp)
     return vtrain.cluster(case, vtrain_links())
 
 
