@@ -87,7 +87,7 @@ def test_counts_and_names_that_no_order_has_are_refused():
 
 
 def _replaced(rows, stage, row):
-    return (*rows[:stage], tuple(row), *rows[stage + 1:])
+    return (*rows[:stage], tuple(row), *rows[stage + 1 :])
 
 
 def test_a_missing_action_is_named():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxn.errors import ConfigError, MxnError, NotFoundError, UserError
-from mxn.train.run.job import Job, LoraSettings
+from mxn.train.run.job import AdapterSettings, Job
 from mxn.train.run.job_file import read_job
 
 EXAMPLE = Path(__file__).parents[3] / "recipes" / "train" / "shakespeare.yaml"
@@ -67,7 +67,7 @@ def test_what_is_not_said_has_a_default(write, tmp_path):
 def test_a_job_survives_json(write):
     job = read_job(write(LEAST + "method: lora\nlora: {targets: [q_proj]}\n"))
     assert Job.from_json(job.to_json()) == job
-    assert job.lora == LoraSettings(targets=("q_proj",))
+    assert job.lora == AdapterSettings(targets=("q_proj",))
     with pytest.raises(UserError, match="no training job"):
         Job.from_json('{"devices": [], "data": {"files": [], "colour": 1}}')
 
@@ -79,11 +79,13 @@ def test_the_fingerprint_is_of_what_is_learnt_and_not_of_where(write):
     assert job.fingerprint == elsewhere.fingerprint != other.fingerprint
 
 
-def test_a_config_makes_a_model_from_scratch(write):
-    config = "{config: {architectures: [LlamaForCausalLM]}, tokenizer: mxn-shakespeare-llama}"
-    job = read_job(write(LEAST.replace("mxn-shakespeare-llama", config, 1)))
-    assert job.model.source is None
-    assert job.model.config == {"architectures": ["LlamaForCausalLM"]}
+def test_a_model_may_begin_from_scratch(write):
+    source = "{source: mxn-shakespeare-llama, begin: scratch}"
+    job = read_job(write(LEAST.replace("mxn-shakespeare-llama", source, 1)))
+    assert job.model.begin == "scratch"
+    assert Path(job.model.source, "tokenizer.json").is_file()
+    hub = read_job(write(LEAST.replace("mxn-shakespeare-llama", "Qwen/Qwen3-0.6B")))
+    assert hub.model.source == "Qwen/Qwen3-0.6B"
 
 
 WRONG = [
@@ -122,7 +124,8 @@ WRONG = [
     ("steps: 10", "steps: 10\ndata: 3", r":7: data is given twice, first in line 2"),
     ("steps: 10", "steps: [10", r":7: is no YAML"),
     ("steps: 10", "steps: !!python/name:os.system", r":6: steps: could not determine a construc"),
-    ("mxn-shakespeare-llama", "{config: {}}", r":1: model.config: is no Hugging Face config"),
+    ("mxn-shakespeare-llama", "{begin: scratch}", r":1: key 'source' in model is missing"),
+    ("steps: 10", "steps: 10\nmodel: x\n", r":7: model is given twice"),
 ]  # fmt: skip
 
 

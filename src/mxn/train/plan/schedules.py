@@ -69,20 +69,22 @@ def split_backwards(row: Row) -> frozenset[tuple[int, int]]:
     return frozenset((chunk, micro_batch) for kind, chunk, micro_batch in row if kind == "W")
 
 
-def stored_peak(row: Row) -> int:
-    """Return the most micro-batches, counted per chunk, whose activations a row stores at once.
+def stored_peak(row: Row, sizes: Sequence[float] | None = None) -> float:
+    """Return the most that a row stores at once of its passes' activations.
 
-    They are counted from their forward to their last backward action: a split backward keeps what
-    its weight half needs, which is taken as all.
+    `sizes` is what one micro-batch keeps in each chunk, for example bytes; without it passes are
+    counted. Kept from the forward to the last backward action: what a split backward still needs
+    for its weight half is taken as all.
     """
     split = split_backwards(row)
-    stored = peak = 0
+    stored = peak = 0.0
     for kind, chunk, micro_batch in row:
+        size = 1 if sizes is None else sizes[chunk]
         if kind == "F":
-            stored += 1
+            stored += size
             peak = max(peak, stored)
         elif kind == "W" or (chunk, micro_batch) not in split:
-            stored -= 1
+            stored -= size
     return peak
 
 

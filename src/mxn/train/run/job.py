@@ -17,39 +17,36 @@ from mxn.train.plan.plan import Recompute, Schedule
 
 Method = Literal["pretrain", "sft", "lora"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Format = Literal["auto", "text", "jsonl", "chat"]
-Decay = Literal["constant", "linear", "cosine"]
+Packing = Literal["auto", "stream", "fit", "none"]
+Decay = Literal["constant", "linear", "cosine", "wsd"]
 OnLie = Literal["replan", "stop", "ignore"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """Where the model comes from: a folder, a shipped name or a hub id in `source`.
+class ModelSettings:
+    """`source`: an absolute folder or a hub id. From scratch its config and tokenizer are used."""
 
-    From scratch: `source` is None and `config` (a Hugging Face config) says what to make; the
-    tokenizer then comes from `tokenizer`, itself a folder, shipped name or hub id.
-    """
-
-    source: str | None = None
-    config: dict[str, Any] | None = None
-    tokenizer: str | None = None
+    source: str
+    begin: Literal["checkpoint", "scratch"] = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+class AdapterSettings:
+    """LoRA. `targets`: ends of module names such as q_proj, or all-linear."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("all-linear",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    files: tuple[str, ...]  # absolute
-    format: Format = "auto"
-    packing: bool = True  # several documents in a row; attention never crosses
+    files: tuple[str, ...]  # absolute; a folder stands for its data files
+    documents: Literal["file", "paragraph", "line"] = "file"  # of plain text files
+    learn: Literal["assistant", "all"] = "assistant"  # of chats
+    packing: Packing = "auto"  # documents that share a row; attention never crosses
     shuffle: bool = True
-    max_broken: float = 0.01  # share of broken lines above which the job stops
+    max_broken: float = 0.01  # share of broken lines above which the job does not start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +59,8 @@ class OptimizerSettings:
     clip: float | None = 1.0  # global norm of the gradient; None: not clipped
     schedule: Decay = "cosine"
     warmup_steps: int = 0
-    min_lr_ratio: float = 0.1  # of `lr`, at the last step
+    decay_steps: int | None = None  # of wsd: how many fall at the end; None: a tenth of all
+    floor: float = 0.1  # share of `lr` that is left at the last step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +127,7 @@ class TrackingSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     name: str
-    model: ModelSource
+    model: ModelSettings
     method: Method
     data: DataSettings
     seq_tokens: int
@@ -141,7 +139,7 @@ class Job:
     out: str  # absolute
     checkpoint: CheckpointSettings
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    lora: LoraSettings | None = None
+    lora: AdapterSettings | None = None
     dtype: Dtype = "float32"
     plan: PlanSettings = field(default_factory=PlanSettings)
     gate: GateSettings = field(default_factory=GateSettings)
@@ -169,9 +167,12 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of what a step of training depends on: not devices, plan, folders or number of steps."""
+        """Of what a step of training depends on: not devices, plan, folders or number of steps.
+
+        What the data holds is not in it either: `Rows.fingerprint` says that.
+        """
         told = json.loads(self.to_json())
-        kept = ("model", "method", "data", "seq_tokens", "micro_batch", "global_batch")
+        kept = ("model", "method", "seq_tokens", "micro_batch", "global_batch")
         kept += ("optimizer", "lora", "seed")
         text = json.dumps({name: told[name] for name in kept}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -189,11 +190,11 @@ class Job:
 
 
 _SECTIONS: dict[str, type] = {
-    "model": ModelSource,
+    "model": ModelSettings,
     "data": DataSettings,
     "checkpoint": CheckpointSettings,
     "optimizer": OptimizerSettings,
-    "lora": LoraSettings,
+    "lora": AdapterSettings,
     "plan": PlanSettings,
     "gate": GateSettings,
     "faults": FaultSettings,

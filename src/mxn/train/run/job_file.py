@@ -8,7 +8,6 @@ what is in them where they are used.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ from typing import Any
 from mxn.errors import ConfigError
 from mxn.train.run import yaml_marks as y
 from mxn.train.run.job import (
+    AdapterSettings,
     CheckpointSettings,
     DataSettings,
     DeviceSettings,
     FaultSettings,
     GateSettings,
     Job,
-    LoraSettings,
-    ModelSource,
+    ModelSettings,
     OptimizerSettings,
     PlanSettings,
     TrackingSettings,
@@ -84,15 +83,15 @@ def _check_batch(root: y.Entry, told: dict[str, Any]) -> None:
 
 def _check_lora(root: y.Entry, told: dict[str, Any]) -> None:
     if told["method"] == "lora":
-        told.setdefault("lora", LoraSettings())
+        told.setdefault("lora", AdapterSettings())
     elif "lora" in told:
         raise _entry(root, "lora").wrong(
             f"is given, but method is {told['method']!r}", hint="method: lora"
         )
-    if told["method"] != "pretrain" and told["model"].source is None:
+    if told["method"] != "pretrain" and told["model"].begin == "scratch":
         raise _entry(root, "model").wrong(
-            f"is made from scratch, but method {told['method']!r} goes on from trained weights",
-            hint="method: pretrain, or name a model with weights",
+            f"begins from scratch, but method {told['method']!r} goes on from trained weights",
+            hint="method: pretrain, or begin: checkpoint",
         )
 
 
@@ -131,36 +130,30 @@ def _beside(entry: y.Entry) -> str:
     return str(path.resolve())
 
 
+def _data_file(entry: y.Entry) -> str:
+    """A file or a folder of files, sought beside the job file."""
+    path = (entry.file.parent / Path(y.text(entry)).expanduser()).absolute()
+    if not path.exists():
+        raise entry.wrong(f"is no file and no folder (sought at {path})")
+    return str(path.resolve())
+
+
 def _model_name(entry: y.Entry) -> str:
-    """A folder beside the job file where there is one; else left for the hub and the catalogue."""
+    """A folder beside the job file, or a model that ships with mxn; else it is left for the hub."""
+    from mxn.models.catalogue import shipped_dir
+
     value = y.text(entry)
     path = entry.file.parent / Path(value).expanduser()
-    return str(path.resolve()) if path.exists() else value
+    shipped = shipped_dir() / value
+    if path.exists():
+        return str(path.resolve())
+    return str(shipped) if (shipped / "config.json").is_file() else value
 
 
-def _config(entry: y.Entry) -> dict[str, Any]:
-    if entry.is_mapping:
-        told = entry.value
-    else:
-        try:
-            told = json.loads(Path(_beside(entry)).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise entry.wrong(f"is no JSON: {error}") from error
-    if not isinstance(told, dict) or "architectures" not in told:
-        raise entry.wrong("is no Hugging Face config: it names no architectures")
-    return told
-
-
-def _model(entry: y.Entry) -> ModelSource:
+def _model(entry: y.Entry) -> ModelSettings:
     if not entry.is_mapping:
-        return ModelSource(source=_model_name(entry))
-    told = y.read_section(entry, {"config": _config, "tokenizer": _model_name}, ("config",))
-    if "tokenizer" not in told:
-        raise entry.wrong(
-            "has a config and no tokenizer",
-            hint="tokenizer: a model whose tokenizer to use, such as mxn-shakespeare-llama",
-        )
-    return ModelSource(**told)
+        return ModelSettings(source=_model_name(entry))
+    return _MODEL(entry)
 
 
 def _device_name(entry: y.Entry) -> str:
@@ -223,6 +216,12 @@ def _betas(entry: y.Entry) -> tuple[float, float]:
     return values[0], values[1]
 
 
+_MODEL = _settings(
+    ModelSettings,
+    {"source": _model_name, "begin": y.one_of("checkpoint", "scratch")},
+    "source",
+)
+
 _GROUP = _settings(
     DeviceSettings,
     {
@@ -252,20 +251,20 @@ _KEYS: dict[str, y.Reader] = {
     "model": _model,
     "method": y.one_of("pretrain", "sft", "lora"),
     "lora": _settings(
-        LoraSettings,
+        AdapterSettings,
         {
             "rank": y.whole(1, 4096),
             "alpha": y.number(0, is_open=True),
-            "dropout": y.number(0, 0.99),
             "targets": y.list_of(y.text),
         },
     ),
     "data": _settings(
         DataSettings,
         {
-            "files": y.list_of(_beside),
-            "format": y.one_of("auto", "text", "jsonl", "chat"),
-            "packing": y.switch,
+            "files": y.list_of(_data_file),
+            "documents": y.one_of("file", "paragraph", "line"),
+            "learn": y.one_of("assistant", "all"),
+            "packing": y.one_of("auto", "stream", "fit", "none"),
             "shuffle": y.switch,
             "max_broken": y.number(0, 1),
         },
@@ -285,9 +284,10 @@ _KEYS: dict[str, y.Reader] = {
             "eps": y.number(0, is_open=True),
             "weight_decay": y.number(0),
             "clip": y.optional(y.number(0, is_open=True)),
-            "schedule": y.one_of("constant", "linear", "cosine"),
+            "schedule": y.one_of("constant", "linear", "cosine", "wsd"),
             "warmup_steps": y.whole(0),
-            "min_lr_ratio": y.number(0, 1),
+            "decay_steps": y.optional(y.whole(0)),
+            "floor": y.number(0, 1),
         },
     ),
     "dtype": _DTYPE,
