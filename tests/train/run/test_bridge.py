@@ -101,8 +101,6 @@ def test_a_link_limit_slows_messages_between_islands_and_bytes_are_counted():
     limit = {"bytes_per_s": 8e6, "latency_s": 0.02}
     arguments = {"num_bytes": 400_000, "count": 4}
     for devices in (["cpu", "sim:0"], ["sim:0", "cpu"]):
-        sender, receiver = run_ranks(
-            f"{CASES}:timed", devices, arguments, options={"limit": limit}
-        )
+        sender, receiver = run_ranks(f"{CASES}:timed", devices, arguments, options={"limit": limit})
         assert receiver["s"] == pytest.approx(4 * (0.05 + 0.02), rel=0.3)
         assert sender["sent"] == receiver["received"] == 5 * 400_000

@@ -167,9 +167,12 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of what a step of training depends on: not devices, plan, folders or number of steps."""
+        """Of what a step of training depends on: not devices, plan, folders or number of steps.
+
+        What the data holds is not in it either: `Rows.fingerprint` says that.
+        """
         told = json.loads(self.to_json())
-        kept = ("model", "method", "data", "seq_tokens", "micro_batch", "global_batch")
+        kept = ("model", "method", "seq_tokens", "micro_batch", "global_batch")
         kept += ("optimizer", "lora", "seed")
         text = json.dumps({name: told[name] for name in kept}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
