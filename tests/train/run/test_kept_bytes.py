@@ -29,9 +29,7 @@ def test_kept_bytes_are_what_autograd_keeps(case, dtype, is_packed, tmp_path):
         spec=source.spec, names=source.family.names, biases=source.biases, seq_tokens=TOKENS,
         dtype=dtype, is_packed=is_packed,
     )  # fmt: skip
-    shape = model_shape(
-        source.spec, name=case, seq_tokens=TOKENS, dtype=dtype, is_packed=is_packed
-    )
+    shape = model_shape(source.spec, name=case, seq_tokens=TOKENS, dtype=dtype, is_packed=is_packed)
     told = {layer.kind: layer.activation_bytes * ROWS * TOKENS for layer in shape.layers}
     for kind, layers in chains_of(source.spec).items():
         chain = make_chain(work, layers, ROWS, torch.device("cpu"), lambda stage: None)
