@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mxn.cli import train_run
 from mxn.cli.options import Json
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ Timeline = Annotated[
     Path | None,
     typer.Option("--timeline", help="Write a picture of a step: a file that ends in .svg."),
 ]
+
+app.command("run")(train_run.run)
+app.command("resume")(train_run.resume)
+app.command("status")(train_run.status)
+app.command("export")(train_run.export)
+app.command("drop")(train_run.drop)
+app.command("add")(train_run.add)
 
 
 @app.command("profile")
