@@ -32,7 +32,7 @@ from mxn.train.plan.sets import sailor, vtrain
 
 FITS = Path(__file__).parents[2] / "src/mxn/train/plan/fits"
 ROOFLINE_NAMES = (
-    "product_scale",
+    "top_share",
     "passes",
     "odd_share",
     "block_launch_s",
@@ -80,22 +80,40 @@ def sailor_rate(rows: Sequence[sailor.SailorCase]) -> tuple[float, float]:
 
 
 def fit_roofline() -> dict[str, Any]:
-    rows = [case for case in vtrain_cases("full") if case.num_blocks in FIT_BLOCKS]
-    best = search_roofline(rows)
-    other = [case for case in vtrain_cases("full") if case.num_blocks not in FIT_BLOCKS]
+    """Fit on half of vTrain's runs by depth; show what the harder halves by hidden size would give.
+
+    The runs are taken without recomputation, whatever the set's description says: with it, the
+    fit wants products at 100 % of the peak and makes published A100 runs 22 % too fast; without,
+    it finds two thirds of the peak and comes within a few per cent of runs it has not seen.
+    """
+    rows = vtrain_cases("none")
+    halves: dict[str, Callable[[vtrain.VtrainCase], bool]] = {
+        f"blocks {FIT_BLOCKS}": lambda case: case.num_blocks in FIT_BLOCKS,
+        "hidden 1024": lambda case: case.hidden == 1024,
+        "hidden 2048": lambda case: case.hidden == 2048,
+    }
+    tests: dict[str, Any] = {}
+    constants: list[dict[str, float]] = []
+    for name, is_fitted in halves.items():
+        best = search_roofline([case for case in rows if is_fitted(case)])
+        other = [case for case in rows if not is_fitted(case)]
+        tests[f"fitted on {name}"] = scores(
+            roofline_seconds(other, best), [case.measured_s for case in other]
+        )
+        constants.append({key: float(f"{getattr(best, key):.4g}") for key in ROOFLINE_NAMES})
     return {
         "by": "bench/train/fit.py roofline",
-        "constants": {name: float(f"{getattr(best, name):.4g}") for name in ROOFLINE_NAMES},
+        "constants": constants[0],
         "fitted_on": f"vTrain rows with {FIT_BLOCKS} blocks (720 of 1,440)",
-        "tested_on": "vTrain rows with 20 and 24 blocks",
-        "test": scores(roofline_seconds(other, best), [c.measured_s for c in other]),
+        "tested_on": "vTrain rows with 20 and 24 blocks; published runs of other models",
+        "tests_on_the_other_half": tests,
     }
 
 
 def search_roofline(rows: Sequence[vtrain.VtrainCase]) -> Roofline:
     """Return the constants with the least mean absolute log error: one at a time, steps halving."""
     few = rows[::3]
-    best = Roofline()
+    best = Roofline(top_share=0.7, block_launch_s=1e-3)
     loss = _loss(roofline_seconds(few, best), few)
     step = 0.25
     for _ in range(6):
@@ -103,7 +121,7 @@ def search_roofline(rows: Sequence[vtrain.VtrainCase]) -> Roofline:
             for factor in (1 + step, 1 / (1 + step)):
                 while True:
                     tried = replace(best, **{name: getattr(best, name) * factor})
-                    if tried.product_scale > 1:  # the anchors already end at 0.99 of the peak
+                    if tried.top_share > 1:
                         break
                     tried_loss = _loss(roofline_seconds(few, tried), few)
                     if tried_loss > loss - 1e-6:
@@ -152,10 +170,20 @@ def _solve(rows: Sequence[vtrain.VtrainCase], links: dict[int, Any]) -> list[flo
         )
         right.append(case.measured_s - _sum_s(case, links))
     weights = 1 / np.array([case.measured_s for case in rows])
-    found, *_ = np.linalg.lstsq(
-        np.array(left) * weights[:, None], np.array(right) * weights, rcond=None
-    )
-    return [float(f"{max(value, 0.0):.5g}") for value in found]
+    found = _not_negative(np.array(left) * weights[:, None], np.array(right) * weights)
+    return [float(f"{value:.5g}") for value in found]
+
+
+def _not_negative(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return least squares without negative times: drop the most negative one, solve again."""
+    kept = list(range(left.shape[1]))
+    while True:
+        found, *_ = np.linalg.lstsq(left[:, kept], right, rcond=None)
+        if found.min() >= 0:
+            whole = np.zeros(left.shape[1])
+            whole[kept] = found
+            return whole
+        kept.pop(int(found.argmin()))
 
 
 def _sum_s(case: vtrain.VtrainCase, links: dict[int, Any]) -> float:

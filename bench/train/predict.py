@@ -23,13 +23,14 @@ from sets import (
     roofline_seconds,
     sailor_cases,
     sailor_seconds,
+    sailor_simulated_seconds,
     vtrain_cases,
 )
 
 from mxn.chips import specs
 from mxn.errors import UserError
 from mxn.train.plan import fits
-from mxn.train.plan.analytic import Roofline, derive_profile, numbers_of
+from mxn.train.plan.analytic import derive_profile, numbers_of
 from mxn.train.plan.predict import predict
 from mxn.train.plan.scores import regret, scores
 from mxn.train.plan.sets import vtrain
@@ -73,6 +74,7 @@ def sailor_part() -> Row:
         seconds = sailor_seconds(case, replace(SAILOR_TUNING, flow_bytes_per_s=without))
         left_out.append(_sailor_row(case, seconds))
     mixed = [row for row in rows if row["mixed"]]
+    events = [_sailor_row(case, sailor_simulated_seconds(case, tuning)) for case in valid]
     plain = [_sailor_row(case, sailor_seconds(case, SAILOR_TUNING)) for case in valid]
     apart = [case for case in sailor_cases() if case.fault]
     return {
@@ -84,6 +86,8 @@ def sailor_part() -> Row:
         "mixed (no mixed row was fitted on)": _scores(mixed),
         "homogeneous": _scores([row for row in rows if not row["mixed"]]),
         "homogeneous left out in turn, and mixed": _scores(left_out + mixed),
+        "event simulator": _scores(events),
+        "event simulator, mixed": _scores([row for row in events if row["mixed"]]),
         "nothing fitted": _scores(plain),
         "derived GPT-Neo profiles": _scores(
             [_sailor_row(c, sailor_seconds(c, tuning)) for c in apart if "26 layers" not in c.fault]
@@ -123,11 +127,9 @@ def _memory_scores(rows: Sequence[SailorCase]) -> Row:
 
 def vtrain_part() -> Row:
     rows = vtrain_cases("none")
-    whole = vtrain_cases("full")
     profiles = fits.load("vtrain-profiles")["profiles"]
     by_profile = profile_seconds(rows, profiles)
-    by_roofline = roofline_seconds(whole, fits.roofline())
-    bare = roofline_seconds(whole, Roofline())
+    by_roofline = roofline_seconds(rows, fits.roofline())
     measured = [case.measured_s for case in rows]
     test = [at for at, case in enumerate(rows) if case.num_blocks not in FIT_BLOCKS]
     result: Row = {
@@ -152,13 +154,12 @@ def vtrain_part() -> Row:
     for name, predicted in (
         ("profiles", by_profile),
         ("roofline", by_roofline),
-        ("roofline, nothing fitted", bare),
     ):
         chosen = [predicted[at] for at in test], [measured[at] for at in test]
         result[f"{name}, test half"] = scores(*chosen)
         result[f"{name}, all"] = scores(predicted, measured)
-    result["roofline, choice of parallelism"] = _choices(whole, by_roofline)
-    result["profiles, choice of parallelism"] = _choices(whole, by_profile)
+    result["roofline, choice of parallelism"] = _choices(rows, by_roofline)
+    result["profiles, choice of parallelism"] = _choices(rows, by_profile)
     return result
 
 
@@ -183,7 +184,8 @@ def published_part() -> Row:
         try:
             seconds = _published_s(case)
         except UserError as error:
-            rows.append({"name": case.name, "measured_s": case.measured_s, "note": str(error)})
+            note = str(error).partition("\n")[0]
+            rows.append({"name": case.name, "measured_s": case.measured_s, "note": note})
             continue
         rows.append(
             {
