@@ -174,6 +174,7 @@ def _block(
         activation_bytes=float(_kept_bytes(spec, layer, size)),
         output_bytes=float(spec.hidden * size),
         active_params=params - inactive if inactive else None,
+        routed_to=layer.ffn.router.top_k if isinstance(layer.ffn, MoeSpec) else 1,
     )
 
 

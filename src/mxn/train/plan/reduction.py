@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mxn.train.plan.cluster import Cluster, Link
+from mxn.train.plan.experts import held_params
 from mxn.train.plan.links import ring_s, slowest
 from mxn.train.plan.plan import Stage, TrainPlan
 from mxn.train.plan.shape import ModelShape
@@ -60,7 +61,8 @@ def _by_layers(
     known: dict[object, float] = {}
     found: list[Reduction] = []
     for first, end in pairwise([*starts, plan.num_layers]):
-        params = sum(layer.params for layer in shape.layers[first:end])
+        # Shared-out experts are summed over fewer pipelines; their part is taken as over all.
+        params = sum(held_params(layer, plan.expert_parallel) for layer in shape.layers[first:end])
         members = tuple((p, row[first]) for p, row in enumerate(holders))
         stages = [plan.pipelines[p].stages[s] for p, s in members]
         num_bytes = params * reduce_bytes / min(stage.tp for stage in stages)
