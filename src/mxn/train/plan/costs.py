@@ -93,7 +93,10 @@ class CostBook:
     def _prefixes(self, chip: str, tp: int, recompute: Recompute) -> tuple[list[float], ...]:
         key = (chip, tp, recompute)
         if key not in self._sums:
-            rows = [self._row(chip, tp, recompute, layer) for layer in self._shape.layers]
+            layers = self._shape.layers
+            alike = {id(layer): layer for layer in layers}
+            row = {at: self._row(chip, tp, recompute, layer) for at, layer in alike.items()}
+            rows = [row[id(layer)] for layer in layers]
             self._sums[key] = tuple(
                 list(accumulate(column, initial=0.0)) for column in zip(*rows, strict=True)
             )

@@ -156,7 +156,7 @@ def _solve_all(
     rows: list[_Solved] = []
     for number, pipeline in enumerate(plan.pipelines):
         away = tuple(exchange_s(plan, number, s, shape, cluster) for s in pipeline.stages)
-        key = (*_likeness(pipeline, groups, cluster), away)
+        key = (_likeness(pipeline, groups, cluster), away)
         if key not in known:
             known[key] = _solve(
                 plan, pipeline, away, shape, cluster, book, profiles, memory, tuning, timer
