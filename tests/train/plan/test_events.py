@@ -231,6 +231,14 @@ def test_an_activation_sent_late_waits_for_the_gradient_that_is_due():
     assert simulate(rows, times).makespan_s < late.makespan_s
 
 
+@settings(max_examples=40, deadline=None)
+@given(_cases())
+def test_sending_late_ends_and_is_never_faster(case):
+    rows, times = case
+    late = simulate(rows, times, late_sends=True)
+    assert late.makespan_s >= simulate(rows, times).makespan_s - 1e-9
+
+
 def test_a_slow_link_sets_the_pace():
     times = PipelineTimes.even(2, forward_s=1.0, backward_s=1.0, hop=Hop(10.0))
     line = simulate(order("gpipe", 2, 1, 6), times)
