@@ -13,6 +13,7 @@ from mxn.train.plan.predict import Tuning, predict
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.sets import sailor, vtrain
 from mxn.train.plan.shape import ModelShape
+from mxn.train.plan.simulate import simulate_plan
 
 DATA = Path(__file__).parents[2] / "tests/data/training"
 
@@ -46,18 +47,26 @@ def sailor_seconds(case: sailor.SailorCase, tuning: Tuning) -> float:
     ).iteration_s
 
 
+def sailor_simulated_seconds(case: sailor.SailorCase, tuning: Tuning) -> float:
+    """Return the same from the event simulator."""
+    return simulate_plan(
+        case.plan,
+        case.shape,
+        case.cluster,
+        case.profiles,
+        memory=sailor.SAILOR_MEMORY,
+        tuning=tuning,
+    ).prediction.iteration_s
+
+
 @cache
 def vtrain_cases(recompute: Recompute) -> list[vtrain.VtrainCase]:
-    return vtrain.cases(
-        (DATA / "vtrain/single-node-measured.csv").read_text(), recompute=recompute
-    )
+    return vtrain.cases((DATA / "vtrain/single-node-measured.csv").read_text(), recompute=recompute)
 
 
 @cache
 def vtrain_links() -> dict[int, Link]:
-    tables = {
-        n: (DATA / f"vtrain/a100-allreduce-gpu{n}.lut").read_text() for n in (2, 4, 8)
-    }
+    tables = {n: (DATA / f"vtrain/a100-allreduce-gpu{n}.lut").read_text() for n in (2, 4, 8)}
     return vtrain.sum_links(tables)
 
 

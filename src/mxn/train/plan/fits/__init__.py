@@ -17,7 +17,7 @@ from mxn.train.plan.analytic import Roofline
 @cache
 def load(name: str) -> dict[str, Any]:
     """Return a fit by name. Raises: UserError for a name that there is none of."""
-    path = files(__package__) / f"{name}.json"
+    path = files(__name__) / f"{name}.json"
     if not path.is_file():
         raise UserError(f"no fit {name!r}", hint="there are: roofline, sailor, vtrain-profiles")
     return json.loads(path.read_text())

@@ -56,7 +56,7 @@ def _alone(
 ) -> Iterator[Draft]:  # fmt: skip
     """One pipeline: no gradients are summed."""
     lines = [
-        template(kinds, cut, tables.after_s(kinds, cut, None))
+        template(kinds, cut, tables.after_s(kinds, cut, []))
         for cuts in found.values()
         for cut in cuts
     ]
@@ -78,7 +78,7 @@ def _copies(
             continue
         link = _inner(tables.job.cluster, kinds, slots)
         for cut in cuts:
-            line = template(kinds, cut, tables.after_s(kinds, cut, link))
+            line = template(kinds, cut, tables.after_s(kinds, cut, [link]))
             seconds = soonest([([line.pace], times)], count)
             drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline"))
     drafts.sort(key=lambda draft: draft.estimate_s)
@@ -92,7 +92,7 @@ def _mixes(
     """Any set of pipelines, for each limit on their depth."""
     link = _outer(tables.job.cluster, kinds, num_slots)
     rows: dict[Counts, list[Template]] = {
-        slots: [template(kinds, cut, tables.after_s(kinds, cut, link)) for cut in cuts]
+        slots: [template(kinds, cut, tables.after_s(kinds, cut, [link])) for cut in cuts]
         for slots, cuts in found.items()
     }
     deepest = max((sum(slots) for slots in rows), default=0)

@@ -17,11 +17,13 @@ from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.cuts import Counts
 from mxn.train.plan.search.draft import Draft
 from mxn.train.plan.search.exact import exact_drafts
-from mxn.train.plan.search.families import Families
+from mxn.train.plan.search.families import Families, alike
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.tables import Job, Kind, TableBook
+from mxn.train.plan.search.ways import Ways, fill_of
 
 _SHARDS = (1, 4, 16, 64, 256)  # of a large pool's optimizer, as far as there are slots
+_NUM_QUICK = 3  # drafts of a quick look that are judged
 _NUM_THOROUGH = 4  # choices of a large pool that get a thorough look
 
 
@@ -47,7 +49,7 @@ class Choice:
 
 
 def pools_of(job: Job, rows: int, limits: Limits) -> list[Pool]:
-    """Return a pool for each micro-batch that could be used. Raises: UserError for one that cannot."""
+    """Return a pool for each micro-batch that could be used. Raises: UserError.""" ""
     found: list[Pool] = []
     for micro_batch in _micro_batches(job, rows, limits):
         options = (_kinds(job, group, micro_batch, limits) for group in job.cluster.groups)
@@ -81,32 +83,34 @@ def guided_search(
 ) -> Iterator[list[Draft]]:
     """Yield a quick look at each choice, then a thorough one at the best."""
     looks: list[tuple[float, int, Families]] = []
+    fill = fill_of(limits.schedules, limits.max_chunks)
     for pool in pools:
         for shards in _SHARDS if limits.may_shard_optimizer else _SHARDS[:1]:
             if shards > sum(pool.most_slots(book.job)):
                 break
-            for kinds in _promising(book, rows, pool, shards):
-                families = Families(
-                    book.at(pool.micro_batch, shards), kinds, rows // pool.micro_batch,
-                    max_stages=limits.max_stages,
-                )  # fmt: skip
+            ways = Ways(
+                book.at(pool.micro_batch, shards), rows // pool.micro_batch, fill=fill,
+                max_stages=limits.max_stages,
+            )  # fmt: skip
+            yield alike(ways, pool.options)[:_NUM_QUICK]
+            for kinds in _promising(ways, pool):
+                families = Families(ways, kinds)
                 drafts = families.simple()
                 if drafts:
                     looks.append((drafts[0].estimate_s, len(looks), families))
-                    yield drafts[:3]
+                    yield drafts[:_NUM_QUICK]
     for _, _, families in sorted(looks, key=lambda look: look[:2])[:_NUM_THOROUGH]:
         yield families.drafts()[:8]
 
 
-def _promising(book: TableBook, rows: int, pool: Pool, shards: int) -> list[tuple[Kind, ...]]:
+def _promising(ways: Ways, pool: Pool) -> list[tuple[Kind, ...]]:
     """Return widths per group: the best for each alone, the second best, and the same for all."""
-    tables = book.at(pool.micro_batch, shards)
-    count = rows // pool.micro_batch
-    rate = sum(max(book.job.num_slots(k) / tables.work_s(k) for k in of) for of in pool.options)
-    guess = 1.1 * count / rate
+    tables, job = ways.tables, ways.tables.job
+    rate = sum(max(job.num_slots(k) / tables.work_s(k) for k in of) for of in pool.options)
+    guess = 1.1 * ways.micro_batches / rate
     ranked: list[list[Kind]] = []
     for of in pool.options:
-        rates = {kind: Families(tables, [kind], count).rate(guess) for kind in of}
+        rates = {kind: Families(ways, [kind]).rate(guess) for kind in of}
         ranked.append(sorted(of, key=lambda kind: (-rates[kind], kind.tp)))
     found = [tuple(row[0] for row in ranked), tuple(row[min(1, len(row) - 1)] for row in ranked)]
     widths = sorted({kind.tp for of in pool.options for kind in of}, reverse=True)

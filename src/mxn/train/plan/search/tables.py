@@ -125,23 +125,19 @@ class Tables:
             self._hops[key] = np.array([known[size] for size in sizes])
         return self._hops[key]
 
-    def after_s(self, kinds: Sequence[Kind], cut: Cut, reduce_link: Link | None) -> float:
+    def after_s(self, kinds: Sequence[Kind], cut: Cut, reduce_links: Sequence[Link]) -> float:
         """Return what follows the last micro-batch: the largest optimizer and sum of gradients.
 
-        `reduce_link` None: there is one pipeline and nothing to sum. An estimate: twice the bytes
-        over the link.
+        An estimate: twice the bytes over each of `reduce_links`; none of them where there is one
+        pipeline.
         """
-        worst = 0.0
+        model, worst = self.job.memory, 0.0
         for stage, number in enumerate(cut.kinds):
-            kind = kinds[number]
             run = (cut.bounds[stage], cut.bounds[stage + 1])
-            sums = self._columns(kind, "none")
+            sums = self._columns(kinds[number], "none")
+            size = float(sums["params"][run]) * model.reduce_bytes * model.trainable_share
             seconds = float(sums["optimizer_s"][run]) / self.shards
-            if reduce_link is not None:
-                model = self.job.memory
-                size = sums["params"][run] * model.reduce_bytes * model.trainable_share
-                seconds += 2 * reduce_link.transfer_s(float(size))
-            worst = max(worst, seconds)
+            worst = max(worst, seconds + sum(2 * link.transfer_s(size) for link in reduce_links))
         return worst
 
     def work_s(self, kind: Kind) -> float:
