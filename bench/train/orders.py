@@ -97,11 +97,23 @@ def orders(rng: random.Random, num_pipelines: int) -> dict[str, Any]:
         }
         for name, line in made.items():
             shares.setdefault(name, []).append(line.makespan_s / base)
+        shares.setdefault("no order is below", []).append(_bound_s(times, batches) / base)
     found: dict[str, Any] = {}
     for name, values in shares.items():
         found[name] = {"mean": statistics.fmean(values), "worst": max(values)}
         print(f"{name:36} {statistics.fmean(values):.3f} of 1f1b's time, worst {max(values):.3f}")
     return found
+
+
+def _bound_s(times: PipelineTimes, batches: int) -> float:
+    """Return what no order is faster than: a stage's way to its first pass, and all its work."""
+    bound = head = 0.0
+    for stage in range(times.num_stages):
+        work = times.forward_s[stage][0] + times.backward_s[stage][0]
+        bound = max(bound, head + batches * work)
+        head += times.forward_s[stage][0]
+        head += sum(times.forward_hops[stage]) if stage < len(times.forward_hops) else 0.0
+    return bound
 
 
 def _times(rng: random.Random) -> PipelineTimes:
