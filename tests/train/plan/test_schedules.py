@@ -86,6 +86,13 @@ def test_extra_warmup_that_rises_is_refused():
         order("1f1b", 2, 1, 8, extra_warmup=(0, 3))
 
 
+def test_extra_warmup_that_makes_chunks_wait_for_ever_is_refused():
+    with pytest.raises(ConfigError, match="never ends"):
+        order("interleaved", 4, 2, 16, extra_warmup=(9, 9, 0, 0))
+    for extra in ((2, 2, 0, 0), (1, 0, 0, 0), 3):
+        validate(order("interleaved", 4, 2, 16, extra_warmup=extra))
+
+
 def test_counts_and_names_that_no_order_has_are_refused():
     with pytest.raises(ConfigError, match="unknown schedule '2f2b'"):
         order("2f2b", 2, 1, 4)

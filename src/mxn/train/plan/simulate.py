@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mxn.errors import ConfigError
+from mxn.train.plan.actions import Order, stored_peak
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.costs import CostBook, StageCost
 from mxn.train.plan.events import Timeline, simulate
@@ -22,7 +23,7 @@ from mxn.train.plan.predict import Tuning, predict
 from mxn.train.plan.prediction import Prediction, StagePrediction
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.reduction import Member, Reduction, reductions
-from mxn.train.plan.schedules import Order, order, stored_peak
+from mxn.train.plan.schedules import order
 from mxn.train.plan.shape import ModelShape
 from mxn.train.plan.times import Hop, PipelineTimes
 
