@@ -69,6 +69,11 @@ def test_the_predictors_closed_form_of_what_is_stored_is_that_of_the_order(case)
     stored = [stored_peak(row) / chunks for row in order(*case)]
     closed = [in_flight(schedule, stage, stages, batches, chunks) for stage in range(stages)]
     assert closed == stored
+    ahead = (2,) * stages
+    stored = [stored_peak(row) / chunks for row in order(*case, extra_warmup=ahead)]
+    assert stored == [
+        in_flight(schedule, stage, stages, batches, chunks, ahead) for stage in range(stages)
+    ]
 
 
 def test_gpipe_stores_every_micro_batch():

@@ -55,13 +55,12 @@ def simulate_plan(
     *,
     memory: MemoryModel | None = None,
     tuning: Tuning | None = None,
-    extra_warmup: int | Sequence[int] = 0,
     orders: Mapping[int, Order] | None = None,
 ) -> Simulation:
     """Return one step of `plan`, simulated; the prediction is of the kind that `predict` gives.
 
-    `extra_warmup` is that of `schedules.order`, for every pipeline. `orders` are one's own, by the
-    number of the pipeline; they must fit its stages, chunks and micro-batches.
+    `orders` are one's own, by the number of the pipeline; they must fit its stages, chunks and
+    micro-batches.
 
     Raises: UserError as `predict` does; ConfigError for an order that does not fit or never ends.
     """
@@ -72,7 +71,7 @@ def simulate_plan(
     lines: list[Timeline] = []
     kinds: list[int] = []
     for number, pipeline in enumerate(plan.pipelines):
-        rows = _order_of(plan, pipeline, (orders or {}).get(number), extra_warmup)
+        rows = _order_of(plan, pipeline, (orders or {}).get(number))
         key = (maker.times(pipeline), rows)
         if key not in known:
             known[key] = len(lines)
@@ -92,13 +91,28 @@ def simulate_plan(
     )
 
 
-def _order_of(
-    plan: TrainPlan, pipeline: Pipeline, own: Order | None, extra_warmup: int | Sequence[int]
-) -> Order:
+def pipeline_times(
+    plan: TrainPlan,
+    shape: ModelShape,
+    cluster: Cluster,
+    profiles: Profiles,
+    tuning: Tuning | None = None,
+) -> list[PipelineTimes]:
+    """Return the seconds of one micro-batch through each pipeline. Raises: as `simulate_plan`."""
+    book = CostBook(shape, profiles, plan.micro_batch)
+    maker = _Maker(plan, shape, cluster, book, tuning or Tuning())
+    return [maker.times(pipeline) for pipeline in plan.pipelines]
+
+
+def _order_of(plan: TrainPlan, pipeline: Pipeline, own: Order | None) -> Order:
     num_stages, num_chunks = len(pipeline.stages), len(pipeline.stages[0].chunks)
     if own is None:
         return order(
-            plan.schedule, num_stages, num_chunks, pipeline.micro_batches, extra_warmup=extra_warmup
+            plan.schedule,
+            num_stages,
+            num_chunks,
+            pipeline.micro_batches,
+            extra_warmup=pipeline.extra_warmup or 0,
         )
     if len(own) != num_stages:
         raise ConfigError(f"an order of {len(own)} stages for a pipeline of {num_stages}")
