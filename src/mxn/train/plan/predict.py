@@ -3,8 +3,8 @@
 `predict(plan, shape, cluster, profiles, memory=MemoryModel()) -> Prediction` is the one call that
 planner, commands and tests share. It adds up profiled layer times for each different pipeline once,
 so a plan over a thousand devices takes milliseconds. It does not know contention between transfers
-that share a wire, nor noise, nor what extra warm-up hides (only what it stores); the event simulator (`simulate`) replaces its closed form of a
-pipeline where schedules are uneven.
+that share a wire, nor noise, nor what extra warm-up hides (only what it stores); the event
+simulator (`simulate`) replaces its closed form of a pipeline where schedules are uneven.
 """
 
 from __future__ import annotations
