@@ -73,7 +73,8 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Share of all stages' time that no pass fills, 0 to 1; blocking transfers are in it."""
-        return 1 - sum(self.busy_s) / (self.num_stages * self.makespan_s)
+        whole = self.num_stages * self.makespan_s
+        return 1 - sum(self.busy_s) / whole if whole else 0.0
 
     @cached_property
     def stored_peak(self) -> tuple[float, ...]:
