@@ -66,7 +66,7 @@ class PipelineTimes:
                 if not (f >= 0 and 0 <= w <= b):
                     raise ConfigError(
                         f"stage {stage} has forward {f!r} s, backward {b!r} s, weight half {w!r} s",
-                        hint="seconds are at least 0, and the weight half is a part of the backward",
+                        hint="seconds are at least 0, and the weight half is part of the backward",
                     )
         for hop in (*self.forward_hops, *self.backward_hops):
             if not min(hop) >= 0:
