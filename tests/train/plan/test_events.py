@@ -285,3 +285,10 @@ def test_seconds_that_cannot_be_are_refused(seconds, message):
 def test_a_pipeline_of_no_time_has_no_bubble():
     times = PipelineTimes.even(2, forward_s=0.0, backward_s=0.0)
     assert simulate(order("1f1b", 2, 1, 2), times).bubble == 0.0
+
+
+def test_a_backward_of_weights_only_may_be_rounded():
+    times = PipelineTimes.even(2, forward_s=1.0, backward_s=2.0, weight_s=2.0 + 1e-12)
+    line = simulate(order("zero-bubble", 2, 1, 3), times)
+    for starts, ends in zip(line.starts_s, line.ends_s, strict=True):
+        assert all(start <= end for start, end in zip(starts, ends, strict=True))

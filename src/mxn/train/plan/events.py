@@ -233,7 +233,7 @@ def _seconds(row: Sequence[Action], stage: int, times: PipelineTimes) -> list[fl
     forward, backward = times.forward_s[stage], times.backward_s[stage]
     weight = times.weight_s[stage]
     whole = {"F": forward, "B": backward, "W": weight}
-    inputs = [both - half for both, half in zip(backward, weight, strict=True)]
+    inputs = [max(both - half, 0.0) for both, half in zip(backward, weight, strict=True)]
     try:
         return [
             inputs[chunk] if kind == "B" and (chunk, batch) in split else whole[kind][chunk]

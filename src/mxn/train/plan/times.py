@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 from mxn.errors import ConfigError
 
+_ROUNDING_S = (
+    1e-9  # of sums of layers: where a backward is all weights, both are equal but for this
+)
+
 
 class Hop(NamedTuple):
     """One message over one boundary, in one direction, in seconds.
@@ -63,7 +67,7 @@ class PipelineTimes:
         rows = zip(self.forward_s, self.backward_s, self.weight_s, strict=True)
         for stage, (forward, backward, weight) in enumerate(rows):
             for f, b, w in zip(forward, backward, weight, strict=True):
-                if not (f >= 0 and 0 <= w <= b):
+                if not (f >= 0 and 0 <= w <= b + _ROUNDING_S):
                     raise ConfigError(
                         f"stage {stage} has forward {f!r} s, backward {b!r} s, weight half {w!r} s",
                         hint="seconds are at least 0, and the weight half is part of the backward",
