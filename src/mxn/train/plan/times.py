@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from mxn.errors import ConfigError
 
-_ROUNDING_S = (
-    1e-9  # of sums of layers: where a backward is all weights, both are equal but for this
-)
+# Of sums of layers: where a backward is all weights, both seconds are equal but for this.
+_ROUNDING_S = 1e-9
 
 
 class Hop(NamedTuple):
