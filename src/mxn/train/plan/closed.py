@@ -30,12 +30,14 @@ def pipeline_time(
     *,
     chunks: int = 1,
     blocks: bool = False,
+    late_sends: bool = False,
 ) -> PipelineTime:
     """Return the time of `micro_batches` through `stages`.
 
     `hops[s]` are the seconds of a micro-batch's activations from stage s to s + 1 and of its
     gradients back. With `blocks` both ends of a hop stand still meanwhile; without, only the data
-    is late.
+    is late. `late_sends` (1F1B only) is the order of engines that receive the gradient that is due
+    before they send the activation that is ready, so one micro-batch fewer is on its way.
     """
     if schedule == "gpipe":
         total = _gpipe(stages, hops, micro_batches, blocks)
@@ -44,7 +46,7 @@ def pipeline_time(
     elif schedule == "interleaved" and chunks > 1:
         total = _bubble_form(stages, hops, micro_batches, blocks, chunks=chunks, waits_weight=False)
     else:
-        total = _one_f_one_b(stages, hops, micro_batches, blocks)
+        total = _one_f_one_b(stages, hops, micro_batches, blocks, late_sends)
     # The gradient of the last micro-batch leaves the later stages first.
     share = 0.0 if schedule == "zero-bubble" else 1.0 / chunks
     ends = [total]
@@ -64,7 +66,11 @@ def _held(stages: Sequence[StageCost], hops: Sequence[tuple[float, float]]) -> l
 
 
 def _one_f_one_b(
-    stages: Sequence[StageCost], hops: Sequence[tuple[float, float]], count: int, blocks: bool
+    stages: Sequence[StageCost],
+    hops: Sequence[tuple[float, float]],
+    count: int,
+    blocks: bool,
+    late_sends: bool,
 ) -> float:
     """Return 1F1B: the slowest circle of dependencies, plus filling and draining around it.
 
@@ -84,15 +90,30 @@ def _one_f_one_b(
         through = 0.0
         for t in range(s, size):
             through += busy[t] + (both[t - 1] if t > s else 0.0)
-            period = held[s] if t == s else through / (t - s + 1)
-            spare = min(count, size - t) - 1  # passes that stage t can do while it waits
-            wait = max(after[t] - spare * stages[t].forward_s, 0.0)
-            wait += max(after[t] - spare * stages[t].backward_s, 0.0)
-            # Both waits together are at most one round trip through the rest when it is slow.
-            wait = min(wait, after[t])
-            worst = max(worst, before + through + (count - 1) * period + wait)
+            widest = max(held[s : t + 1])
+            steady = _rounds(count - 1, t - s + 1, held[s] if t == s else through, widest)
+            if late_sends and t > s:
+                steady = max(steady, _rounds(count - 1, t - s, through - busy[s], widest))
+            wait = _wait(stages[t], after[t], min(count, size - t) - 1, count > size - t)
+            worst = max(worst, before + through + steady + wait)
         before += busy[s] + (both[s] if s < size - 1 else 0.0)
     return worst
+
+
+def _wait(stage: StageCost, after_s: float, spare: int, is_long: bool) -> float:
+    """Return how long a stage stands still for the rest of the pipeline, `after_s` there and back.
+
+    It has `spare` forwards to do while the first micro-batch is away, and as many backwards while
+    the last is. In a short step the first wait covers the second.
+    """
+    first = max(after_s - spare * stage.forward_s, 0.0)
+    last = max(after_s - spare * stage.backward_s, 0.0)
+    return min(first + last, after_s) if is_long else max(first, last)
+
+
+def _rounds(count: int, each: int, round_s: float, slowest_s: float) -> float:
+    """Return the time of `count` micro-batches when a round carries `each` of them."""
+    return count // each * round_s + count % each * slowest_s
 
 
 def _gpipe(

@@ -20,29 +20,30 @@ def quadratic_link(
     plateau_bytes_per_s: float,
     *,
     latency_s: float,
-    floor_bytes_per_s: float,
     basis: str = "measured",
 ) -> Link:
     """Return a link from a quadratic fit: GB/s = c2·x² + c1·x + c0 with x = log2 of the size in MB.
 
-    Such fits turn negative for small messages and leave their plateau for large ones, so the rate
-    is held between `floor_bytes_per_s` and the plateau, and `latency_s` is the least time. Past
-    its top a fit that bends down is held at the top. Raises: UserError for a plateau below 1 B/s.
+    Such fits turn negative for small messages and leave their plateau for large ones. So the rate
+    is held at the plateau, past the top of a fit that bends down at the top; no message takes
+    longer than a larger one, and none less than `latency_s`.
+    Raises: UserError for a plateau below 1 B/s.
     """
     if plateau_bytes_per_s < 1:
         raise UserError(f"a link's plateau is {plateau_bytes_per_s!r} bytes/s, expected at least 1")
     c2, c1, c0 = coefficients
     top = -c1 / (2 * c2) if c2 < 0 else math.inf
     points: list[tuple[float, float]] = []
-    for size in _FIT_SIZES:
+    seconds = math.inf
+    for size in reversed(_FIT_SIZES):
         x = min(math.log2(size / 1e6), top)
-        rate = min(max((c2 * x * x + c1 * x + c0) * 1e9, floor_bytes_per_s), plateau_bytes_per_s)
-        seconds = max(latency_s, size / rate)
-        points.append((size, max(seconds, points[-1][1] if points else 0.0)))
+        rate = min((c2 * x * x + c1 * x + c0) * 1e9, plateau_bytes_per_s)
+        seconds = min(seconds, size / rate if rate > 0 else math.inf)
+        points.append((size, max(seconds, latency_s)))
     return Link(
         latency_s=latency_s,
         bytes_per_s=plateau_bytes_per_s,
-        points=tuple(points),
+        points=tuple(reversed(points)),
         basis=basis,
     )
 
@@ -62,13 +63,20 @@ def slowest(links: Sequence[Link], num_bytes: float) -> Link | None:
     return max(links, key=lambda link: link.transfer_s(num_bytes), default=None)
 
 
-def islands_s(inner: Sequence[tuple[int, Link]], outer: Sequence[Link], num_bytes: float) -> float:
-    """Return the seconds of a sum over islands of like devices: inside each, then between leaders.
+def ring_link(num_members: int, sums: Sequence[tuple[float, float]], basis: str) -> Link:
+    """Return the link on which a ring of `num_members` takes what was measured of whole sums.
 
-    `inner` has members and slowest link of each island, `outer` the links between the leaders.
-    The islands reduce at the same time; their leaders form a ring on whole messages; handing the
-    result out inside is the second half of the inner ring, so it is already counted.
+    `sums` are (bytes, seconds) with rising bytes. Below the first, time is the first's.
+    Raises: UserError for fewer than two members or sums.
     """
-    within = max((ring_s(members, num_bytes, link) for members, link in inner), default=0.0)
-    link = slowest(outer, num_bytes / max(len(inner), 1))
-    return within if link is None else within + ring_s(len(inner), num_bytes, link)
+    if num_members < 2 or len(sums) < 2:
+        raise UserError(f"{len(sums)} sums over {num_members} devices make no link, 2 and 2 do")
+    rounds = 2 * (num_members - 1)
+    points = tuple((size / num_members, seconds / rounds) for size, seconds in sums)
+    (size, seconds), (last_size, last_s) = points[0], points[-1]
+    return Link(
+        latency_s=seconds,
+        bytes_per_s=(last_size - size) / (last_s - seconds),
+        points=points,
+        basis=basis,
+    )

@@ -9,8 +9,10 @@ pipeline where schedules are uneven.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from mxn.errors import UserError
 from mxn.train.plan.closed import PipelineTime, pipeline_time
@@ -25,9 +27,21 @@ from mxn.train.plan.shape import ModelShape
 
 _BASES = ("measured", "datasheet", "derived", "assumed", "simulated")  # strongest first
 
-Timer = Callable[
-    [Sequence[StageCost], Sequence[tuple[float, float]], int, Schedule, int, bool], PipelineTime
-]
+
+class Timer(Protocol):
+    """Times one pipeline; `closed.pipeline_time` is one."""
+
+    def __call__(
+        self,
+        stages: Sequence[StageCost],
+        hops: Sequence[tuple[float, float]],
+        micro_batches: int,
+        schedule: Schedule,
+        *,
+        chunks: int,
+        blocks: bool,
+        late_sends: bool,
+    ) -> PipelineTime: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +52,9 @@ class Tuning:
     reduce_slow_down: float = 1.0  # of gradient sums
     hops_block: bool = False  # both ends stand still while a transfer runs
     hop_copies: bool = False  # each tensor-parallel device sends the whole activation
-    hop_launch_s: float = 0.0  # on top of each transfer between stages
+    flow_bytes_per_s: float = math.inf  # of one pair of devices; while it lasts both are held
+    late_sends: bool = False  # an activation leaves only after the gradient that is due has come
+    flat_sums: bool = False  # one ring over all pipelines instead of one in each group
     reduce_overlap: float = 0.0  # share of the last backward that hides a stage's gradient sums
     step_s: float = 0.0  # of a step, whatever it does: loader, optimizer launch, loss reading
 
@@ -76,13 +92,14 @@ def predict(
     tuning = tuning or Tuning()
     plan.check()
     _check_shape(plan, shape)
-    solved = _solve_all(plan, shape, cluster, profiles, memory, tuning, timer or _closed)
+    solved = _solve_all(plan, shape, cluster, profiles, memory, tuning, timer or pipeline_time)
     sums = reductions(
         plan,
         shape,
         cluster,
         memory.reduce_bytes * memory.trainable_share,
         slow_down=tuning.reduce_slow_down,
+        flat=tuning.flat_sums,
     )
     pipeline_s = max(one.time.total_s for one in solved)
     done = _reduce_ends(solved, sums, tuning.reduce_overlap)
@@ -120,17 +137,6 @@ def _check_shape(plan: TrainPlan, shape: ModelShape) -> None:
         raise UserError(
             f"the plan has rows of {plan.seq_tokens} tokens, the model's shape {shape.seq_tokens}"
         )
-
-
-def _closed(
-    stages: Sequence[StageCost],
-    hops: Sequence[tuple[float, float]],
-    micro_batches: int,
-    schedule: Schedule,
-    chunks: int,
-    blocks: bool,
-) -> PipelineTime:
-    return pipeline_time(stages, hops, micro_batches, schedule, chunks=chunks, blocks=blocks)
 
 
 def _solve_all(
@@ -185,9 +191,18 @@ def _solve(
     costs = tuple(
         book.stage(chip, stage) for chip, stage in zip(chips, pipeline.stages, strict=True)
     )
-    hops = _hops(plan, pipeline, shape, cluster, tuning)
+    hop_bytes = _hop_bytes(plan, pipeline, shape, tuning)
+    hops = _hops(pipeline, hop_bytes, cluster, tuning)
     chunks = len(pipeline.stages[0].chunks)
-    time = timer(costs, hops, pipeline.micro_batches, plan.schedule, chunks, tuning.hops_block)
+    time = timer(
+        _with_held_time(costs, hop_bytes, chunks, tuning),
+        hops,
+        pipeline.micro_batches,
+        plan.schedule,
+        chunks=chunks,
+        blocks=tuning.hops_block,
+        late_sends=tuning.late_sends,
+    )
     size = len(costs)
     shards = len(plan.pipelines) if plan.shards_optimizer else 1
     taken = tuple(
@@ -205,18 +220,39 @@ def _solve(
     return _Solved(costs, hops, time, taken)
 
 
-def _hops(
-    plan: TrainPlan, pipeline: Pipeline, shape: ModelShape, cluster: Cluster, tuning: Tuning
-) -> tuple[tuple[float, float], ...]:
-    """Return the seconds over each border, there and back; each chunk's border is crossed."""
+def _with_held_time(
+    costs: Sequence[StageCost], hop_bytes: Sequence[float], chunks: int, tuning: Tuning
+) -> list[StageCost]:
+    """Return `costs` with the time that a stage's devices feed or drain their flows, each way."""
+    held = [num_bytes * chunks / tuning.flow_bytes_per_s for num_bytes in hop_bytes]
+    near = [sum(held[max(s - 1, 0) : s + 1]) for s in range(len(costs))]
+    return [
+        replace(cost, forward_s=cost.forward_s + extra, backward_s=cost.backward_s + extra)
+        for cost, extra in zip(costs, near, strict=True)
+    ]
+
+
+def _hop_bytes(
+    plan: TrainPlan, pipeline: Pipeline, shape: ModelShape, tuning: Tuning
+) -> tuple[float, ...]:
+    """Return the bytes that one device sends over each border, one way."""
     tokens = plan.micro_batch * plan.seq_tokens
+    return tuple(
+        shape.layers[a.chunks[0].end - 1].output_bytes
+        * tokens
+        / (1 if tuning.hop_copies else min(a.tp, b.tp))
+        for a, b in zip(pipeline.stages, pipeline.stages[1:], strict=False)
+    )
+
+
+def _hops(
+    pipeline: Pipeline, hop_bytes: Sequence[float], cluster: Cluster, tuning: Tuning
+) -> tuple[tuple[float, float], ...]:
+    """Return the seconds over each border, there and back."""
     hops: list[tuple[float, float]] = []
-    for a, b in zip(pipeline.stages, pipeline.stages[1:], strict=False):
+    for a, b, num_bytes in zip(pipeline.stages, pipeline.stages[1:], hop_bytes, strict=False):
         link = cluster.link(a.group, a.first_device, b.group, b.first_device)
-        num_bytes = shape.layers[a.chunks[0].end - 1].output_bytes * tokens
-        if not tuning.hop_copies:
-            num_bytes /= min(a.tp, b.tp)
-        seconds = link.transfer_s(num_bytes) * tuning.hop_slow_down + tuning.hop_launch_s
+        seconds = link.transfer_s(num_bytes) * tuning.hop_slow_down
         hops.append((seconds, seconds))
     return tuple(hops)
 
@@ -298,7 +334,7 @@ def _cost_micro(plan: TrainPlan, cluster: Cluster, seconds: float) -> float | No
     return None if price is None else price * seconds / 3600
 
 
-def _over_devices(plan: TrainPlan, value: dict[str, float | int | None]) -> float | None:
+def _over_devices(plan: TrainPlan, value: Mapping[str, float | int | None]) -> float | None:
     """Return the sum of a group's `value` over the plan's devices; None when one is unknown."""
     total = 0.0
     for pipeline in plan.pipelines:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mxn.train.plan.cluster import Cluster, Link
-from mxn.train.plan.links import islands_s, slowest
+from mxn.train.plan.links import ring_s, slowest
 from mxn.train.plan.plan import Stage, TrainPlan
 from mxn.train.plan.shape import ModelShape
 
@@ -36,12 +36,14 @@ def reductions(
     reduce_bytes: float,
     *,
     slow_down: float = 1.0,
+    flat: bool = False,
 ) -> list[Reduction]:
     """Return all sums of a step, in the order of the layers; none when there is one pipeline.
 
-    `reduce_bytes` is per parameter that is trained. Raises: UserError for a link that is missing.
+    `reduce_bytes` is per parameter that is trained; `flat` makes one ring over all pipelines where
+    the default sums inside each group first. Raises: UserError for a link that is missing.
     """
-    found = [] if len(plan.pipelines) < 2 else _by_layers(plan, shape, cluster, reduce_bytes)
+    found = [] if len(plan.pipelines) < 2 else _by_layers(plan, shape, cluster, reduce_bytes, flat)
     if shape.is_tied:
         found += _tied(plan, shape, cluster, reduce_bytes)
     return [
@@ -51,7 +53,7 @@ def reductions(
 
 
 def _by_layers(
-    plan: TrainPlan, shape: ModelShape, cluster: Cluster, reduce_bytes: float
+    plan: TrainPlan, shape: ModelShape, cluster: Cluster, reduce_bytes: float, flat: bool
 ) -> list[Reduction]:
     holders = [_holder_of(pipeline.stages, plan.num_layers) for pipeline in plan.pipelines]
     starts = sorted({0} | {at for row in holders for at in _changes(row)})
@@ -64,7 +66,7 @@ def _by_layers(
         num_bytes = params * reduce_bytes / min(stage.tp for stage in stages)
         key = (num_bytes, tuple((stage.group, stage.first_device) for stage in stages))
         if key not in known:
-            known[key] = sum_s(stages, cluster, num_bytes)
+            known[key] = sum_s(stages, cluster, num_bytes, flat=flat)
         found.append(Reduction(members=members, num_bytes=num_bytes, seconds=known[key]))
     return found
 
@@ -102,11 +104,13 @@ def _tied(
     return found
 
 
-def sum_s(stages: Sequence[Stage], cluster: Cluster, num_bytes: float) -> float:
+def sum_s(
+    stages: Sequence[Stage], cluster: Cluster, num_bytes: float, *, flat: bool = False
+) -> float:
     """Return the seconds to sum `num_bytes` over `stages`: inside each group, then between groups.
 
     One device of each stage takes part; the devices of a tensor-parallel stage sum their parts at
-    the same time, on links of their own.
+    the same time, on links of their own. `flat`: one ring over all, as slow as its slowest link.
     """
     members = Counter(stage.group for stage in stages)
     inner = [
@@ -114,17 +118,22 @@ def sum_s(stages: Sequence[Stage], cluster: Cluster, num_bytes: float) -> float:
         for name, count in members.items()
         if count > 1
     ]
-    if len(members) == 1:
-        return islands_s(inner, [], num_bytes)
-    first = {stage.group: stage for stage in reversed(stages)}
-    names = list(members)
-    pairs = zip(names, [*names[1:], names[0]], strict=True)
-    outer = [
-        cluster.link(a, first[a].first_device, b, first[b].first_device)
-        for a, b in (pairs if len(names) > 2 else [(names[0], names[1])])
-    ]
-    within = islands_s(inner, [], num_bytes)
-    return within + islands_s([(1, outer[0])] * len(names), outer, num_bytes)
+    outer = _outer_links(stages, cluster, list(members))
+    if flat:
+        link = slowest([*outer, *(link for _, link in inner)], num_bytes / len(stages))
+        return 0.0 if link is None else ring_s(len(stages), num_bytes, link)
+    within = max((ring_s(count, num_bytes, link) for count, link in inner), default=0.0)
+    link = slowest(outer, num_bytes / len(members))
+    return within if link is None else within + ring_s(len(members), num_bytes, link)
+
+
+def _outer_links(stages: Sequence[Stage], cluster: Cluster, names: Sequence[str]) -> list[Link]:
+    """Return the links of a ring over the first device of each group; none for one group."""
+    if len(names) < 2:
+        return []
+    first = {stage.group: stage.first_device for stage in reversed(stages)}
+    after = [*names[1:], names[0]] if len(names) > 2 else names[1:]
+    return [cluster.link(a, first[a], b, first[b]) for a, b in zip(names, after, strict=False)]
 
 
 def _inner_link(cluster: Cluster, name: str, stages: Sequence[Stage], num_bytes: float) -> Link:
