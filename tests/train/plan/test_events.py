@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxn.errors import ConfigError
-from mxn.train.plan.events import Hop, PipelineTimes, simulate
+from mxn.train.plan.events import simulate
 from mxn.train.plan.schedules import Action, order, split_backwards
+from mxn.train.plan.times import Hop, PipelineTimes
 
 
 def naive_times(rows, times):
@@ -229,6 +230,14 @@ def test_an_activation_sent_late_waits_for_the_gradient_that_is_due():
     late = simulate(rows, times, late_sends=True)
     assert late.makespan_s == pytest.approx(1.0 + 0.5 + 8 * 3.0 + 7 * 1.0 + 0.5 + 2.0)
     assert simulate(rows, times).makespan_s < late.makespan_s
+
+
+@settings(max_examples=40, deadline=None)
+@given(_cases())
+def test_sending_late_ends_and_is_never_faster(case):
+    rows, times = case
+    late = simulate(rows, times, late_sends=True)
+    assert late.makespan_s >= simulate(rows, times).makespan_s - 1e-9
 
 
 def test_a_slow_link_sets_the_pace():
