@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mxn.cli import train_run
 from mxn.cli.options import Json
 
 if TYPE_CHECKING:
+    from mxn.train.plan.plan import TrainPlan
     from mxn.train.run.job import Job
     from mxn.train.run.prepare import Task
 
@@ -33,7 +35,11 @@ ModelOption = Annotated[
     typer.Option("--model", help="Without a job: a folder with a config.json, or a known model."),
 ]
 ClusterOption = Annotated[
-    Path | None, typer.Option("--cluster", help="Without a job: a TOML file with chips and links.")
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="Without a job: a TOML file with chips and links, or two-chips-768, six-chips-1000.",
+    ),
 ]
 SeqTokens = Annotated[int, typer.Option("--seq-tokens", help="With --model: tokens of a row.")]
 Rows = Annotated[int, typer.Option("--global-batch", help="With --model: rows of a step.")]
@@ -48,6 +54,13 @@ Timeline = Annotated[
     Path | None,
     typer.Option("--timeline", help="Write a picture of a step: a file that ends in .svg."),
 ]
+
+app.command("run")(train_run.run)
+app.command("resume")(train_run.resume)
+app.command("status")(train_run.status)
+app.command("export")(train_run.export)
+app.command("drop")(train_run.drop)
+app.command("add")(train_run.add)
 
 
 @app.command("profile")
@@ -85,10 +98,14 @@ def plan(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the plan here, for a job's `plan:`.")
     ] = None,
+    timeline: Timeline = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Find the best plan for JOB on its devices, or for a model on a cluster that nobody has."""
+    """Find the best plan for JOB on its devices, or for a model on a cluster that nobody has.
+
+    Without a job nothing is measured: chips are derived from their data sheets.
+    """
     from mxn.cli.train_show import found_json, others_lines, plan_lines
 
     task = _task(job, model, cluster, seq_tokens, global_batch, micro_batch, dtype, fresh)
@@ -96,7 +113,9 @@ def plan(
     best = found.best
     if out is not None:
         out.write_text(best.plan.to_json() + "\n", encoding="utf-8")
-        _say(f"written to {out}")
+        _say(f"plan written to {out}")
+    if timeline is not None:
+        _draw(task, best.plan, timeline)
     if as_json:
         typer.echo(json.dumps(found_json(found), indent=2))
         return
@@ -104,10 +123,60 @@ def plan(
         typer.echo(line)
 
 
+@app.command("simulate")
+def simulate(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan: `plan --out PLAN`.")],
+    job: MaybeJob = None,
+    model: ModelOption = None,
+    cluster: ClusterOption = None,
+    seq_tokens: SeqTokens = 4096,
+    global_batch: Rows = 256,
+    dtype: PlanDtype = "bfloat16",
+    timeline: Timeline = None,
+    as_json: Json = False,
+) -> None:
+    """Simulate a step of PLAN pass by pass, on the devices of JOB or on a cluster file's."""
+    from mxn.cli.train_show import plan_lines, simulation_json
+    from mxn.train.plan.timeline import text
+    from mxn.train.run.prepare import read_plan
+
+    chosen = read_plan(plan_file)
+    size = str(chosen.micro_batch)
+    task = _task(job, model, cluster, seq_tokens, global_batch, size, dtype, fresh=False)
+    found = task.simulate(chosen)
+    if timeline is not None:
+        _draw(task, chosen, timeline)
+    if as_json:
+        typer.echo(json.dumps(simulation_json(found), indent=2))
+        return
+    for line in plan_lines(chosen, found.prediction, task):
+        typer.echo(line)
+    typer.echo(text(found.lanes()))
+
+
+def _draw(task: Task, plan: TrainPlan, path: Path) -> None:
+    """Write the picture of a simulated step."""
+    from mxn.errors import ConfigError
+    from mxn.train.plan.timeline_svg import svg
+    from mxn.units import format_seconds
+
+    if path.suffix != ".svg":
+        raise ConfigError(f"--timeline {str(path)!r} does not end in .svg")
+    found = task.simulate(plan)
+    prediction = found.prediction
+    title = f"{plan.model}: a step of {format_seconds(prediction.iteration_s)}"
+    below = (
+        f"{plan.schedule}, {plan.num_devices} devices, {plan.micro_batches} micro-batches; "
+        f"idle {prediction.bubble:.1%}; {prediction.basis}"
+    )
+    path.write_text(svg(found.lanes(), title=title, subtitle=below), encoding="utf-8")
+    _say(f"picture written to {path}")
+
+
 def _task(
     job: Path | None,
     model: str | None,
-    cluster: Path | None,
+    cluster: str | None,
     seq_tokens: int,
     rows: int,
     micro_batch: str | None,

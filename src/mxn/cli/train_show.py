@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mxn.train.plan.plan import Pipeline, TrainPlan
     from mxn.train.plan.prediction import Prediction
     from mxn.train.plan.search.choices import Candidate, Found
+    from mxn.train.plan.simulate import Simulation
     from mxn.train.run.measure import Measured
     from mxn.train.run.prepare import Task
     from mxn.train.run.stored import StoredLink, StoredProfile
@@ -170,6 +171,22 @@ def found_json(found: Found) -> dict[str, Any]:
         "num_looked_at": found.num_looked_at,
         "is_exact": found.is_exact,
     }  # fmt: skip
+
+
+def simulation_json(found: Simulation) -> dict[str, Any]:
+    return {
+        "plan": asdict(found.plan),
+        "prediction": asdict(found.prediction),
+        "stages": [
+            {
+                "label": lane.label,
+                "detail": lane.detail,
+                "idle": lane.idle,
+                "spans": [list(span) for span in lane.spans],
+            }
+            for lane in found.lanes()
+        ],
+    }
 
 
 # -- text --------------------------------------------------------------------------------------

@@ -1,92 +1,102 @@
-"""Starts the processes of a measurement and collects what they found. Start at `ask_ranks`."""
+"""Starts the processes of a measurement as the job starts its ranks, and collects what they found.
+
+Knows no profiles. Start at `ask_ranks`.
+"""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mxn.chips.registry import chip_of
-from mxn.errors import ChipError, UnsupportedError
+from mxn.errors import ChipError
+from mxn.train.run.cpu_share import CpuShare
 from mxn.train.run.job import Job
+from mxn.train.run.launch import log_path, start_process, tail_of
 from mxn.train.run.measured import Answer, Request
-
-if TYPE_CHECKING:
-    from mxn.chips.chip import Device
 
 _LONGEST_S = 3600.0
 
 
-def ask_ranks(job: Job, request: Request, devices: Mapping[int, Device]) -> list[Answer]:
+def ask_ranks(job: Job, request: Request) -> list[Answer]:
     """Run one process for each member of `request` and return their answers, by rank.
 
-    Raises: ChipError with the end of its log for a process that failed.
+    Raises: ChipError with the end of its log for a process that failed; UnsupportedError where
+    this machine limits no CPU shares.
     """
     from mxn.train.run.bridge import serve_store
 
-    if any(job.group(member.group).cpu_share is not None for member in request.members):
-        raise UnsupportedError("cpu_share is not provided yet")
     store, address = serve_store()
     with tempfile.TemporaryDirectory(prefix="mxn-profile-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(request.to_json())
-        processes = [
-            _start(folder, member.rank, address, devices[member.rank], job.group(member.group))
-            for member in request.members
-        ]
+        processes: list[subprocess.Popen[bytes]] = []
+        shares: list[CpuShare] = []
         try:
-            _wait(processes, folder, devices)
+            for member in request.members:
+                _start(job, member.rank, member.group, folder, address, processes, shares)
+            _wait(processes, request, folder)
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+            _end(processes, shares)
         answers = [
             Answer.from_json((folder / f"answer-{rank}.json").read_text())
             for rank in range(len(processes))
         ]
-    del store
+    del store  # the ranks met there: it had to live as long as they
     return answers
 
 
 def _start(
-    folder: Path, rank: int, address: str, device: Device, group: object
-) -> subprocess.Popen[bytes]:
-    threads = str(getattr(group, "threads", 1))
-    variables = {**os.environ, **chip_of(device.vendor).environment, "OMP_NUM_THREADS": threads}
-    with (folder / f"rank-{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "mxn.train.run.measure_rank",
-             str(folder / "request.json"), str(rank), address],
-            env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
-
-
-def _wait(
-    processes: Sequence[subprocess.Popen[bytes]], folder: Path, devices: Mapping[int, Device]
+    job: Job,
+    rank: int,
+    group_name: str,
+    folder: Path,
+    address: str,
+    processes: list[subprocess.Popen[bytes]],
+    shares: list[CpuShare],
 ) -> None:
+    group = job.group(group_name)
+    if group.cpu_share is not None:
+        shares.append(CpuShare.create(group.cpu_share, f"measure-{rank}"))
+    request = str(folder / "request.json")
+    command = [sys.executable, "-m", "mxn.train.run.measure_rank", request, str(rank), address]
+    processes.append(start_process(command, log_path(folder, rank), group))
+    if group.cpu_share is not None:
+        shares[-1].take_in(processes[-1].pid)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], request: Request, folder: Path) -> None:
     """Wait for all to end well. Raises: ChipError for the first that does not."""
-    deadline = time.monotonic() + _LONGEST_S
+    deadline_s = time.monotonic() + _LONGEST_S
     while any(process.poll() is None for process in processes):
-        for rank, process in enumerate(processes):
-            if process.poll() not in (None, 0):
-                raise _failed(rank, f"exit status {process.returncode}", folder, devices)
-        if time.monotonic() > deadline:
-            raise _failed(0, f"no answer in {_LONGEST_S:g} s", folder, devices)
+        _check(processes, request, folder)
+        if time.monotonic() > deadline_s:
+            raise ChipError(f"no measurement in {_LONGEST_S:g} s", device=request.members[0].device)
         time.sleep(0.05)
-    for rank, process in enumerate(processes):
-        if process.returncode:
-            raise _failed(rank, f"exit status {process.returncode}", folder, devices)
+    _check(processes, request, folder)
 
 
-def _failed(rank: int, how: str, folder: Path, devices: Mapping[int, Device]) -> ChipError:
-    lines = (folder / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()
-    said = "\n  ".join(lines[-8:]) or "nothing"
-    device = devices[rank].id
-    return ChipError(
-        f"the measurement on {device} failed ({how}); it said:\n  {said}", device=device
+def _check(processes: Sequence[subprocess.Popen[bytes]], request: Request, folder: Path) -> None:
+    """Name the one that was killed before those that only lost it."""
+    failed = [(p.returncode > 0, rank) for rank, p in enumerate(processes) if p.poll()]
+    if not failed:
+        return
+    rank = min(failed)[1]
+    status, device = processes[rank].returncode, request.members[rank].device
+    said = tail_of(log_path(folder, rank))
+    raise ChipError(
+        f"the measurement on {device} failed with status {status}; the end of its log:\n{said}",
+        device=device,
     )
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], shares: Sequence[CpuShare]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+    for share in shares:
+        share.remove()

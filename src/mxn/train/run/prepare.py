@@ -24,6 +24,7 @@ from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.shape import ModelShape
 
 if TYPE_CHECKING:
+    from mxn.train.plan.simulate import Simulation
     from mxn.train.run.job import Job
     from mxn.train.run.measure import Measured
 
@@ -56,6 +57,12 @@ class Task:
 
     def predict(self, plan: TrainPlan) -> Prediction:
         return predict(plan, self.shape, self.cluster, self.profiles, memory=self.memory)
+
+    def simulate(self, plan: TrainPlan) -> Simulation:
+        """Return a step of `plan`, pass by pass."""
+        from mxn.train.plan.simulate import simulate_plan
+
+        return simulate_plan(plan, self.shape, self.cluster, self.profiles, memory=self.memory)
 
 
 def task_of_job(
@@ -154,16 +161,17 @@ def with_devices(job: Job) -> Job:
 
 def task_of_cluster(
     model: Path,
-    cluster_file: Path,
+    cluster: str,
     *,
     seq_tokens: int,
     rows: int,
     micro_batches: Sequence[int] = (),
     dtype: str = "bfloat16",
 ) -> Task:
-    """Return the task of training the model of a config.json on a cluster that a file describes.
+    """Return the task of training the model of a config.json on a cluster that nobody has.
 
-    `model` is a folder with a config.json, or that file. Needs no hardware and no weights.
+    `cluster` is a TOML file or the name of a preset; `model` is a folder with a config.json, or
+    that file. Needs no hardware and no weights.
     Raises: ConfigError with the line of the cluster file; UnsupportedError for the model.
     """
     from mxn.chips.specs import all_specs
@@ -171,13 +179,9 @@ def task_of_cluster(
     from mxn.train.plan.clusters import read_cluster
     from mxn.train.shapes import read_shape
 
-    if not cluster_file.is_file():
-        raise NotFoundError(f"no cluster file {str(cluster_file)!r}")
     folder = model.parent if model.is_file() else model
     shape = read_shape(folder, seq_tokens=seq_tokens, dtype=dtype)
-    described = read_cluster(
-        cluster_file.read_text(encoding="utf-8"), str(cluster_file), all_specs()
-    )
+    described = read_cluster(_cluster_text(cluster), cluster, all_specs())
     sizes = tuple(micro_batches) or tuple(size for size in _MICRO_BATCHES if rows % size == 0)
     profiles: dict[str, ChipProfile] = {}
     for group in described.cluster.groups:
@@ -199,3 +203,16 @@ _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 def _widths(devices_per_node: int) -> list[int]:
     return [width for width in (1, 2, 4, 8, 16) if width <= devices_per_node]
+
+
+def _cluster_text(cluster: str) -> str:
+    from mxn.train.plan.simulated import PRESETS
+
+    if cluster in PRESETS:
+        return PRESETS[cluster]
+    path = Path(cluster)
+    if not path.is_file():
+        raise NotFoundError(
+            f"no cluster file {cluster!r}", hint=f"name a TOML file, or {', '.join(PRESETS)}"
+        )
+    return path.read_text(encoding="utf-8")

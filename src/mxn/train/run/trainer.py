@@ -19,7 +19,7 @@ from mxn.train.run import lora
 from mxn.train.run.bridge import Bridge
 from mxn.train.run.data import MicroBatch, Rows
 from mxn.train.run.deferred import Add, DeferredWeights
-from mxn.train.run.executor import Executor
+from mxn.train.run.executor import Executor, StepWork
 from mxn.train.run.gradients import Gradients
 from mxn.train.run.net import StageModule
 from mxn.train.run.optim import AdamW, GradientSums, clip_factor
@@ -30,14 +30,21 @@ from mxn.train.run.weights import ModelSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankTimes:
+    """What a rank's thread did in a step, in seconds."""
+
+    busy_s: float  # computing, as far as the host can tell
+    waited_s: float  # for neighbours of the pipeline
+    reduce_s: float  # for sums of gradients, behind the last backward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankStep:
-    """A step as one rank saw it. `log` and `flags` are the same on all ranks."""
+    """A step; the same on all ranks but for `log.seconds` and `optimizer_s`."""
 
     log: StepLog
     flags: int  # what ranks said with this step, or-ed together
-    busy_s: float  # computing, as far as the host's thread can tell
-    waited_s: float  # for neighbours of the pipeline
-    reduce_s: float  # for sums of gradients, behind the last backward pass
+    times: tuple[RankTimes, ...]  # by rank
     optimizer_s: float
 
 
@@ -119,8 +126,14 @@ class RankTrainer:
         work = self.executor.run(lru_cache(4)(partial(self._batch, first)))
         computed_s = time.perf_counter()
         self.gradients.finish()
-        square, loss, tokens, said = self._exchange(work.losses, work.num_tokens, flags)
         summed_s = time.perf_counter()
+        mine = RankTimes(
+            busy_s=work.total_s - work.waited_s,
+            waited_s=work.waited_s,
+            reduce_s=summed_s - computed_s,
+        )
+        square, loss, tokens, said, times = self._exchange(work, flags, mine)
+        told_s = time.perf_counter()
         share = 1 / max(1, tokens)
         norm = square**0.5 * share
         rate = learning_rate(self.settings.schedule, self.step)
@@ -140,24 +153,30 @@ class RankTrainer:
         return RankStep(
             log=log,
             flags=said,
-            busy_s=work.total_s - work.waited_s,
-            waited_s=work.waited_s,
-            reduce_s=summed_s - computed_s,
-            optimizer_s=end_s - summed_s,
+            times=times,
+            optimizer_s=end_s - told_s,
         )
 
     def _exchange(
-        self, losses: list[Tensor], num_tokens: int, flags: int
-    ) -> tuple[float, float, int, int]:
-        """Return squared norm, sum of losses, tokens and flags of all ranks, added in rank order"""
-        loss = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
-        mine = [self.gradients.square_norm(), loss, float(num_tokens), float(flags)]
+        self, work: StepWork, flags: int, times: RankTimes
+    ) -> tuple[float, float, int, int, tuple[RankTimes, ...]]:
+        """Return squared norm, sum of losses, tokens, flags and times of all ranks.
+
+        Numbers are added in the order of ranks, so that every rank has the same bits.
+        """
+        loss = torch.stack(work.losses).cpu().double().sum().item() if work.losses else 0.0
+        mine = [self.gradients.square_norm(), loss, float(work.num_tokens), float(flags)]
         said = 0
         square = total = tokens = 0.0
-        for other_square, other_loss, other_tokens, other_flags in self.bridge.gather(mine):
-            square, total = square + other_square, total + other_loss
+        seen: list[RankTimes] = []
+        told = [times.busy_s, times.waited_s, times.reduce_s]
+        for others, other_loss, other_tokens, other_flags, *spent in self.bridge.gather(
+            mine + told
+        ):
+            square, total = square + others, total + other_loss
             tokens, said = tokens + other_tokens, said | int(other_flags)
-        return square, total, int(tokens), said
+            seen.append(RankTimes(busy_s=spent[0], waited_s=spent[1], reduce_s=spent[2]))
+        return square, total, int(tokens), said, tuple(seen)
 
     def _batch(self, first: int, micro_batch: int) -> MicroBatch:
         return self.rows.micro_batch(first + micro_batch).to(self.bridge.device)
