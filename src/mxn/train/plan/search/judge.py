@@ -5,7 +5,8 @@ Deterministic: of two that tie, the one with fewer devices or the one found firs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from mxn.errors import CapacityError
 from mxn.train.plan.plan import TrainPlan
@@ -15,10 +16,12 @@ from mxn.train.plan.search.build import plans_of, with_schedule
 from mxn.train.plan.search.choices import Candidate, Found, Limits, Rejected
 from mxn.train.plan.search.draft import Draft
 from mxn.train.plan.search.tables import TableBook
+from mxn.train.plan.simulate import simulate_plan
 from mxn.units import format_bytes
 
 _HOPELESS = 1.3  # an estimate that is so much over the best plan is not predicted
 
+_MOST_SIMULATED = 24  # whatever the closed form promises
 _NUM_RESCHEDULED = 10  # of the best as 1F1B and by estimate, tried under every schedule
 
 
@@ -70,13 +73,47 @@ class Judge:
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
         if not allowed:
             raise self._nothing_fits()
+        ranking = self._simulated(allowed)
         return Found(
-            best=allowed[0],
-            runners_up=tuple(allowed[1 : 1 + self._limits.num_kept]),
+            best=ranking[0],
+            runners_up=tuple(ranking[1 : 1 + self._limits.num_kept]),
             rejected=tuple(self._refused.values())[: self._limits.num_kept],
             num_looked_at=len(self._seen),
             is_exact=is_exact,
         )
+
+    def _simulated(self, allowed: Sequence[Candidate]) -> list[Candidate]:
+        """Return the best few as simulated, in their order, then the others as predicted.
+
+        One more is simulated while the closed form promises that it beats the simulated best.
+        """
+        found: list[Candidate] = []
+        if not self._limits.num_simulated:
+            return list(allowed)
+        for number, candidate in enumerate(allowed):
+            best = min((c.prediction.iteration_s for c in found), default=float("inf"))
+            enough = number >= self._limits.num_simulated
+            if enough and (candidate.prediction.iteration_s >= best or number >= _MOST_SIMULATED):
+                break
+            found.append(self._simulate(candidate))
+        fits = [c for c in found if c.prediction.fits]
+        fits.sort(key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices))
+        rest = list(allowed[len(found) :])
+        if not fits and not rest:
+            raise self._nothing_fits()
+        return fits + rest
+
+    def _simulate(self, candidate: Candidate) -> Candidate:
+        job = self._job
+        seen = simulate_plan(
+            candidate.plan, job.shape, job.cluster, job.profiles, memory=job.memory
+        ).prediction
+        if not seen.fits:
+            reason = _too_large(candidate.plan, seen)
+            self._refused[candidate.plan] = Rejected(
+                plan=candidate.plan, origin=candidate.origin, reason=reason
+            )
+        return replace(candidate, prediction=seen, is_simulated=True)
 
     def _look_at(self, plan: TrainPlan, origin: str) -> Candidate | None:
         if plan in self._seen:
