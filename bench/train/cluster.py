@@ -1,6 +1,6 @@
 """The planner on clusters that nobody here has: two chips on 768 devices, six on a thousand.
 
-    python bench/train/cluster.py [--only cases|links|scale] [--out bench/results/train-cluster.json]
+    python bench/train/cluster.py [--only cases|links|scale] [--out FILE]
 
 For models of 70B and 140B: the plan, its predicted share of both bounds, the time of the search;
 how the result depends on the link between makers; and where more devices stop helping, up to ten

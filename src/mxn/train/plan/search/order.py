@@ -21,10 +21,10 @@ from mxn.train.plan.search.exact import exact_drafts
 from mxn.train.plan.search.families import Families, Rough, alike
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.tables import Job, Kind, TableBook
-from mxn.train.plan.search.ways import Ways, fill_of
+from mxn.train.plan.search.ways import Ways
 
 _SHARDS = (1, 8, 64)  # of a large pool's optimizer, as far as there are slots
-_NUM_JUDGED = 8  # drafts of each origin that are predicted
+_NUM_JUDGED = 6  # drafts of each origin that are predicted
 _NUM_THOROUGH = 4  # choices of a large pool that get a thorough look
 
 
@@ -75,7 +75,7 @@ def exact_search(
             yield exact_drafts(
                 book.at(choice.micro_batch, shards), choice.kinds, counts,
                 rows // choice.micro_batch, max_stages=limits.max_stages,
-                worth_s=judge.worth_s(), fill=fill_of(limits.schedules, limits.max_chunks),
+                worth_s=judge.worth_s(), styles=limits.styles,
             )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def guided_search(
     book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool], judge: Judge
 ) -> Iterator[list[Draft]]:
     """Yield a quick look at each choice, then a thorough one at the best."""
-    fill = fill_of(limits.schedules, limits.max_chunks)
+    fill = min(style.fill for style in limits.styles)
     found: list[Rough] = []
     looks: list[tuple[float, int, Families]] = []
     makers = {
@@ -108,7 +108,7 @@ def guided_search(
     yield [
         draft
         for rough in _best_of_each(found)
-        for draft in rough.exact(makers[rough.ways.tables.micro_batch])
+        for draft in rough.exact(makers[rough.ways.tables.micro_batch], limits.styles)
     ]
 
 
