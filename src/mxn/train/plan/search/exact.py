@@ -15,13 +15,17 @@ from mxn.train.plan.search.draft import Draft, Style, Template, template
 from mxn.train.plan.search.packing import Option, pack, soonest
 from mxn.train.plan.search.tables import Kind, Tables
 
-MAX_STATES = 1000  # of the program over slots used, times kinds
+_SMALL = 1000  # a millisecond each, about
+
+
+def effort_of(num_slots: Counts, num_layers: int) -> float:
+    """Return how much work it is to try everything: states of the program, kinds squared."""
+    return prod(n + 1 for n in num_slots) * len(num_slots) ** 2 * (num_layers / 26) ** 2
 
 
 def is_small(num_slots: Counts, num_layers: int) -> bool:
-    """Return whether trying everything takes well under a second."""
-    states = prod(n + 1 for n in num_slots) * len(num_slots) ** 2
-    return states * (num_layers / 26) ** 2 <= MAX_STATES
+    """Return whether trying everything for one choice of widths takes about a second at most."""
+    return effort_of(num_slots, num_layers) <= _SMALL
 
 
 def exact_drafts(

@@ -295,6 +295,8 @@ def draft_of(ways: Ways, sets: Sets, origin: str) -> Rough | None:
         rows[way.row] = rows.get(way.row, 0) + num
     merged = tuple((by_row[row], num) for row, num in rows.items())
     paces = [((_pace(way, len(rows) > 1),), num) for way, num in merged]
+    if sum(num for _, num in merged) == 1:
+        origin = "one pipeline"
     return Rough(ways, merged, soonest(paces, ways.micro_batches), origin)
 
 

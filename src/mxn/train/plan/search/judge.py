@@ -19,7 +19,7 @@ from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.simulate import simulate_plan
 from mxn.units import format_bytes
 
-_HOPELESS = 1.3  # an estimate that is so much over the best plan is not predicted
+_HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
 
 _MOST_SIMULATED = 24  # whatever the closed form promises
 _NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
