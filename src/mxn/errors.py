@@ -14,6 +14,7 @@
     ├─ DeadlineError              a time limit of the request passed
     ├─ ChipError                  hardware or driver failed; carries the device id
     ├─ EngineDiedError            the engine process ended while requests were under way
+    ├─ PeerError                  a rank of a training job died or did not answer in time
     └─ InternalError              our bug
 
 A message says what, the value and the limit; `hint` is one action the caller can take.
@@ -136,6 +137,14 @@ class EngineDiedError(MxnError):
     ) -> None:
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
+
+
+class PeerError(MxnError):
+    """Another rank of a training job died, or did not send or take a message in time."""
+
+    def __init__(self, message: str, *, rank: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.rank = rank
 
 
 class InternalError(MxnError):

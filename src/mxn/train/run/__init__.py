@@ -1,1 +1,1 @@
-"""Carry out a training plan on real devices. Start at `job.Job`."""
+"""Carry a training plan out on real devices. Loads torch. Start at `rank` and `launch`."""

@@ -1,0 +1,116 @@
+"""What a stage costs: its layers' profiled times added up. Start at `CostBook.stage`.
+
+Sums are kept as prefixes for each chip and tensor-parallel width, so a stage costs two look-ups per
+chunk however many layers it has. Knows no schedule and no link.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from mxn.errors import UserError
+from mxn.train.plan.memory import kept_bytes
+from mxn.train.plan.plan import Recompute, Stage
+from mxn.train.plan.profile import Profiles
+from mxn.train.plan.shape import LayerShape, ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCost:
+    """One stage and one micro-batch: seconds of its devices, and bytes on each of them.
+
+    `backward_s` holds all of the backward, recomputation too; `weight_s` is the part of it that can
+    wait. `params` are per device.
+    """
+
+    forward_s: float
+    backward_s: float
+    weight_s: float
+    optimizer_s: float  # once per step, nothing shared out
+    params: float
+    kept_bytes: float
+    working_bytes: float
+
+    @property
+    def busy_s(self) -> float:
+        return self.forward_s + self.backward_s
+
+
+def core_share(layer: LayerShape) -> float:
+    """Return which part of a layer's forward work is attention over the context, 0 to 1.
+
+    It is what remains after two operations per weight; selective recomputation does it twice.
+    """
+    if layer.forward_flop <= 0 or not layer.kind.startswith("block"):
+        return 0.0
+    weights = layer.params if layer.active_params is None else layer.active_params
+    return min(max(1 - 2 * weights / layer.forward_flop, 0.0), 1.0)
+
+
+class CostBook:
+    """Costs of any run of layers on any chip of `profiles`, for one shape and micro-batch."""
+
+    def __init__(self, shape: ModelShape, profiles: Profiles, micro_batch: int) -> None:
+        self._shape = shape
+        self._profiles = profiles
+        self._micro_batch = micro_batch
+        self._sums: dict[tuple[str, int, Recompute], tuple[list[float], ...]] = {}
+
+    def stage(self, chip: str, stage: Stage) -> StageCost:
+        """Return the cost of `stage` on `chip`.
+
+        Raises: UserError when the chip, or a kind of layer on it, has no profile.
+        """
+        sums = self._prefixes(chip, stage.tp, stage.recompute)
+        total = [
+            sum(column[chunk.end] - column[chunk.first] for chunk in stage.chunks)
+            for column in sums
+        ]
+        forward_s, backward_s, weight_s, optimizer_s, params, kept = total
+        return StageCost(
+            forward_s=forward_s,
+            backward_s=backward_s,
+            weight_s=weight_s,
+            optimizer_s=optimizer_s,
+            params=params,
+            kept_bytes=kept,
+            working_bytes=self._working(stage) if stage.recompute != "none" else 0.0,
+        )
+
+    def _working(self, stage: Stage) -> float:
+        tokens = self._micro_batch * self._shape.seq_tokens
+        return max(
+            kept_bytes(layer, tokens, stage.tp, "none")
+            for chunk in stage.chunks
+            for layer in self._shape.layers[chunk.first : chunk.end]
+        )
+
+    def _prefixes(self, chip: str, tp: int, recompute: Recompute) -> tuple[list[float], ...]:
+        key = (chip, tp, recompute)
+        if key not in self._sums:
+            rows = [self._row(chip, tp, recompute, layer) for layer in self._shape.layers]
+            self._sums[key] = tuple(
+                list(accumulate(column, initial=0.0)) for column in zip(*rows, strict=True)
+            )
+        return self._sums[key]
+
+    def _row(
+        self, chip: str, tp: int, recompute: Recompute, layer: LayerShape
+    ) -> tuple[float, float, float, float, float, float]:
+        profile = self._profiles.get(chip)
+        if profile is None:
+            known = ", ".join(sorted(self._profiles))
+            raise UserError(f"chip {chip!r} has no profile", hint=f"there are: {known}")
+        cost = profile.layer(layer.kind, self._micro_batch, tp)
+        again = {"none": 0.0, "selective": core_share(layer), "full": 1.0}[recompute]
+        weight_s = cost.backward_s / 2 if cost.weight_s is None else cost.weight_s
+        tokens = self._micro_batch * self._shape.seq_tokens
+        return (
+            cost.forward_s,
+            cost.backward_s + again * cost.forward_s,
+            weight_s,
+            cost.optimizer_s,
+            layer.params / tp,
+            kept_bytes(layer, tokens, tp, recompute, cost.activation_bytes),
+        )

@@ -1,0 +1,95 @@
+"""Bytes that a stage takes on each of its devices. Start at `stage_bytes`.
+
+Counts weights, gradients, optimizer state, kept activations and what the framework takes. Does not
+know allocators: fragmentation belongs into `MemoryModel.headroom`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mxn.train.plan.plan import Recompute, Schedule
+from mxn.train.plan.shape import LayerShape
+
+# Korthikanti et al. 2022, eq. 2: without the attention scores a block keeps 34 bytes per hidden
+# value in 16 bit, which is 17 times its output.
+_KEPT_PER_OUTPUT = 17.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryModel:
+    """Bytes per parameter and per activation. The default is mixed bf16 training with Adam."""
+
+    weight_bytes: float = 2.0
+    grad_bytes: float = 2.0
+    optimizer_bytes: float = 12.0  # float32 weights and both moments; all that ZeRO-1 shares out
+    reduce_bytes: float = 2.0  # of a gradient value on the wire between pipelines
+    trainable_share: float = 1.0  # of the parameters; small for LoRA
+    headroom: float = 0.0  # share on top of everything but the framework, for fragmentation
+
+    @property
+    def state_bytes(self) -> float:
+        """Per parameter with nothing shared out."""
+        return self.weight_bytes + self.trainable_share * (self.grad_bytes + self.optimizer_bytes)
+
+
+FLOAT32 = MemoryModel(weight_bytes=4, grad_bytes=4, optimizer_bytes=8, reduce_bytes=4)
+"""Plain float32 training with Adam."""
+
+
+def kept_bytes(
+    layer: LayerShape, tokens: int, tp: int, recompute: Recompute, measured: float | None = None
+) -> float:
+    """Return the bytes that one layer keeps of one micro-batch until its backward, per device.
+
+    `measured` (nothing recomputed, per device) goes before the shape's figure. Activations are
+    taken as split over the tensor-parallel devices; the input kept by full recomputation is too.
+    """
+    whole = measured if measured is not None else layer.activation_bytes * tokens / tp
+    border = layer.output_bytes * tokens / tp
+    if recompute == "full":
+        return min(whole, border)
+    if recompute == "selective":
+        return min(whole, _KEPT_PER_OUTPUT * border)
+    return whole
+
+
+def in_flight(
+    schedule: Schedule, stage: int, num_stages: int, micro_batches: int, chunks: int = 1
+) -> float:
+    """Return how many micro-batches of activations a stage keeps at its fullest, in whole stages.
+
+    The closed form of `schedules.stored_peak`. GPipe keeps all, 1F1B min(m, S - s), zero-bubble
+    (H1) min(m, S) on every stage, for late stages put off their weight halves. With v chunks,
+    each a v-th of the stage, a chunk's passes of a whole group are kept too.
+    """
+    if schedule == "gpipe":
+        return float(micro_batches)
+    later = num_stages - 1 - stage
+    if schedule == "zero-bubble":
+        passes = num_stages
+    else:
+        passes = (2 * later if chunks > 1 else later) + 1
+    group = -(-micro_batches // max(1, micro_batches // num_stages))
+    return min(passes + (chunks - 1) * group, micro_batches * chunks) / chunks
+
+
+def stage_bytes(
+    *,
+    params: float,
+    kept_per_micro_batch: float,
+    working_bytes: float,
+    micro_batches_kept: float,
+    model: MemoryModel,
+    framework_bytes: float,
+    optimizer_shards: int = 1,
+) -> float:
+    """Return the bytes on one device of a stage at its fullest.
+
+    `params` are on this device (already divided by tensor parallelism). `working_bytes` is what
+    full recomputation makes anew of the largest layer; 0 when nothing is recomputed.
+    """
+    optimizer = model.optimizer_bytes * model.trainable_share / optimizer_shards
+    per_param = model.weight_bytes + model.trainable_share * model.grad_bytes + optimizer
+    held = params * per_param + kept_per_micro_batch * micro_batches_kept + working_bytes
+    return held * (1 + model.headroom) + framework_bytes

@@ -1,0 +1,149 @@
+"""The sum of gradients over pipelines, layer by layer. Start at `reductions`.
+
+A run of layers that the same stages hold is one sum. Pipelines may cut the model differently, so a
+stage can take part in several. Knows nothing of when a sum starts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mxn.train.plan.cluster import Cluster, Link
+from mxn.train.plan.links import ring_s, slowest
+from mxn.train.plan.plan import Stage, TrainPlan
+from mxn.train.plan.shape import ModelShape
+
+Member = tuple[int, int]
+"""Pipeline and stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduction:
+    """One sum: who takes part, and the seconds that it takes from when the last one is ready."""
+
+    members: tuple[Member, ...]
+    num_bytes: float  # on the device that brings most
+    seconds: float
+
+
+def reductions(
+    plan: TrainPlan,
+    shape: ModelShape,
+    cluster: Cluster,
+    reduce_bytes: float,
+    *,
+    slow_down: float = 1.0,
+    flat: bool = False,
+) -> list[Reduction]:
+    """Return all sums of a step, in the order of the layers; none when there is one pipeline.
+
+    `reduce_bytes` is per parameter that is trained; `flat` makes one ring over all pipelines where
+    the default sums inside each group first. Raises: UserError for a link that is missing.
+    """
+    found = [] if len(plan.pipelines) < 2 else _by_layers(plan, shape, cluster, reduce_bytes, flat)
+    if shape.is_tied:
+        found += _tied(plan, shape, cluster, reduce_bytes)
+    return [
+        Reduction(members=r.members, num_bytes=r.num_bytes, seconds=r.seconds * slow_down)
+        for r in found
+    ]
+
+
+def _by_layers(
+    plan: TrainPlan, shape: ModelShape, cluster: Cluster, reduce_bytes: float, flat: bool
+) -> list[Reduction]:
+    holders = [_holder_of(pipeline.stages, plan.num_layers) for pipeline in plan.pipelines]
+    starts = sorted({0} | {at for row in holders for at in _changes(row)})
+    known: dict[object, float] = {}
+    found: list[Reduction] = []
+    for first, end in pairwise([*starts, plan.num_layers]):
+        params = sum(layer.params for layer in shape.layers[first:end])
+        members = tuple((p, row[first]) for p, row in enumerate(holders))
+        stages = [plan.pipelines[p].stages[s] for p, s in members]
+        num_bytes = params * reduce_bytes / min(stage.tp for stage in stages)
+        key = (num_bytes, tuple((stage.group, stage.first_device) for stage in stages))
+        if key not in known:
+            known[key] = sum_s(stages, cluster, num_bytes, flat=flat)
+        found.append(Reduction(members=members, num_bytes=num_bytes, seconds=known[key]))
+    return found
+
+
+def _holder_of(stages: Sequence[Stage], num_layers: int) -> list[int]:
+    row = [0] * num_layers
+    for number, stage in enumerate(stages):
+        for chunk in stage.chunks:
+            row[chunk.first : chunk.end] = [number] * chunk.num_layers
+    return row
+
+
+def _changes(row: Sequence[int]) -> list[int]:
+    return [at for at in range(1, len(row)) if row[at] != row[at - 1]]
+
+
+def _tied(
+    plan: TrainPlan, shape: ModelShape, cluster: Cluster, reduce_bytes: float
+) -> list[Reduction]:
+    """Return the exchange of a tied matrix's gradient between first and last stage."""
+    found: list[Reduction] = []
+    for number, pipeline in enumerate(plan.pipelines):
+        rows = _holder_of(pipeline.stages, plan.num_layers)
+        if rows[0] == rows[-1]:
+            continue
+        pair = [pipeline.stages[rows[0]], pipeline.stages[rows[-1]]]
+        num_bytes = shape.layers[0].params * reduce_bytes / min(stage.tp for stage in pair)
+        found.append(
+            Reduction(
+                members=((number, rows[0]), (number, rows[-1])),
+                num_bytes=num_bytes,
+                seconds=sum_s(pair, cluster, num_bytes),
+            )
+        )
+    return found
+
+
+def sum_s(
+    stages: Sequence[Stage], cluster: Cluster, num_bytes: float, *, flat: bool = False
+) -> float:
+    """Return the seconds to sum `num_bytes` over `stages`: inside each group, then between groups.
+
+    One device of each stage takes part; the devices of a tensor-parallel stage sum their parts at
+    the same time, on links of their own. `flat`: one ring over all, as slow as its slowest link.
+    """
+    members = Counter(stage.group for stage in stages)
+    inner = [
+        (count, _inner_link(cluster, name, [s for s in stages if s.group == name], num_bytes))
+        for name, count in members.items()
+        if count > 1
+    ]
+    outer = _outer_links(stages, cluster, list(members))
+    if flat:
+        link = slowest([*outer, *(link for _, link in inner)], num_bytes / len(stages))
+        return 0.0 if link is None else ring_s(len(stages), num_bytes, link)
+    within = max((ring_s(count, num_bytes, link) for count, link in inner), default=0.0)
+    link = slowest(outer, num_bytes / len(members))
+    return within if link is None else within + ring_s(len(members), num_bytes, link)
+
+
+def _outer_links(stages: Sequence[Stage], cluster: Cluster, names: Sequence[str]) -> list[Link]:
+    """Return the links of a ring over the first device of each group; none for one group."""
+    if len(names) < 2:
+        return []
+    first = {stage.group: stage.first_device for stage in reversed(stages)}
+    after = [*names[1:], names[0]] if len(names) > 2 else names[1:]
+    return [cluster.link(a, first[a], b, first[b]) for a, b in zip(names, after, strict=False)]
+
+
+def _inner_link(cluster: Cluster, name: str, stages: Sequence[Stage], num_bytes: float) -> Link:
+    """Return the slowest link of a ring over the devices of one group."""
+    group = cluster.group(name)
+    nodes = {group.node_of(stage.first_device) for stage in stages}
+    alone = len(nodes) == 1
+    links = [group.node_link] if alone else [group.group_link]
+    if not alone and len(nodes) < len(stages):
+        links.append(group.node_link)
+    chosen = slowest(links, num_bytes / len(stages))
+    assert chosen is not None
+    return chosen

@@ -1,0 +1,51 @@
+"""Pipelines before devices are named: what the stages of the search hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mxn.train.plan.search.cuts import Cut
+from mxn.train.plan.search.shares import Pace
+from mxn.train.plan.search.tables import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One kind of pipeline: a slot and a run of layers per stage, and how fast it would be."""
+
+    kinds: tuple[Kind, ...]
+    bounds: tuple[int, ...]  # first layer of each stage, then the end
+    sum_s: float
+    max_s: float
+    after_s: float = 0.0  # gradient sums and optimizer, an estimate
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(self.sum_s - self.max_s + self.after_s, self.max_s)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A set of pipelines with an estimated time; `origin` says what kind of search found it."""
+
+    micro_batch: int
+    lines: tuple[tuple[Template, int], ...]  # and how many pipelines of each
+    estimate_s: float
+    origin: str
+    shards_optimizer: bool = False
+
+    @property
+    def num_pipelines(self) -> int:
+        return sum(count for _, count in self.lines)
+
+
+def template(kinds: Sequence[Kind], cut: Cut, after_s: float) -> Template:
+    """Return a cut over numbered kinds as a template."""
+    return Template(
+        tuple(kinds[number] for number in cut.kinds), cut.bounds, cut.sum_s, cut.max_s, after_s
+    )

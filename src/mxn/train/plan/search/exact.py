@@ -1,0 +1,133 @@
+"""Small pools: every order, every cut, every set of pipelines. Start at `exact_drafts`.
+
+Exact in the time of the pipelines (sum + (m - 1)·slowest) plus an estimate of what follows them;
+`judge` then looks at each draft with the full predictor. Knows nothing of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+from mxn.train.plan.cluster import Cluster, Link
+from mxn.train.plan.search.cuts import Counts, Cut, fronts
+from mxn.train.plan.search.draft import Draft, Template, template
+from mxn.train.plan.search.packing import Option, pack, soonest
+from mxn.train.plan.search.tables import Kind, Tables
+
+MAX_STATES = 400  # of the program over slots used, times kinds
+
+
+def is_small(num_slots: Counts, num_layers: int) -> bool:
+    """Return whether trying everything takes well under a second."""
+    states = prod(n + 1 for n in num_slots) * len(num_slots) ** 2
+    return states * (num_layers / 26) ** 2 <= MAX_STATES
+
+
+def exact_drafts(
+    tables: Tables,
+    kinds: Sequence[Kind],
+    num_slots: Counts,
+    micro_batches: int,
+    *,
+    max_stages: int | None = None,
+    worth_s: float = float("inf"),
+) -> list[Draft]:
+    """Return the best sets of pipelines: one alone, copies of one, any mix, by depth.
+
+    What would take more than `worth_s` is left out.
+    """
+    found = fronts(
+        num_slots,
+        lambda kind, at: tables.busy(kinds[kind], min(at + 1, micro_batches)),
+        lambda kind, after: tables.hop(kinds[kind], kinds[after]),
+        max_stages=max_stages,
+        limit_s=worth_s,
+    )
+    args = (tables, kinds, num_slots, micro_batches, found)
+    drafts = [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
+    # Each pipeline keeps a shard, so fewer pipelines would not fit as the tables say.
+    return [draft for draft in drafts if draft.num_pipelines >= tables.shards]
+
+
+def _alone(
+    tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
+    found: dict[Counts, list[Cut]],
+) -> Iterator[Draft]:  # fmt: skip
+    """One pipeline: no gradients are summed."""
+    lines = [
+        template(kinds, cut, tables.after_s(kinds, cut, []))
+        for cuts in found.values()
+        for cut in cuts
+    ]
+    lines.sort(key=lambda line: line.pace.time_s(count))
+    for line in lines[:4]:
+        yield _draft(tables, [(line, 1)], line.pace.time_s(count), "one pipeline")
+
+
+def _copies(
+    tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
+    found: dict[Counts, list[Cut]],
+) -> Iterator[Draft]:  # fmt: skip
+    """Copies of one pipeline: each layer's gradients stay within a group."""
+    drafts: list[Draft] = []
+    for slots, cuts in found.items():
+        times = min(n // take for n, take in zip(num_slots, slots, strict=True) if take)
+        times = min(times, count)
+        if times < 2:
+            continue
+        link = _inner(tables.job.cluster, kinds, slots)
+        for cut in cuts:
+            line = template(kinds, cut, tables.after_s(kinds, cut, [link]))
+            seconds = soonest([([line.pace], times)], count)
+            drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline"))
+    drafts.sort(key=lambda draft: draft.estimate_s)
+    yield from drafts[:4]
+
+
+def _mixes(
+    tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
+    found: dict[Counts, list[Cut]], worth_s: float,
+) -> Iterator[Draft]:  # fmt: skip
+    """Any set of pipelines, for each limit on their depth."""
+    link = _outer(tables.job.cluster, kinds, num_slots)
+    rows: dict[Counts, list[Template]] = {
+        slots: [template(kinds, cut, tables.after_s(kinds, cut, [link])) for cut in cuts]
+        for slots, cuts in found.items()
+    }
+    deepest = max((sum(slots) for slots in rows), default=0)
+    for depth in range(1, deepest + 1):
+        allowed = [slots for slots in rows if sum(slots) <= depth]
+        if not any(sum(slots) == depth for slots in allowed):
+            continue
+        options = [Option(slots, tuple(t.pace for t in rows[slots])) for slots in allowed]
+        seconds, used = pack(num_slots, options, count, worth_s=worth_s)
+        if not used:
+            continue
+        lines = [
+            (max(rows[slots], key=lambda t: t.pace.done_in(seconds)), times)
+            for slots, times in zip(allowed, used, strict=True)
+            if times
+        ]
+        if lines:
+            yield _draft(tables, lines, seconds, "mix of pipelines")
+
+
+def _draft(
+    tables: Tables, lines: Sequence[tuple[Template, int]], seconds: float, origin: str
+) -> Draft:
+    return Draft(tables.micro_batch, tuple(lines), seconds, origin, tables.shards > 1)
+
+
+def _inner(cluster: Cluster, kinds: Sequence[Kind], slots: Counts) -> Link:
+    """Return the slowest link inside the groups that have slots here."""
+    groups = [cluster.group(k.group) for k, n in zip(kinds, slots, strict=True) if n]
+    links = [g.group_link if g.num_nodes > 1 else g.node_link for g in groups]
+    return max(links, key=lambda link: link.transfer_s(1e9))
+
+
+def _outer(cluster: Cluster, kinds: Sequence[Kind], slots: Counts) -> Link:
+    """Return the slowest link of all, between groups too."""
+    names = [k.group for k, n in zip(kinds, slots, strict=True) if n]
+    links = [cluster.link(a, 0, b, 0) for i, a in enumerate(names) for b in names[i + 1 :]]
+    return max([_inner(cluster, kinds, slots), *links], key=lambda link: link.transfer_s(1e9))

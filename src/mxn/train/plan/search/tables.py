@@ -1,0 +1,212 @@
+"""Profiles, links and memory of a job as tables that cuts are made from. Start at `TableBook`.
+
+For one model, one micro-batch and one number of optimizer shards. A run of layers counts with the
+cheapest recomputation under which it fits, and is infinite where none makes it fit. Knows nothing
+of plans; `predict` is the judge of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mxn.train.plan.cluster import Cluster, Link
+from mxn.train.plan.costs import CostBook, StageCost
+from mxn.train.plan.memory import MemoryModel, stage_bytes
+from mxn.train.plan.plan import Chunk, Recompute, Stage
+from mxn.train.plan.profile import Profiles
+from mxn.train.plan.search.cuts import Cut, Table
+from mxn.train.plan.shape import ModelShape
+
+
+class Kind(NamedTuple):
+    """A kind of slot: `tp` devices of a group, in one node."""
+
+    group: str
+    tp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a search is about."""
+
+    shape: ModelShape
+    cluster: Cluster
+    profiles: Profiles
+    memory: MemoryModel
+    recompute: Sequence[Recompute] = ("none", "selective", "full")
+
+    def num_slots(self, kind: Kind) -> int:
+        """Return how many slots of this kind a group has; none spans two nodes."""
+        group = self.cluster.group(kind.group)
+        nodes, rest = divmod(group.num_devices, group.devices_per_node)
+        return nodes * (group.devices_per_node // kind.tp) + rest // kind.tp
+
+    def is_profiled(self, kind: Kind, micro_batch: int) -> bool:
+        profile = self.profiles[self.cluster.group(kind.group).chip]
+        kinds = {layer.kind for layer in self.shape.layers}
+        return all(profile.has(layer, micro_batch, kind.tp) for layer in kinds)
+
+
+class TableBook:
+    """All tables of one search, each made once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._columns: dict[int, _Columns] = {}
+        self._tables: dict[tuple[int, int], Tables] = {}
+
+    def at(self, micro_batch: int, shards: int = 1) -> Tables:
+        """Return the tables for micro-batches of so many rows and so many optimizer shards."""
+        key = (micro_batch, shards)
+        if key not in self._tables:
+            if micro_batch not in self._columns:
+                self._columns[micro_batch] = _Columns(self.job, micro_batch)
+            columns = self._columns[micro_batch]
+            self._tables[key] = Tables(self.job, micro_batch, shards, columns)
+        return self._tables[key]
+
+
+class Tables:
+    """Seconds and bytes of every run of layers on every kind of slot."""
+
+    def __init__(self, job: Job, micro_batch: int, shards: int, columns: _Columns) -> None:
+        self.job = job
+        self.micro_batch = micro_batch
+        self.shards = shards
+        self._columns = columns.of
+        self._busy: dict[tuple[Kind, int], Table] = {}
+        self._fits: dict[tuple[Kind, Recompute, int], Table] = {}
+        self._hops: dict[tuple[Kind, Kind], Table] = {}
+
+    def busy(self, kind: Kind, in_flight: int) -> Table:
+        """Return seconds [a, e] through layers a … e - 1 with `in_flight` micro-batches kept."""
+        key = (kind, in_flight)
+        if key not in self._busy:
+            options = [self._fitting(kind, how, in_flight) for how in self.job.recompute]
+            self._busy[key] = np.minimum.reduce(options)
+        return self._busy[key]
+
+    def recompute(self, kind: Kind, in_flight: int, first: int, end: int) -> Recompute:
+        """Return the cheapest recomputation under which these layers fit."""
+        options = {
+            how: self._fitting(kind, how, in_flight)[first, end] for how in self.job.recompute
+        }
+        return min(options, key=lambda how: options[how])
+
+    def bytes(self, kind: Kind, how: Recompute, in_flight: int) -> Table:
+        """Return the bytes on one device."""
+        sums = self._columns(kind, how)
+        chip = self.job.cluster.group(kind.group).chip
+        return stage_bytes(
+            params=sums["params"],  # type: ignore[arg-type]  # the formula works on tables too
+            kept_per_micro_batch=sums["kept_bytes"],  # type: ignore[arg-type]
+            working_bytes=sums["working_bytes"],  # type: ignore[arg-type]
+            micro_batches_kept=in_flight,
+            model=self.job.memory,
+            framework_bytes=self.job.profiles[chip].framework_bytes,
+            optimizer_shards=self.shards,
+        )  # type: ignore[return-value]
+
+    def hop(self, kind: Kind, after: Kind) -> Table:
+        """Return the seconds of a micro-batch from `kind` to `after` and back, by first layer.
+
+        Neighbours of one group are taken to share a node where a node has two such slots.
+        """
+        key = (kind, after)
+        if key not in self._hops:
+            link = self._link(kind, after)
+            tokens = self.micro_batch * self.job.shape.seq_tokens / min(kind.tp, after.tp)
+            sizes = [0.0, *(layer.output_bytes * tokens for layer in self.job.shape.layers)]
+            known = {size: 2 * link.transfer_s(size) for size in set(sizes)}
+            self._hops[key] = np.array([known[size] for size in sizes])
+        return self._hops[key]
+
+    def after_s(self, kinds: Sequence[Kind], cut: Cut, reduce_links: Sequence[Link]) -> float:
+        """Return what follows the last micro-batch: the largest optimizer and sum of gradients.
+
+        An estimate: twice the bytes over each of `reduce_links`; none of them where there is one
+        pipeline.
+        """
+        model, worst = self.job.memory, 0.0
+        for stage, number in enumerate(cut.kinds):
+            run = (cut.bounds[stage], cut.bounds[stage + 1])
+            sums = self._columns(kinds[number], "none")
+            size = float(sums["params"][run]) * model.reduce_bytes * model.trainable_share
+            seconds = float(sums["optimizer_s"][run]) / self.shards
+            worst = max(worst, seconds + sum(2 * link.transfer_s(size) for link in reduce_links))
+        return worst
+
+    def work_s(self, kind: Kind) -> float:
+        """Return the seconds of the whole model on one slot, nothing recomputed, fitting or not."""
+        return float(self._columns(kind, "none")["busy_s"][0, -1])
+
+    def _link(self, kind: Kind, after: Kind) -> Link:
+        if kind.group != after.group:
+            return self.job.cluster.link(kind.group, 0, after.group, 0)
+        group = self.job.cluster.group(kind.group)
+        near = group.devices_per_node >= kind.tp + after.tp
+        return group.node_link if near else group.group_link
+
+    def _fitting(self, kind: Kind, how: Recompute, in_flight: int) -> Table:
+        key = (kind, how, in_flight)
+        if key not in self._fits:
+            limit = self.job.cluster.group(kind.group).memory_bytes
+            fits = self.bytes(kind, how, in_flight) <= limit
+            self._fits[key] = np.where(fits, self._columns(kind, how)["busy_s"], np.inf)
+        return self._fits[key]
+
+
+class _Columns:
+    """What does not depend on shards."""
+
+    def __init__(self, job: Job, micro_batch: int) -> None:
+        self._job = job
+        self._book = CostBook(job.shape, job.profiles, micro_batch)
+        self._known: dict[tuple[Kind, Recompute], dict[str, Table]] = {}
+
+    def of(self, kind: Kind, how: Recompute) -> dict[str, Table]:
+        key = (kind, how)
+        if key not in self._known:
+            self._known[key] = _run_tables(self._layer_costs(kind, how))
+        return self._known[key]
+
+    def _layer_costs(self, kind: Kind, how: Recompute) -> list[StageCost]:
+        group = self._job.cluster.group(kind.group)
+        known: dict[object, StageCost] = {}
+        costs: list[StageCost] = []
+        for number, layer in enumerate(self._job.shape.layers):
+            if layer not in known:
+                chunk = Chunk(first=number, end=number + 1)
+                stage = Stage(
+                    group=group.name, first_device=0, chunks=(chunk,), tp=kind.tp, recompute=how
+                )
+                known[layer] = self._book.stage(group.chip, stage)
+            costs.append(known[layer])
+        return costs
+
+
+def _run_tables(costs: Sequence[StageCost]) -> dict[str, Table]:
+    """Return tables [a, e] of sums over layers a … e - 1 (the largest for working bytes).
+
+    Runs without a layer are infinite in `busy_s`: a stage holds at least one.
+    """
+    found: dict[str, Table] = {}
+    size = len(costs) + 1
+    empty = np.tril(np.ones((size, size), dtype=bool))
+    for name in ("busy_s", "optimizer_s", "params", "kept_bytes"):
+        sums = np.concatenate([[0.0], np.cumsum([getattr(cost, name) for cost in costs])])
+        # Rounded, so that like runs at different places compare as equal.
+        runs = sums[None, :] - sums[:, None]
+        scale = max(sums[-1], 1e-300)
+        found[name] = np.round(runs / scale, 12) * scale
+    found["busy_s"][empty] = np.inf
+    working = np.zeros((size, size))
+    for first in range(size - 1):
+        row = np.array([cost.working_bytes for cost in costs[first:]])
+        working[first, first + 1 :] = np.maximum.accumulate(row)
+    found["working_bytes"] = working
+    return found

@@ -1,0 +1,195 @@
+"""A simulated step as an SVG picture. Start at `svg`.
+
+One lane per stage: its passes with their micro-batches, below them the messages that it sends,
+beside it how much of the step it stands idle. Colours follow the viewer's light or dark scheme.
+Where passes are too narrow to see, a lane shows which share of each moment they fill. Numbers to
+text; no I/O.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from xml.sax.saxutils import escape
+
+from mxn.train.plan.timeline import Lane, Span, SpanKind, length_of, shares
+from mxn.units import format_seconds
+
+_CLASSES: dict[SpanKind, tuple[str, str]] = {
+    "F": ("f", "forward"),
+    "B": ("b", "backward"),
+    "W": ("w", "weight gradients"),
+    "reduce": ("r", "gradient sum"),
+    "optimizer": ("o", "optimizer"),
+}
+# Colours by name, not by variable: many programs that draw SVG know no CSS variables.
+_STYLE = """
+text { font-family: system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif;
+       font-size: 12px; fill: #1f2430; }
+.paper { fill: #ffffff; } .lane { fill: #f3f4f7; }
+.grid { stroke: #e3e6eb; stroke-width: 1; }
+.title { font-size: 16px; font-weight: 600; } .soft { fill: #6b7280; font-size: 11px; }
+.num { fill: #ffffff; font-size: 10px; text-anchor: middle; pointer-events: none; }
+.mid { text-anchor: middle; } .end { text-anchor: end; }
+.f { fill: #3a6fb5; } .b { fill: #d06a2c; } .w { fill: #8d5fb0; }
+.r { fill: #2e8b6d; } .o { fill: #a8891f; } .t { fill: #8a93a3; }
+.k1 { fill-opacity: .8; } .k2 { fill-opacity: .64; } .k3 { fill-opacity: .5; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6e8ec; } .soft { fill: #9aa3b2; } .num { fill: #ffffff; }
+  .paper { fill: #14171d; } .lane { fill: #1c2028; } .grid { stroke: #2a2f39; }
+}
+"""
+_LABEL_PX, _IDLE_PX, _MARGIN_PX = 170, 84, 16
+_LANE_PX, _BAR_PX, _WIRE_PX = 36, 22, 4
+_TOP_PX, _FOOT_PX = 64, 62
+_NARROW_PX = 4.0  # passes narrower than this on average are drawn as shares
+_BIN_PX = 4.0
+_DIGIT_PX = 6.5
+_AXIS_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def svg(lanes: Sequence[Lane], *, title: str, subtitle: str = "", width: int = 1200) -> str:
+    """Return the picture as one SVG document of `width` pixels.
+
+    Raises: ConfigError when no lane has a span with a length.
+    """
+    length = length_of(lanes)
+    height = _TOP_PX + _LANE_PX * len(lanes) + _FOOT_PX
+    room = width - _LABEL_PX - _IDLE_PX - 2 * _MARGIN_PX
+    left = _MARGIN_PX + _LABEL_PX
+    bottom = _TOP_PX + _LANE_PX * len(lanes)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" role="img">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+        f'<rect class="paper" width="{width}" height="{height}"/>',
+        _text(_MARGIN_PX, 28, title, "title"),
+        _text(_MARGIN_PX, 48, subtitle, "soft"),
+        *(_lane_paper(number, left, room) for number in range(len(lanes))),
+        *_axis(length, left, room, bottom),
+        *(
+            _lane(lane, _TOP_PX + number * _LANE_PX, left, room / length, length, width)
+            for number, lane in enumerate(lanes)
+        ),
+        *_legend(lanes, left, bottom + 44),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _text(x: float, y: float, words: str, classes: str = "") -> str:
+    return f'<text x="{_px(x)}" y="{_px(y)}" class="{classes}">{escape(words)}</text>'
+
+
+def _px(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _rect(x: float, y: float, width: float, height: float, classes: str, note: str = "") -> str:
+    size = f'x="{_px(x)}" y="{_px(y)}" width="{_px(width)}" height="{_px(height)}"'
+    if not note:
+        return f'<rect class="{classes}" {size}/>'
+    return f'<rect class="{classes}" {size} rx="1.5"><title>{escape(note)}</title></rect>'
+
+
+def _lane_paper(number: int, left: float, room: float) -> str:
+    return _rect(left, _TOP_PX + number * _LANE_PX + 3, room, _BAR_PX, "lane")
+
+
+def _lane(lane: Lane, top: float, left: float, px_per_s: float, length: float, width: int) -> str:
+    """Return one lane: names, passes, messages, idle share."""
+    parts = [
+        _text(_MARGIN_PX, top + (13 if lane.detail else 18), lane.label),
+        _text(_MARGIN_PX, top + 26, lane.detail, "soft") if lane.detail else "",
+        _text(width - _MARGIN_PX, top + 18, f"idle {lane.idle * 100:.1f} %", "end"),
+    ]
+    drawn = sum(span.end_s - span.start_s for span in lane.spans) * px_per_s
+    if drawn < _NARROW_PX * len(lane.spans):
+        parts += _as_shares(lane, top + 3, left, px_per_s, length)
+    else:
+        parts += [_span(span, top + 3, left, px_per_s) for span in lane.spans]
+    parts.append(_wires(lane, top + 3 + _BAR_PX + 2, left, px_per_s))
+    return "\n".join(part for part in parts if part)
+
+
+def _span(span: Span, top: float, left: float, px_per_s: float) -> str:
+    x, wide = left + span.start_s * px_per_s, (span.end_s - span.start_s) * px_per_s
+    classes = _CLASSES[span.kind][0] + (f" k{min(span.chunk, 3)}" if span.chunk else "")
+    note = (
+        f"{span.note or span.kind}: {format_seconds(span.start_s)} to {format_seconds(span.end_s)}"
+    )
+    gap = 0.6 if wide > 3 else 0.0  # a hair between two passes, so that they can be counted
+    drawn = _rect(x, top, wide - gap, _BAR_PX, classes, note)
+    if span.text and wide >= _DIGIT_PX * len(span.text) + 3:
+        drawn += _text(x + (wide - gap) / 2, top + 15, span.text, "num")
+    return drawn
+
+
+def _as_shares(lane: Lane, top: float, left: float, px_per_s: float, length: float) -> list[str]:
+    """Return stacked columns: the height of a colour is the share of that moment it fills."""
+    num_bins = max(1, round(length * px_per_s / _BIN_PX))
+    step = length * px_per_s / num_bins
+    columns = []
+    for here in shares(lane, length, num_bins):
+        columns.append(tuple((kind, round(here.get(kind, 0.0) * _BAR_PX, 1)) for kind in _CLASSES))
+    paths: dict[SpanKind, list[str]] = {}
+    number = 0
+    for column, same in groupby(columns):
+        count = len(list(same))
+        base = top + _BAR_PX
+        for kind, tall in column:
+            if tall > 0:
+                base -= tall
+                x = _px(left + number * step)
+                shape = f"M{x} {_px(base)}h{_px(count * step)}v{_px(tall)}h-{_px(count * step)}z"
+                paths.setdefault(kind, []).append(shape)
+        number += count
+    return [f'<path class="{_CLASSES[kind][0]}" d="{"".join(d)}"/>' for kind, d in paths.items()]
+
+
+def _wires(lane: Lane, top: float, left: float, px_per_s: float) -> str:
+    """Return the messages as one path; those that touch within a pixel are one piece."""
+    pieces: list[list[float]] = []
+    for start, end in sorted(lane.messages):
+        if pieces and (start - pieces[-1][1]) * px_per_s < 0.7:
+            pieces[-1][1] = max(pieces[-1][1], end)
+        else:
+            pieces.append([start, end])
+    if not pieces:
+        return ""
+    shapes = []
+    for start, end in pieces:
+        wide = _px(max((end - start) * px_per_s, 0.5))
+        shapes.append(f"M{_px(left + start * px_per_s)} {_px(top)}h{wide}v{_WIRE_PX}h-{wide}z")
+    return f'<path class="t" d="{"".join(shapes)}"/>'
+
+
+def _axis(length: float, left: float, room: float, bottom: float) -> list[str]:
+    """Return grid lines and their times, at steps of 1, 2 or 5 times a power of ten."""
+    rough = length / 8
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    unit_s, unit = next((s, unit) for s, unit in _AXIS_UNITS if length >= s or unit == "us")
+    parts = []
+    for number in range(int(length / step + 1e-9) + 1):
+        x = _px(left + number * step / length * room)
+        ends = f'y1="{_TOP_PX - 4}" y2="{_px(bottom)}"'
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" {ends}/>')
+        words = f"{number * step / unit_s:.6g} {unit}"
+        parts.append(_text(left + number * step / length * room, bottom + 15, words, "soft mid"))
+    return parts
+
+
+def _legend(lanes: Sequence[Lane], left: float, y: float) -> list[str]:
+    used = {span.kind for lane in lanes for span in lane.spans}
+    entries = [entry for kind, entry in _CLASSES.items() if kind in used]
+    if any(span.chunk for lane in lanes for span in lane.spans):
+        entries.insert(1, ("f k1", "of a later chunk: lighter"))
+    if any(lane.messages for lane in lanes):
+        entries.append(("t", "message to another stage"))
+    parts, x = [], left
+    for classes, words in entries:
+        parts += [_rect(x, y - 9, 11, 11, classes), _text(x + 16, y, words, "soft")]
+        x += 16 + 6.3 * len(words) + 20
+    return parts

@@ -1,0 +1,196 @@
+"""Times the layers of a model on one device, inside a process that is a rank in all but name.
+
+A chain of neighbouring layers of one kind runs forward, backward and optimizer over and over, as in
+training: gradients add up, and weights of one layer push those of another out of the cache. Time is
+taken over blocks that hold many periods of a cgroup's quota: a single call under a quota is either
+not held up at all or waits for the rest of a period, so the median of calls would be wrong. What is
+reported is the median of the blocks. Knows no files, jobs or links. Start at `time_chain`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mxn.train.plan.profile import LayerCost
+
+_FEWEST_BLOCKS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How long to measure one kind at one micro-batch."""
+
+    blocks: int = 7
+    block_s: float = 0.25  # at least; many periods of a quota
+    warmup_s: float = 0.25
+    longest_s: float = 20.0  # of one kind; a slow device then has fewer blocks, at least three
+
+
+class Updates(Protocol):
+    """What of an optimizer is timed."""
+
+    def step(self) -> object: ...
+
+
+@dataclass(slots=True)
+class Chain:
+    """Neighbouring layers of one kind, with a made-up micro-batch: what is measured.
+
+    `first_input` is what the layers before would hand over; None: the chain starts with token ids.
+    """
+
+    module: nn.Module
+    first_input: Tensor | None
+    batch: Any
+    num_layers: int
+    optimizer: Updates | None  # None: nothing here is trained
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def forward(self) -> tuple[Tensor | None, Tensor]:
+        """Return the input that wants a gradient, if any, and the output."""
+        given = None if self.first_input is None else self.first_input.detach().requires_grad_()
+        return given, self.module(given, self.batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Seconds of one layer of the chain, the median of the blocks. `noise`: see `spread`."""
+
+    cost: LayerCost
+    noise: float
+    blocks: int
+
+
+def time_chain(chain: Chain, effort: Effort, *, synchronize: Callable[[], object]) -> Times:
+    """Measure forward, both halves of backward and the optimizer of `chain`.
+
+    `synchronize` waits for the device. A launch is cheap next to what it launches on a busy device,
+    so an accelerator is only waited for at the ends of a run of passes.
+    """
+    runner = _Runner(chain, synchronize)
+    runner.warm_up(effort.warmup_s)
+    started, rows = time.perf_counter(), []
+    while len(rows) < effort.blocks:
+        if len(rows) >= _FEWEST_BLOCKS and time.perf_counter() - started > effort.longest_s:
+            break
+        rows.append(runner.block(effort.block_s))
+    per_layer = 1.0 / chain.num_layers
+    medians = [statistics.median(column) * per_layer for column in zip(*rows, strict=True)]
+    forward_s, backward_s, weight_s, optimizer_s = medians
+    cost = LayerCost(
+        forward_s=forward_s,
+        backward_s=backward_s,
+        weight_s=min(weight_s, backward_s),
+        optimizer_s=optimizer_s,
+        activation_bytes=kept_bytes(chain) * per_layer,
+    )
+    return Times(cost=cost, noise=spread([row[0] + row[1] for row in rows]), blocks=len(rows))
+
+
+def spread(values: list[float]) -> float:
+    """Return half the distance between the quartiles, as a share of the median."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / middle if middle else 0.0
+
+
+class _Runner:
+    """Runs the phases of a chain and adds up their times."""
+
+    def __init__(self, chain: Chain, synchronize: Callable[[], object]) -> None:
+        self.chain = chain
+        self.synchronize = synchronize
+        output = chain.forward()[1]
+        self.gradient = torch.ones_like(output) / max(1, output.numel())
+        self.depth = 1 if output.device.type == "cpu" else 4  # passes between two waits
+
+    def warm_up(self, seconds: float) -> None:
+        self._passes()
+        self.block(seconds)
+
+    def block(self, seconds: float) -> tuple[float, float, float, float]:
+        """Return mean seconds of forward, backward, its weight half, and one update."""
+        spent, rounds = [0.0] * 4, 0
+        started = time.perf_counter()
+        while not rounds or time.perf_counter() - started < seconds:
+            for phase, value in enumerate(self._passes()):
+                spent[phase] += value
+            rounds += 1
+        forward, backward, inputs, update = (value / rounds for value in spent)
+        # An embedding's gradient is not put off (`deferred.py`), so it has no second half.
+        weight = max(0.0, backward - inputs) if self.chain.first_input is not None else 0.0
+        return forward, backward, weight, update
+
+    def _passes(self) -> tuple[float, float, float, float]:
+        """Run forward, backward, forward, backward of inputs, update; return their seconds."""
+        forward_s, runs = self._timed(self._forwards)
+        backward_s, _ = self._timed(lambda: self._backwards(runs))
+        inputs_s = 0.0
+        if self.chain.first_input is not None:
+            again_s, runs = self._timed(self._forwards)
+            forward_s = (forward_s + again_s) / 2
+            inputs_s, _ = self._timed(lambda: self._input_backwards(runs))
+        update_s = self._update()
+        each = 1.0 / self.depth
+        return forward_s * each, backward_s * each, inputs_s * each, update_s
+
+    def _timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        started = time.perf_counter()
+        result = run()
+        self.synchronize()
+        return time.perf_counter() - started, result
+
+    def _forwards(self) -> list[tuple[Tensor | None, Tensor]]:
+        return [self.chain.forward() for _ in range(self.depth)]
+
+    def _backwards(self, runs: list[tuple[Tensor | None, Tensor]]) -> None:
+        while runs:
+            _, output = runs.pop()
+            torch.autograd.backward(output, self.gradient)
+
+    def _input_backwards(self, runs: list[tuple[Tensor | None, Tensor]]) -> None:
+        while runs:
+            given, output = runs.pop()
+            assert given is not None
+            torch.autograd.grad(output, given, self.gradient)
+
+    def _update(self) -> float:
+        """Once a step, so gradients are there; they are kept, as the next passes add to them."""
+        if self.chain.optimizer is None:
+            return 0.0
+        return self._timed(self.chain.optimizer.step)[0]
+
+
+def kept_bytes(chain: Chain) -> float:
+    """Return the bytes that a forward pass keeps for its backward, weights and batch left out.
+
+    Tensors that share a storage count once, and only as much of it as there is.
+    """
+    outside = {p.untyped_storage().data_ptr() for p in chain.module.parameters()}
+    outside |= {
+        value.untyped_storage().data_ptr()
+        for value in (getattr(chain.batch, f.name) for f in fields(chain.batch))
+        if isinstance(value, Tensor)
+    }
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # a freed storage's address could be another's
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in outside:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        chain.forward()
+    return float(sum(kept.values()))

@@ -1,0 +1,342 @@
+"""Carries out what `decide.py` decides: the thin shell with processes, files, signals and the clock.
+
+Planner, gate, launcher and probe are handed in, so that it knows no planner and no devices. Start
+at `Supervisor.run`. One supervisor holds a job's folder at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from mxn.errors import CapacityError, MxnError, UserError
+from mxn.train.plan.plan import TrainPlan
+from mxn.train.run.checkpoint import find
+from mxn.train.run.checkpoint import manifest as manifests
+from mxn.train.run.control import Asked, Control
+from mxn.train.run.job import Job, metrics_path, status_path
+from mxn.train.run.supervise import status
+from mxn.train.run.supervise import words as w
+from mxn.train.run.supervise.decide import begin, decide
+from mxn.train.run.supervise.ranks import Death, Launching, Ranks, culprit
+
+log = logging.getLogger("mxn.train")
+
+_POLL_S = 0.1
+_GRACE_S = 2.0  # after a first death, for the others to say what they saw
+_STATUS_S = 1.0
+
+
+class GateError(MxnError):
+    """A chip does not compute what it must; the message names operator, chip, error and budget."""
+
+
+class SpeedError(MxnError):
+    """A chip is not as fast as its profile says; what was measured is stored."""
+
+    def __init__(self, message: str, *, chip: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.chip = chip
+
+
+class Probe(Protocol):
+    """A check of a group's device that runs beside the job."""
+
+    def answer(self) -> bool | None:
+        """True: it computes; False: it does not; None: not known yet."""
+        ...
+
+
+MakePlan = Callable[[Job, tuple[str, ...]], TrainPlan]
+RunGate = Callable[[Job, TrainPlan], None]
+Launch = Callable[[Launching], Ranks]
+StartProbe = Callable[[Job, str], Probe]
+
+
+def policy_of(job: Job) -> w.Policy:
+    faults = job.faults
+    return w.Policy(
+        max_restarts=faults.max_restarts,
+        backoff_s=faults.backoff_s,
+        max_backoff_s=faults.max_backoff_s,
+        drop_after=faults.drop_after,
+        grow=faults.grow,
+        grow_every_s=faults.grow_every_s,
+        replans_on_lie=job.gate.speed == "replan",
+    )
+
+
+class Supervisor:
+    """Runs one job to its end. `make_plan` raises CapacityError when the groups are too small."""
+
+    def __init__(
+        self,
+        job: Job,
+        groups: tuple[str, ...],
+        *,
+        make_plan: MakePlan,
+        run_gate: RunGate,
+        launch: Launch,
+        start_probe: StartProbe | None = None,
+        on_say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.job, self.policy = job, policy_of(job)
+        self.out = Path(job.out)
+        self._make_plan, self._run_gate, self._launch = make_plan, run_gate, launch
+        self._start_probe, self._on_say = start_probe, on_say
+        self.plan: TrainPlan | None = None
+        self.ranks: Ranks | None = None
+        self.said: deque[str] = deque(maxlen=20)
+        self._events: deque[w.Event] = deque()
+        self._first_death_s: float | None = None
+        self._sign_of_life: tuple[float, float] = (0.0, 0.0)  # of which file time, seen when
+        self._probes: dict[str, tuple[float, Probe | None]] = {}
+        self._written_s = 0.0
+        self._stops = 0
+        self._asked: Asked | None = None
+        self._groups = groups
+        self.state = w.State(groups=groups)
+
+    def run(self) -> w.State:
+        """Return the last state: done, stopped or failed, and why.
+
+        Raises: UserError when another supervisor holds the folder, or the checkpoint is broken.
+        """
+        with self._held(), self._interruptible():
+            Control(self.out, 0)
+            self._asked = Asked(self.out)
+            find(self._checkpoints, self.job.checkpoint.resume)
+            self.state, orders = begin(self._groups, self._newest())
+            try:
+                self._obey(orders)
+                while self.state.phase not in w.FINAL:
+                    self._step()
+            finally:
+                if self.ranks is not None:
+                    self.ranks.kill()
+                self._write_status()
+        return self.state
+
+    def _step(self) -> None:
+        if not self._events:
+            self._look()
+        events, self._events = self._events, deque()
+        for event in events:
+            self.state, orders = decide(self.state, event, time.monotonic(), self.policy)
+            self._obey(orders)
+        if not events:
+            time.sleep(_POLL_S)
+        if time.monotonic() - self._written_s > _STATUS_S or events:
+            self._write_status()
+
+    # -- orders ----------------------------------------------------------------------------------
+
+    def _obey(self, orders: tuple[w.Order, ...]) -> None:
+        for order in orders:
+            match order:
+                case w.MakePlan(groups):
+                    self._events.append(self._plan(groups))
+                case w.RunGate():
+                    self._events.append(self._gate())
+                case w.Launch(number):
+                    self._start(number)
+                case w.PauseRanks():
+                    Control(self.out, self.state.launch).ask_pause()
+                case w.KillRanks():
+                    self._kill()
+                case w.Say(text):
+                    self.say(text)
+
+    def say(self, text: str) -> None:
+        log.warning("%s", text)
+        self.said.append(text)
+        if self._on_say:
+            self._on_say(text)
+
+    def _plan(self, groups: tuple[str, ...]) -> w.Event:
+        self._write_status()
+        try:
+            self.plan = self._make_plan(self.job, groups)
+        except CapacityError as error:
+            return w.PlanFailed(str(error), is_capacity=True)
+        except MxnError as error:
+            return w.PlanFailed(str(error), is_capacity=False)
+        (self.out / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
+        return w.Planned(groups)
+
+    def _gate(self) -> w.Event:
+        assert self.plan is not None
+        self._write_status()
+        try:
+            self._run_gate(self.job, self.plan)
+        except SpeedError as error:
+            return w.SpeedOff(error.chip, error.message)
+        except MxnError as error:
+            return w.GateFailed(str(error))
+        return w.GatePassed()
+
+    def _start(self, number: int) -> None:
+        assert self.plan is not None
+        # Broken ones: passed over only where the job says so, also in the middle of a run.
+        chosen = "intact" if self.job.checkpoint.resume == "intact" else "newest"
+        stored = find(self._checkpoints, chosen)
+        step = stored.manifest.position.step if stored else None
+        log_folder = self.out / "log" / f"launch-{number}"
+        log_folder.mkdir(parents=True, exist_ok=True)
+        self._first_death_s = None
+        self._sign_of_life = (0.0, time.monotonic())
+        self.ranks = self._launch(
+            Launching(
+                job=self.job, plan=self.plan, launch=number, resume_step=step,
+                log_folder=log_folder,
+            )
+        )  # fmt: skip
+
+    def _kill(self) -> None:
+        if self.ranks is not None:
+            self.ranks.kill()
+            self.ranks = None
+
+    # -- what happens ----------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Put what happened since the last look among the events."""
+        if self._stops:
+            self._stops -= 1
+            self._events.append(w.StopAsked())
+        self._hear()
+        newest = self._newest()
+        if newest > self.state.checkpoint_step:
+            self._events.append(w.Saved(newest))
+        if self.ranks is not None:
+            self._watch(self.ranks)
+        self._probe_dropped()
+        if self.state.phase == "backing_off":
+            self._events.append(w.Tick())
+            time.sleep(_POLL_S)
+
+    def _hear(self) -> None:
+        assert self._asked is not None
+        for asked in self._asked.new():
+            match asked["action"]:
+                case "drop":
+                    self._events.append(w.DropAsked(asked["group"]))
+                case "grow":
+                    self._events.append(w.GrowAsked(asked["group"]))
+                case "stop":
+                    self._events.append(w.StopAsked())
+
+    def _watch(self, ranks: Ranks) -> None:
+        control = Control(self.out, self.state.launch)
+        if deaths := ranks.deaths():
+            now = time.monotonic()
+            self._first_death_s = self._first_death_s or now
+            if ranks.have_ended() or now - self._first_death_s > _GRACE_S:
+                told = [_with_words(death, control) for death in deaths]
+                self._events.append(culprit(told))
+        elif ranks.have_ended():
+            self.ranks = None
+            self._events.append(w.RanksEnded(control.is_finished()))
+        elif self._is_stalled():
+            text = f"no step and no other sign of life for {self.job.faults.stall_s:g} s"
+            self._events.append(w.RankDied(None, text))
+
+    def _is_stalled(self) -> bool:
+        path = metrics_path(self.job)
+        changed = path.stat().st_mtime if path.is_file() else 0.0
+        before, seen = self._sign_of_life
+        if changed != before:
+            self._sign_of_life = (changed, time.monotonic())
+        return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
+
+    def _probe_dropped(self) -> None:
+        if self._start_probe is None or not self.policy.grow:
+            return
+        now = time.monotonic()
+        for group, gone in self.state.dropped.items():
+            next_s, probe = self._probes.get(group, (gone.back_after_s, None))
+            if probe is not None:
+                answer = probe.answer()
+                if answer is None:
+                    continue
+                if answer:
+                    self._events.append(w.Answered(group))
+                self._probes[group] = (now + self.policy.grow_every_s, None)
+            elif now >= max(next_s, gone.back_after_s):
+                self._probes[group] = (now, self._start_probe(self.job, group))
+
+    # -- files, signals --------------------------------------------------------------------------
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.job.checkpoint.folder)
+
+    def _newest(self) -> int:
+        return max((step for step, _ in manifests.complete(self._checkpoints)), default=-1)
+
+    def _write_status(self) -> None:
+        self._written_s = time.monotonic()
+        status.write(
+            status_path(self.job), self.job.name, self.state,
+            self.plan.fingerprint if self.plan else None,
+            last=_last_line(metrics_path(self.job)), said=tuple(self.said),
+        )  # fmt: skip
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another `mxn train run` is at work in {self.out}",
+                    hint="wait for it, stop it, or give another `out`",
+                ) from None
+            yield
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-c and SIGTERM become events; the second one ends ranks without a checkpoint."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def heard(number: int, frame: Any) -> None:
+            self._stops += 1
+
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        before = {kind: signal.signal(kind, heard) for kind in kinds}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+
+def _with_words(death: Death, control: Control) -> Death:
+    if death.words is not None:
+        return death
+    return Death(
+        rank=death.rank, group=death.group, code=death.code, words=control.words_of(death.rank)
+    )
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """Return the last whole line of a JSONL file, read from its end."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - 8192))
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else {}

@@ -1,0 +1,441 @@
+"""Messages between two ranks through host memory: staging, chunks, wire dtype, link limits.
+
+A tensor of any device goes out as chunks: each is copied into pinned host memory while the one
+before it is on the network. Nothing here waits in the caller: every peer has a thread of its own
+for what it is sent, made when it is first needed. Knows tensors and one torch process group over
+host memory; knows nothing of layers, plans or makers. Start at `Wire`.
+
+gloo posts sends and receives at once and matches them by peer and tag, in order within a tag. Its
+calls are expected one at a time per group, so posting is done under a lock; waiting is not.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mxn.errors import PeerError, UserError
+
+CHUNK_BYTES = 1 << 20
+"""Of a message between makers. Large enough for the link's rate, small enough to overlap a copy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLimit:
+    """A slower link than there is, for tests and emulation: what goes to one peer shares it."""
+
+    bytes_per_s: float = float("inf")
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_s > 0 or self.latency_s < 0:
+            raise UserError(
+                f"a link limit needs bytes_per_s > 0 and latency_s >= 0, got {self.bytes_per_s!r} "
+                f"and {self.latency_s!r}"
+            )
+
+
+@dataclass(slots=True)
+class PeerCount:
+    """What went to and came from one rank so far. `waited_s`: the caller stood still for it."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    sent_messages: int = 0
+    received_messages: int = 0
+    send_s: float = 0.0  # in the sender's thread, from taking a message to its last byte's leaving
+    waited_s: float = 0.0
+
+
+class Handle(Protocol):
+    """Something under way. `wait` returns the tensor once it may be used on the current stream."""
+
+    def wait(self) -> Tensor: ...
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once; may say no of what is done and not waited for."""
+        ...
+
+
+@dataclass(slots=True)
+class Done:
+    """A handle of what is already there."""
+
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        return self.tensor
+
+    def is_done(self) -> bool:
+        return True
+
+
+class TokenBucket:
+    """When the next bytes may have arrived over a limited link. The clock comes as an argument."""
+
+    def __init__(self, limit: LinkLimit) -> None:
+        self._limit = limit
+        self._free_at = 0.0
+
+    def arrival_s(self, num_bytes: int, now_s: float) -> float:
+        """Book a message and return when its last byte arrives. Latency does not occupy the link"""
+        self._free_at = max(now_s, self._free_at) + num_bytes / self._limit.bytes_per_s
+        return self._free_at + self._limit.latency_s
+
+
+class HostBuffers:
+    """Host memory that is used again: pinned where the device has pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_pinned = device.type != "cpu"
+        self._free: dict[int, list[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Return uint8 memory of exactly `num_bytes`; its content is anything."""
+        with self._lock:
+            waiting = self._free.get(num_bytes)
+            if waiting:
+                return waiting.pop()
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
+
+    def give_back(self, buffer: Tensor) -> None:
+        with self._lock:
+            self._free.setdefault(buffer.numel(), []).append(buffer)
+
+
+@dataclass(slots=True)
+class _Job:
+    run: Callable[[], Tensor | _Job]  # a job: that one goes on with it
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Tensor | _Job | None = None
+    error: BaseException | None = None
+
+
+class Worker:
+    """A thread that does jobs in order. What a job raises comes out of its handle."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, run: Callable[[], Tensor | _Job]) -> _Job:
+        job = _Job(run)
+        self._jobs.put(job)
+        return job
+
+    def close(self, timeout_s: float) -> None:
+        """Finish what was submitted; a thread that still waits for a peer is left behind."""
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job.result = job.run()
+            except BaseException as error:  # raised again where the handle is waited for
+                job.error = error
+            job.done.set()
+
+
+class Wire:
+    """Point-to-point messages of this rank over a group of host memory (gloo).
+
+    `device` is where this rank's tensors live. `limit` slows what is sent. Both sides must use the
+    same `wire_dtype`, shapes and tags.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        timeout_s: float,
+        names: list[str],
+        limit: Callable[[int], LinkLimit | None] = lambda peer: None,
+    ) -> None:
+        self.device = device
+        self.counts: dict[int, PeerCount] = {}
+        self._group, self._timeout_s, self._names, self._limit = group, timeout_s, names, limit
+        self._buckets: dict[int, TokenBucket | None] = {}
+        self._workers: dict[str, Worker] = {}
+        self._buffers = HostBuffers(device)
+        self._post = threading.Lock()
+        self._lock = threading.Lock()  # of what is counted and made per peer
+        self._stream = None if device.type == "cpu" else torch.Stream(device=device)
+
+    def send(
+        self, tensor: Tensor, to: int, tag: int, what: str, dtype: torch.dtype | None = None
+    ) -> Handle:
+        """Send `tensor` as it is; do not write to it before the handle was waited for.
+
+        `dtype` is the one on the wire. The handle's wait returns once the message left.
+        """
+        tensor = tensor.detach().contiguous()
+        sent_dtype = dtype or tensor.dtype
+        with self._lock:
+            bucket = self._bucket(to)
+        self.note(to, tensor.numel() * sent_dtype.itemsize, is_sent=True)
+        if tensor.device.type == "cpu" and bucket is None:
+            host = _bytes(tensor.to(sent_dtype))
+            works = [self._isend(chunk, to, tag) for chunk in _chunks(host)]
+            return _Background(self._finish(works, tensor, to, what))
+        ready = _record(tensor)
+        job = self._worker(f"mxn-send-{to}").submit(
+            lambda: self._post_staged(tensor, sent_dtype, ready, to, tag, what, bucket)
+        )
+        return _Background(job)
+
+    def recv(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        from_: int,
+        tag: int,
+        what: str,
+        wire_dtype: torch.dtype | None = None,
+        lane: str = "",
+    ) -> Handle:
+        """Post a receive; it fills while the caller computes.
+
+        Receives of one lane must be waited for in the order in which they are posted.
+        """
+        device = self.device
+        sent_dtype = wire_dtype or dtype
+        target = torch.empty(shape, dtype=dtype, device=device)
+        num_bytes = target.numel() * sent_dtype.itemsize
+        self.note(from_, num_bytes, is_sent=False)
+        if device.type == "cpu":
+            landing = target if sent_dtype == dtype else target.new_empty(shape, dtype=sent_dtype)
+            works = [self._irecv(chunk, from_, tag) for chunk in _chunks(_bytes(landing))]
+            return _Posted(self, works, target, from_, what, landing)
+        host = self._buffers.take(num_bytes)
+        works = [self._irecv(chunk, from_, tag) for chunk in _chunks(host)]
+        ready = _record(target)
+        job = self._worker(f"mxn-receive-{from_}-{lane}").submit(
+            lambda: self._land(works, host, target, sent_dtype, ready, from_, what)
+        )
+        return _Background(job, self.count(from_))
+
+    def count(self, peer: int) -> PeerCount:
+        return self.counts.setdefault(peer, PeerCount())
+
+    def note(self, peer: int, num_bytes: int, *, is_sent: bool) -> None:
+        """Count a message to or from `peer`."""
+        with self._lock:
+            count = self.count(peer)
+            if is_sent:
+                count.sent_messages += 1
+                count.sent_bytes += num_bytes
+            else:
+                count.received_messages += 1
+                count.received_bytes += num_bytes
+
+    def wait(self, work: Any, peer: int, what: str) -> None:
+        """Wait for a posted send or receive. Raises: PeerError naming the peer and the message."""
+        begin_s = time.monotonic()
+        try:
+            work.wait(timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            raise self.failure(peer, what, time.monotonic() - begin_s, error) from error
+
+    def failure(self, peer: int, what: str, waited_s: float, error: Exception) -> PeerError:
+        name = self._names[peer]
+        if waited_s >= self._timeout_s or "imed out" in str(error):
+            return PeerError(
+                f"{name} did not answer in {self._timeout_s:g} s; waited for {what}",
+                rank=peer,
+                hint="a longer timeout_s, if a step really takes that long; else see its log",
+            )
+        reason = str(error).splitlines()[0]
+        return PeerError(f"lost {name} while waiting for {what}: {reason}", rank=peer)
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close(timeout_s=1.0)
+
+    def _isend(self, host: Tensor, to: int, tag: int) -> Any:
+        with self._post:
+            return self._group.send([host], to, tag)
+
+    def _irecv(self, host: Tensor, from_: int, tag: int) -> Any:
+        with self._post:
+            return self._group.recv([host], from_, tag)
+
+    def _bucket(self, peer: int) -> TokenBucket | None:
+        if peer not in self._buckets:
+            limit = self._limit(peer)
+            self._buckets[peer] = TokenBucket(limit) if limit else None
+        return self._buckets[peer]
+
+    def _worker(self, name: str) -> Worker:
+        with self._lock:
+            if name not in self._workers:
+                self._workers[name] = Worker(name)
+            return self._workers[name]
+
+    def _finish(
+        self, works: list[Any], tensor: Tensor, to: int, what: str, host: Tensor | None = None
+    ) -> _Job:
+        """Keep what is being sent until it left; apart from posting, which must not wait."""
+        begin_s = time.monotonic()
+
+        def run() -> Tensor:
+            for work in works:
+                self.wait(work, to, f"it to take {what}")
+            if host is not None and tensor.device.type != "cpu":
+                self._buffers.give_back(host)
+            self.count(to).send_s += time.monotonic() - begin_s
+            return tensor
+
+        return self._worker(f"mxn-sent-{to}").submit(run)
+
+    def _post_staged(
+        self,
+        tensor: Tensor,
+        dtype: torch.dtype,
+        ready: torch.Event | None,
+        to: int,
+        tag: int,
+        what: str,
+        bucket: TokenBucket | None,
+    ) -> _Job:
+        host, copied = self._stage(tensor, dtype, ready)
+        works = []
+        for chunk, event in zip(_chunks(host), copied, strict=True):
+            if event is not None:
+                event.synchronize()
+            if bucket is not None:
+                now_s = time.monotonic()
+                time.sleep(max(0.0, bucket.arrival_s(chunk.numel(), now_s) - now_s))
+            works.append(self._isend(chunk, to, tag))
+        return self._finish(works, tensor, to, what, host)
+
+    def _stage(
+        self, tensor: Tensor, dtype: torch.dtype, ready: torch.Event | None
+    ) -> tuple[Tensor, list[torch.Event | None]]:
+        """Return host bytes that fill up in the background, and per chunk the event to wait for."""
+        if tensor.device.type == "cpu":
+            host = _bytes(tensor.to(dtype))
+            return host, [None] * len(_chunks(host))
+        assert self._stream is not None
+        assert ready is not None
+        with self._stream:
+            self._stream.wait_event(ready)
+            source = _bytes(tensor.to(dtype))
+            host = self._buffers.take(source.numel())
+            events: list[torch.Event | None] = []
+            for target, chunk in zip(_chunks(host), _chunks(source), strict=True):
+                target.copy_(chunk, non_blocking=True)
+                events.append(self._stream.record_event())
+        return host, events
+
+    def _land(
+        self,
+        works: list[Any],
+        host: Tensor,
+        target: Tensor,
+        dtype: torch.dtype,
+        ready: torch.Event | None,
+        from_: int,
+        what: str,
+    ) -> Tensor:
+        assert self._stream is not None
+        assert ready is not None
+        with self._stream:
+            self._stream.wait_event(ready)
+            is_direct = dtype == target.dtype
+            landing = target if is_direct else torch.empty_like(target, dtype=dtype)
+            for work, source, chunk in zip(
+                works, _chunks(host), _chunks(_bytes(landing)), strict=True
+            ):
+                self.wait(work, from_, what)
+                chunk.copy_(source, non_blocking=True)
+            if not is_direct:
+                target.copy_(landing)
+            self._stream.record_event().synchronize()
+        self._buffers.give_back(host)
+        return target
+
+
+@dataclass(slots=True)
+class _Posted:
+    """Receives that gloo does by itself into host memory."""
+
+    wire: Wire
+    works: list[Any]
+    target: Tensor
+    peer: int
+    what: str
+    landing: Tensor  # as it came over the wire; the target itself where the dtypes are equal
+
+    def wait(self) -> Tensor:
+        if self.works:
+            begin_s = time.monotonic()
+            for work in self.works:
+                self.wire.wait(work, self.peer, self.what)
+            self.works = []
+            self.wire.count(self.peer).waited_s += time.monotonic() - begin_s
+            if self.landing is not self.target:
+                self.target.copy_(self.landing)
+        return self.target
+
+    def is_done(self) -> bool:
+        return not self.works
+
+
+@dataclass(slots=True)
+class _Background:
+    """A job of a worker thread."""
+
+    job: _Job
+    count: PeerCount | None = None
+
+    def wait(self) -> Tensor:
+        begin_s = time.monotonic()
+        result: Tensor | _Job | None = self.job
+        while isinstance(result, _Job):
+            result.done.wait()
+            if result.error is not None:
+                raise result.error
+            result = result.result
+        if self.count is not None:
+            self.count.waited_s += time.monotonic() - begin_s
+        assert result is not None
+        return result
+
+    def is_done(self) -> bool:
+        job: Tensor | _Job | None = self.job
+        while isinstance(job, _Job) and job.done.is_set() and job.error is None:
+            job = job.result
+        return not isinstance(job, _Job)
+
+
+def background(job: _Job) -> Handle:
+    """Return the handle of what a `Worker` was given."""
+    return _Background(job)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _chunks(host: Tensor) -> tuple[Tensor, ...]:
+    return host.split(CHUNK_BYTES) if host.numel() else ()
+
+
+def _record(tensor: Tensor) -> torch.Event | None:
+    """Return the moment at which `tensor` is ready on the current stream of its device."""
+    if tensor.device.type == "cpu":
+        return None
+    return torch.accelerator.current_stream(tensor.device).record_event()
