@@ -170,6 +170,11 @@ class ChatTemplates:
     def __bool__(self) -> bool:
         return bool(self._templates)
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """The text of each template by its name."""
+        return dict(self._templates)
+
     def mentions(self, word: str) -> bool:
         """Return whether any template contains `word`, such as a role name."""
         return any(word in source for source in self._templates.values())
