@@ -102,7 +102,9 @@ def derive_profile(
             )
         for kind, layer in kinds.items():
             columns = (widths or {}).get(kind, 8 * tp)
-            costs[kind, mbs, tp] = _layer(chip, layer, mbs * shape.seq_tokens, tp, columns, roofline)
+            costs[kind, mbs, tp] = _layer(
+                chip, layer, mbs * shape.seq_tokens, tp, columns, roofline
+            )
     return ChipProfile(
         chip=chip.name,
         costs=costs,
@@ -127,8 +129,10 @@ def _layer(
         sums_s = 2 * ring_s(tp, layer.output_bytes * tokens, chip.tensor_link)
     work_s = product_s + moved / rate
     params = layer.params / tp
-    update_s = params * roofline.update_bytes / (
-        chip.memory_bytes_per_s * share_at(roofline.memory_share, 1e8)
+    update_s = (
+        params
+        * roofline.update_bytes
+        / (chip.memory_bytes_per_s * share_at(roofline.memory_share, 1e8))
     )
     return LayerCost(
         forward_s=max(work_s + sums_s, launch_s),
@@ -152,9 +156,7 @@ def _product_s(
     return flop / (chip.peak_flop_per_s * share)
 
 
-def numbers_of(
-    spec: Spec, *, dtype: str = "bf16", tensor_link: Link | None = None
-) -> ChipNumbers:
+def numbers_of(spec: Spec, *, dtype: str = "bf16", tensor_link: Link | None = None) -> ChipNumbers:
     """Return a catalogued chip's numbers in `dtype` (fp16 stands in where bf16 is not listed).
 
     The tensor link is the catalogue's measured all-reduce rate, else half of its two-way link rate.

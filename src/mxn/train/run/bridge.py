@@ -50,6 +50,7 @@ class Member:
     chip: str
     collective: str  # torch.distributed backend of its maker
     island: str  # ranks of one island talk through their collective
+    limit: LinkLimit | None = None  # of its messages to other islands; for tests and emulation
 
     @property
     def name(self) -> str:
@@ -62,8 +63,8 @@ class BridgeOptions:
 
     timeout_s: float = 600.0
     connect_timeout_s: float = 60.0
-    wire_dtype: Literal["same", "bfloat16"] = "same"  # of float32 between islands
-    limit: LinkLimit | None = None  # between islands; tests and emulation only
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"  # of float32 between islands
+    limit: LinkLimit | None = None  # of this rank; the slower side of a link decides
 
 
 class Bridge:
@@ -117,6 +118,7 @@ class Bridge:
             chip=device.chip,
             collective=device.collective,
             island=island or device.collective,
+            limit=options.limit,
         )
         members = _meet(store, me, size, options.connect_timeout_s)
         if store_address.startswith(("127.", "localhost")):
@@ -305,7 +307,14 @@ class Bridge:
         return _NativeHandle(self.wire, work, tensor, peer, what, is_sent)
 
     def _limit_to(self, peer: int) -> LinkLimit | None:
-        return None if self.are_together(self.rank, peer) else self.options.limit
+        limits = [self.members[rank].limit for rank in (self.rank, peer)]
+        found = [limit for limit in limits if limit is not None]
+        if self.are_together(self.rank, peer) or not found:
+            return None
+        return LinkLimit(
+            bytes_per_s=min(limit.bytes_per_s for limit in found),
+            latency_s=max(limit.latency_s for limit in found),
+        )
 
 
 @dataclass(slots=True)
@@ -327,6 +336,9 @@ class _NativeHandle:
             if not self.is_sent:
                 self.wire.count(self.peer).waited_s += time.monotonic() - begin_s
         return self.tensor
+
+    def is_done(self) -> bool:
+        return self.work is None or self.work.is_completed()
 
 
 def serve_store(host: str = "127.0.0.1") -> tuple[dist.TCPStore, str]:
@@ -363,5 +375,7 @@ def _meet(store: dist.Store, me: Member, size: int, timeout_s: float) -> list[Me
                 rank=rank,
                 hint="its log says why; it may have failed to get its device",
             ) from error
-        members.append(Member(**json.loads(store.get(f"member/{rank}"))))
+        told = json.loads(store.get(f"member/{rank}"))
+        limit = LinkLimit(**told["limit"]) if told["limit"] else None
+        members.append(Member(**told | {"limit": limit}))
     return members

@@ -85,6 +85,17 @@ class GradientSums:
             self._sums[key] = torch.zeros_like(parameter, dtype=torch.float32)
         return self._sums[key]
 
+    def place(self, key: Key, memory: Tensor) -> None:
+        """Keep a sum in `memory`, float32 of the parameter's shape, from now on; it is cleared."""
+        memory.zero_()
+        if self._parameters[key].dtype == torch.float32:
+            self._parameters[key].grad = memory
+        else:
+            self._sums[key] = memory
+
+    def parameter(self, key: Key) -> nn.Parameter:
+        return self._parameters[key]
+
     def layer(self, layer: int) -> dict[str, Tensor]:
         """Return the sums of one plan layer by name."""
         return {key[1]: self[key] for key in self if key[0] == layer}

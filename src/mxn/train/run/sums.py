@@ -50,6 +50,8 @@ class SumGroup:
             raise InternalError(f"rank {self._bridge.rank} is not in this sum")
         if not tensor.is_contiguous():
             raise InternalError("a sum needs a contiguous tensor")
+        if not tensor.numel():
+            return Done(tensor)
         if len(self._leaders) == 1:
             return self._inside(tensor)
         if self._worker is None:
@@ -149,6 +151,9 @@ class _Native:
                 raise self._bridge.lost("a sum inside its island", begin_s, error) from error
             self._work = None
         return self._tensor
+
+    def is_done(self) -> bool:
+        return self._work is None or self._work.is_completed()
 
 
 def _parts(flat: Tensor, count: int) -> list[Tensor]:

@@ -61,6 +61,10 @@ class Handle(Protocol):
 
     def wait(self) -> Tensor: ...
 
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once; may say no of what is done and not waited for."""
+        ...
+
 
 @dataclass(slots=True)
 class Done:
@@ -70,6 +74,9 @@ class Done:
 
     def wait(self) -> Tensor:
         return self.tensor
+
+    def is_done(self) -> bool:
+        return True
 
 
 class TokenBucket:
@@ -383,6 +390,9 @@ class _Posted:
                 self.target.copy_(self.landing)
         return self.target
 
+    def is_done(self) -> bool:
+        return not self.works
+
 
 @dataclass(slots=True)
 class _Background:
@@ -403,6 +413,12 @@ class _Background:
             self.count.waited_s += time.monotonic() - begin_s
         assert result is not None
         return result
+
+    def is_done(self) -> bool:
+        job: Tensor | _Job | None = self.job
+        while isinstance(job, _Job) and job.done.is_set() and job.error is None:
+            job = job.result
+        return not isinstance(job, _Job)
 
 
 def background(job: _Job) -> Handle:

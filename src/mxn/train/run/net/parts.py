@@ -7,7 +7,7 @@ Shape letters: D inputs and F outputs of a matrix, r rank of an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from mxn.models.spec import DecoderSpec
 
 M = TypeVar("M", bound=nn.Module)
+Product = Callable[[Tensor, nn.Parameter, Tensor | None], Tensor]
+"""x [..., D], W [F, D], b [F] or None -> x Wᵀ + b."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Linear(nn.Module):
         self.lora_A: Linear | None = None  # spelled as PEFT does
         self.lora_B: Linear | None = None
         self.lora_scale = 0.0
+        self.product: Product = nn.functional.linear  # replaced where weight gradients are put off
 
     @property
     def in_features(self) -> int:
@@ -53,7 +56,7 @@ class Linear(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x, self.weight, self.bias)
+        y = self.product(x, self.weight, self.bias)
         if self.lora_A is None or self.lora_B is None:
             return y
         return y + self.lora_scale * self.lora_B(self.lora_A(x))

@@ -1,0 +1,206 @@
+"""One rank of a training job: its layers, its row of actions, its part of every step.
+
+Puts executor, gradients and optimizer together; the result of a step is that of `SingleTrainer` to
+float noise. Knows no files, checkpoints or processes. Start at `RankTrainer.train_step`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from mxn.train.plan.schedules import Order, order
+from mxn.train.run import lora
+from mxn.train.run.bridge import Bridge
+from mxn.train.run.data import MicroBatch, Rows
+from mxn.train.run.deferred import Add, DeferredWeights
+from mxn.train.run.executor import Executor, StepWork
+from mxn.train.run.gradients import Gradients
+from mxn.train.run.net import StageModule
+from mxn.train.run.optim import AdamW, GradientSums, clip_factor
+from mxn.train.run.placement import Placement
+from mxn.train.run.schedule import learning_rate
+from mxn.train.run.single import RunSettings, StepLog
+from mxn.train.run.weights import ModelSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTimes:
+    """What a rank's thread did in a step, in seconds."""
+
+    busy_s: float  # computing, as far as the host can tell
+    waited_s: float  # for neighbours of the pipeline
+    reduce_s: float  # for sums of gradients, behind the last backward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStep:
+    """A step; the same on all ranks but for `log.seconds` and `optimizer_s`."""
+
+    log: StepLog
+    flags: int  # what ranks said with this step, or-ed together
+    times: tuple[RankTimes, ...]  # by rank
+    optimizer_s: float
+
+
+class RankTrainer:
+    """The layers that one rank holds, and what it does with them in each step."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        rows: Rows,
+        settings: RunSettings,
+        placement: Placement,
+        bridge: Bridge,
+        *,
+        dtypes: Sequence[torch.dtype],
+        orders: Sequence[Order] | None = None,
+    ) -> None:
+        """`dtypes` by rank. `orders` by pipeline; without them the plan's schedule gives them.
+
+        All ranks make theirs at the same time. Raises: UnsupportedError for a plan or a LoRA
+        target that cannot be run.
+        """
+        rank = bridge.rank
+        self.rows, self.settings, self.placement, self.bridge = rows, settings, placement, bridge
+        self.place = placement.places[rank]
+        stage, pipeline = placement.stage_of(rank), placement.pipeline_of(rank)
+        self.chunks: list[StageModule] = []
+        for chunk in stage.chunks:
+            module = source.stage(
+                chunk.first,
+                chunk.end,
+                dtype=dtypes[rank],
+                device=bridge.device,
+                recompute=stage.recompute,
+            )
+            if settings.lora:
+                lora.attach(module, settings.lora, seed=settings.seed)
+            self.chunks.append(module)
+        self.sums = [GradientSums(module) for module in self.chunks]
+        self.gradients = Gradients(placement, bridge, self.chunks, self.sums)
+        self.optimizers = [AdamW(module, settings.adam) for module in self.chunks]
+        self.step = 0  # the next one
+        bridge.open_channels(list(placement.channels()))
+        number = self.place.pipeline
+        all_rows = orders[number] if orders else _order(placement, number)
+        row = all_rows[self.place.stage]
+        is_split = any(action.kind == "W" for action in row)
+        self.executor = Executor(
+            placement,
+            self.place,
+            row,
+            self.chunks,
+            bridge,
+            dtypes=[
+                dtypes[placement.rank_of_part(number, part)]
+                for part in range(placement.num_parts(number))
+            ],
+            deferred=[
+                DeferredWeights(module, _adder(sums))
+                for module, sums in zip(self.chunks, self.sums, strict=True)
+            ]
+            if is_split
+            else [],
+            before_last=self.gradients.arm,
+            after_last=self.gradients.complete,
+        )
+        self._first = placement.first_micro_batch(number)
+        self._num_micro_batches = pipeline.micro_batches
+
+    def train_step(self, flags: int = 0) -> RankStep:
+        """Do the next step together with all other ranks.
+
+        `flags` are bits that every rank learns with this step. Raises: PeerError when another rank
+        is lost; UserError when the gradients are no numbers, on all ranks alike.
+        """
+        begin_s = time.perf_counter()
+        first = self.step * self.settings.micro_batches + self._first
+        self.gradients.clear()
+        work = self.executor.run(lru_cache(4)(partial(self._batch, first)))
+        computed_s = time.perf_counter()
+        self.gradients.finish()
+        summed_s = time.perf_counter()
+        mine = RankTimes(
+            busy_s=work.total_s - work.waited_s,
+            waited_s=work.waited_s,
+            reduce_s=summed_s - computed_s,
+        )
+        square, loss, tokens, said, times = self._exchange(work, flags, mine)
+        told_s = time.perf_counter()
+        share = 1 / max(1, tokens)
+        norm = square**0.5 * share
+        rate = learning_rate(self.settings.schedule, self.step)
+        scale = share * clip_factor(norm, self.settings.clip_norm)
+        for optimizer, sums in zip(self.optimizers, self.sums, strict=True):
+            optimizer.step(sums, rate, scale=scale)
+        end_s = time.perf_counter()
+        log = StepLog(
+            step=self.step,
+            loss=loss * share,
+            num_tokens=tokens,
+            learning_rate=rate,
+            gradient_norm=norm,
+            seconds=end_s - begin_s,
+        )
+        self.step += 1
+        return RankStep(
+            log=log,
+            flags=said,
+            times=times,
+            optimizer_s=end_s - told_s,
+        )
+
+    def _exchange(
+        self, work: StepWork, flags: int, times: RankTimes
+    ) -> tuple[float, float, int, int, tuple[RankTimes, ...]]:
+        """Return squared norm, sum of losses, tokens, flags and times of all ranks.
+
+        Numbers are added in the order of ranks, so that every rank has the same bits.
+        """
+        loss = torch.stack(work.losses).cpu().double().sum().item() if work.losses else 0.0
+        mine = [self.gradients.square_norm(), loss, float(work.num_tokens), float(flags)]
+        said = 0
+        square = total = tokens = 0.0
+        seen: list[RankTimes] = []
+        told = [times.busy_s, times.waited_s, times.reduce_s]
+        for others, other_loss, other_tokens, other_flags, *spent in self.bridge.gather(
+            mine + told
+        ):
+            square, total = square + others, total + other_loss
+            tokens, said = tokens + other_tokens, said | int(other_flags)
+            seen.append(RankTimes(busy_s=spent[0], waited_s=spent[1], reduce_s=spent[2]))
+        return square, total, int(tokens), said, tuple(seen)
+
+    def _batch(self, first: int, micro_batch: int) -> MicroBatch:
+        return self.rows.micro_batch(first + micro_batch).to(self.bridge.device)
+
+
+def _order(placement: Placement, number: int) -> Order:
+    pipeline = placement.plan.pipelines[number]
+    return order(
+        placement.plan.schedule,
+        len(pipeline.stages),
+        len(pipeline.stages[0].chunks),
+        pipeline.micro_batches,
+    )
+
+
+def _adder(sums: GradientSums) -> Add:
+    """Return what adds a put-off product to a stage's sums."""
+    key_of = {id(sums.parameter(key)): key for key in sums}
+
+    def add(weight: nn.Parameter, gradient_SF: Tensor, input_SD: Tensor) -> None:
+        total = sums[key_of[id(weight)]]
+        if total.dtype == gradient_SF.dtype:
+            total.addmm_(gradient_SF.t(), input_SD)
+        else:
+            total.add_(gradient_SF.t() @ input_SD)
+
+    return add

@@ -1,0 +1,114 @@
+"""A job cut up in many ways, and the same job on one device; see `support.ranks`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxn.models.tokenizer import Tokenizer
+from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.run.bridge import Bridge
+from mxn.train.run.data import DataSettings, Rows, prepare
+from mxn.train.run.lora import LoraSettings
+from mxn.train.run.placement import Placement
+from mxn.train.run.schedule import Schedule
+from mxn.train.run.single import RunSettings, SingleTrainer
+from mxn.train.run.trainer import RankTrainer
+from mxn.train.run.weights import ModelSource
+
+ROOT = Path(__file__).parents[2]
+LLAMA = ROOT / "src/mxn/shipped/mxn-shakespeare-llama"  # four blocks: layers 0 to 5
+TEXT = ROOT / "recipes/data/tinyshakespeare.txt"
+LAYERS = 6
+SEQ_TOKENS, MICRO_BATCH = 24, 2
+
+
+def plan_of(
+    *pipelines: tuple[int, list[list[tuple[int, int]]]],
+    schedule: str = "1f1b",
+    recompute: str = "none",
+) -> TrainPlan:
+    """Return a plan from (micro-batches, stages); a stage is a list of (first, end) chunks."""
+    number = 0
+    made = []
+    for micro_batches, stages in pipelines:
+        cut = []
+        for chunks in stages:
+            cut.append(
+                Stage(
+                    group="all",
+                    first_device=number,
+                    chunks=tuple(Chunk(first=first, end=end) for first, end in chunks),
+                    recompute=recompute,  # type: ignore[arg-type]
+                )
+            )
+            number += 1
+        made.append(Pipeline(stages=tuple(cut), micro_batches=micro_batches))
+    return TrainPlan(
+        model="shakespeare",
+        num_layers=LAYERS,
+        seq_tokens=SEQ_TOKENS,
+        micro_batch=MICRO_BATCH,
+        pipelines=tuple(made),
+        schedule=schedule,  # type: ignore[arg-type]
+    )
+
+
+def job(steps: int, micro_batches: int, **changes: Any) -> tuple[ModelSource, Rows, RunSettings]:
+    source = ModelSource.open(LLAMA, seq_tokens=SEQ_TOKENS, begin="scratch", seed=5)
+    cache = prepare(
+        DataSettings(paths=(TEXT,)), Tokenizer.load(LLAMA), source.spec.vocab_size
+    )
+    rows = Rows(cache, seq_tokens=SEQ_TOKENS, micro_batch=MICRO_BATCH, seed=1)
+    if changes.get("lora"):
+        changes["lora"] = LoraSettings(rank=4)
+    schedule = Schedule(peak=3e-3, num_steps=steps, warmup_steps=3)
+    return source, rows, RunSettings(schedule=schedule, micro_batches=micro_batches, **changes)
+
+
+def single(steps: int, micro_batches: int, **changes: Any) -> dict[str, Any]:
+    """Return losses and norms of the job on one device."""
+    trainer = SingleTrainer(*job(steps, micro_batches, **changes))
+    logs = trainer.run()
+    return {"loss": [log.loss for log in logs], "norm": [log.gradient_norm for log in logs]}
+
+
+def train(
+    bridge: Bridge,
+    plan: str,
+    steps: int,
+    dtypes: list[str] | None = None,
+    slow_factors: list[float] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Return what a rank saw: losses, norms, and a digest of each layer's weights at the end."""
+    if slow_factors and bridge.device.type == "sim":
+        from mxn.chips.sim import knobs
+
+        knobs.set(slow_factor=slow_factors[bridge.rank])
+    placement = Placement(TrainPlan.from_json(plan))
+    trainer = RankTrainer(
+        *job(steps, placement.plan.micro_batches, **changes),
+        placement,
+        bridge,
+        dtypes=[getattr(torch, name) for name in dtypes or ["float32"] * placement.num_ranks],
+    )
+    told = [trainer.train_step() for _ in range(steps)]
+    digests = {}
+    for module in trainer.chunks:
+        for layer in range(module.first, module.end):
+            state = module.layer_state(layer)
+            for name, tensor in sorted(state.items()):
+                data = tensor.float().cpu().numpy().tobytes()
+                digests[f"{layer} {name}"] = hashlib.sha256(data).hexdigest()[:12]
+    return {
+        "loss": [step.log.loss for step in told],
+        "norm": [step.log.gradient_norm for step in told],
+        "digests": digests,
+        "waited_s": sum(step.times[bridge.rank].waited_s for step in told),
+        "busy_s": sum(step.times[bridge.rank].busy_s for step in told),
+        "sent_bytes": {str(peer): count.sent_bytes for peer, count in bridge.counts.items()},
+    }
