@@ -23,6 +23,10 @@ TOKENS = 48  # of the prompt whose every position is compared
 # more of an error than others). Eight bits twice: activations are rounded as well.
 SLACK = {8: 2.0, 4: 1.5}
 ALLOWED_F32 = 1e-3
+# The best of many tokens by logits with an error of one standard deviation is about so far from the
+# truly best one; any token of a row is 4 away.
+STEP_SLACK = 2.0
+STEPS = 24
 HIGHEST = 0.95  # logits of another model are about 1.4 away
 
 
@@ -42,6 +46,23 @@ class Accuracy:
         what = "logit error" if self.rms_error is not None else "distance from the best token"
         found = self.gap if self.rms_error is None else self.rms_error
         return f"{what} {found:.4f}, {self.allowed:.4f} is allowed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """How far decoded tokens are from the best ones: the mean over the steps, in standard
+    deviations of the true logits."""
+
+    gap: float
+    allowed: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.gap <= self.allowed
+
+
+Made = dict[str, tuple[str, list[int]]]
+"""By contender: its weights, and the tokens it decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +116,24 @@ class Truth:
             return self._check_tokens(peer, allowed)
         return compare(self.logits_TV, found, allowed)
 
+    def check_decode(self, model: Path, peers: Path, threads: int, made: Made) -> dict[str, Steps]:
+        """Judge greedy tokens that engines decoded after the prompt, one step each.
+
+        Each is looked up in the true logits behind the tokens before it, so a step that read a
+        wrong cache shows, which logits of the prompt cannot show. Raises: Failed as `make` does.
+        """
+        found = {}
+        texts = {name: self.prompt + tokens for name, (_, tokens) in made.items()}
+        logits = _true_logits(model, peers, threads, texts)
+        for name, (weights, tokens) in made.items():
+            rows = logits[name][len(self.prompt) - 1 : -1]
+            missed = rows.max(-1) - rows[range(len(tokens)), tokens]
+            found[name] = Steps(
+                gap=round(float((missed / rows.std(-1)).mean()), 4),
+                allowed=round(STEP_SLACK * self.allowed(weights), 4),
+            )
+        return found
+
     def _check_tokens(self, peer: Peer, allowed: float) -> Accuracy:
         """Only the first token: the truth behind later ones would need another prompt."""
         token = peer.ask("greedy", prompt=self.prompt, steps=1)["tokens"][0]
@@ -121,7 +160,13 @@ def compare(true_TV: Any, found_TV: Any, allowed: float) -> Accuracy:
 
 
 def _run(model: Path, peers: Path, threads: int, weights: str, tokens: list[int]) -> Any:
-    """Return the logits of transformers, loaded for nothing else."""
+    return _true_logits(model, peers, threads, {"": tokens}, weights)[""]
+
+
+def _true_logits(
+    model: Path, peers: Path, threads: int, texts: dict[str, list[int]], weights: str = "f32"
+) -> dict[str, Any]:
+    """Return the logits of transformers for each text, loaded for nothing else."""
     contender = contenders.find(f"transformers:{weights}")
     peer = contenders.peer(contender, peers, threads, None)
     load = Load(
@@ -130,7 +175,7 @@ def _run(model: Path, peers: Path, threads: int, weights: str, tokens: list[int]
     )  # fmt: skip
     try:
         peer.load(load)
-        return _logits(peer, tokens)
+        return {name: _logits(peer, tokens) for name, tokens in texts.items()}
     finally:
         peer.stop()
 

@@ -5,6 +5,7 @@ A contender is written ENGINE:FORMAT, such as openvino:int4. Knows no measuremen
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import re
@@ -92,9 +93,19 @@ def built(contender: Contender, model: Path, peers: Path) -> Path:
                 env=llama_env(peers),
             )  # fmt: skip
         return out
+    if contender.is_ours:
+        _compile_sources()
     if contender.is_ours and contender.weights != "plain":
         return _packed(contender, model, folder)
     return model
+
+
+def _compile_sources() -> None:
+    """Compile mxn to bytecode as pip does for the peers: a source tree may have none of it."""
+    import mxn
+
+    if not compileall.compile_dir(str(Path(mxn.__file__).parent), quiet=1):
+        raise Failed("mxn's sources do not compile")
 
 
 def _packed(contender: Contender, model: Path, folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """Conversations of many lengths under Poisson arrivals: how much each server gets done in time.
 
-    python bench/engine/mixed_load.py --peers FOLDER --minutes 6
+    python bench/engine/mixed_load.py --peers FOLDER --minutes 20
 
 Starts `mxn serve`, a thin server around OpenVINO GenAI and llama-server on the same checkpoint, all
 with all threads, and asks one after another. Lengths are those of the Azure conversation trace
@@ -17,8 +17,12 @@ tokens. Every run sends the same lengths in the same order, with words that no c
    by bisection below its capacity (a rate above it is kept for the length of a run only). The best
    peer's goodput is its own 70 % by construction; ours divided by the best peer's is the ratio.
 
-The bisection stops when the minutes are over; what it found up to then is a lower bound. The load
-generator shares the cores: `generator_cores` says with how much. Knows no engine. Start at `main`.
+Each rate is run `--repeats` times, each with other arrivals, drawn alike for every server; what
+counts is the median of the runs, so nobody has more tries than another. In steps 1 and 2 servers
+take turns. The bisection stops when the minutes are over; its result is a lower bound then.
+
+The load generator shares the cores: `generator_cores` says with how much. Knows no engine. Start at
+`main`.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +78,7 @@ class Session:
     capacity: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    repeats: int = 3
     num_runs: int = 0
 
     def words(self) -> int:
@@ -100,34 +106,71 @@ def attempt(session: Session, name: str, what: str, step: Callable[[Target], Any
 
 
 def measure_capacity(session: Session) -> None:
-    """Warm each server up, then measure it with all slots full."""
+    """Warm each server up, then measure it with all slots full, in turns."""
     for name in list(session.running):
         warm = session.work.jobs(session.words(), WARM)
-        full = session.work.jobs(session.words())
+        attempt(session, name, "warm", partial(traffic.closed_loop, work=warm, slots=WARM // 2))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(session.repeats):
+        for name in list(session.running):
+            full = session.work.jobs(session.words())
+            step = partial(traffic.closed_loop, work=full, slots=session.slots)
+            row = attempt(session, name, "capacity", step)
+            if row is not None:
+                found.setdefault(name, []).append(row)
+    for name, rows in found.items():
+        session.capacity[name] = median(rows, "capacity_per_s")
 
-        def step(target: Target, warm: Any = warm, full: Any = full) -> dict[str, Any]:
-            traffic.closed_loop(target, warm, WARM // 2)
-            return traffic.closed_loop(target, full, session.slots)
 
-        found = attempt(session, name, "capacity", step)
-        if found is not None:
-            session.capacity[name] = found
+def measure_parts(session: Session, until_s: float) -> None:
+    """Let each server have its part of its capacity, in turns."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for repeat in range(session.repeats):
+        for name in list(session.running):
+            rate = PART * session.capacity[name]["capacity_per_s"]
+            row = run_once(session, name, rate, repeat, until_s)
+            if row is not None:
+                found.setdefault(name, []).append(row)
+    for name, rows in found.items():
+        session.rows[name] = [median(rows, "latency_p95_s")]
 
 
 def measure_rate(session: Session, name: str, rate_per_s: float, until_s: float) -> None:
-    """Send everything at this rate and keep the row, if it can end in time."""
+    """Send everything at this rate, several times, and keep the median, if all can end in time."""
+    rows = []
+    for repeat in range(session.repeats):
+        row = run_once(session, name, rate_per_s, repeat, until_s)
+        if row is None:
+            return
+        rows.append(row)
+    session.rows[name].append(median(rows, "latency_p95_s"))
+
+
+def run_once(
+    session: Session, name: str, rate_per_s: float, repeat: int, until_s: float
+) -> dict[str, Any] | None:
+    """Return one run at a rate; None where it fails or could not end in time."""
+    if name not in session.running:
+        return None
     seen = [row["latency_p95_s"] for row in session.rows.get(name, [])]
     seconds = session.work.count / rate_per_s + max(seen, default=0.0)
     if time.monotonic() + seconds > until_s:
         session.notes[f"{name} at {rate_per_s:.3g}/s"] = f"no time for {seconds:.0f} s more"
-        return
-    work = session.work.jobs(session.words())
-    row = attempt(
-        session, name, f"at {rate_per_s:.3g}/s",
-        lambda target: traffic.open_loop(target, work, rate_per_s, session.work.seed),
+        return None
+    step = partial(
+        traffic.open_loop, work=session.work.jobs(session.words()), rate_per_s=rate_per_s,
+        seed=session.work.seed + repeat,
     )  # fmt: skip
-    if row is not None:
-        session.rows.setdefault(name, []).append(row)
+    return attempt(session, name, f"at {rate_per_s:.3g}/s", step)
+
+
+def median(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Return the row in the middle by `key`, with what the others had; of two the worse one.
+
+    Worse: a higher latency, a lower capacity.
+    """
+    ordered = sorted(rows, key=lambda row: row[key], reverse=key != "latency_p95_s")
+    return ordered[len(ordered) // 2] | {"all": [row[key] for row in rows]}
 
 
 def best_peer(rows: dict[str, list[dict[str, Any]]]) -> str | None:
@@ -181,8 +224,7 @@ def ratios(found: dict[str, dict[str, Any] | None]) -> dict[str, float]:
 def measure(session: Session, p95_s: float | None, probes: int, until_s: float) -> dict[str, Any]:
     """Run the four steps and return the result."""
     measure_capacity(session)
-    for name in list(session.running):
-        measure_rate(session, name, PART * session.capacity[name]["capacity_per_s"], until_s)
+    measure_parts(session, until_s)
     best = best_peer(session.rows)
     if p95_s is None and best is not None:
         p95_s = session.rows[best][0]["latency_p95_s"]
@@ -223,12 +265,13 @@ def parse() -> argparse.Namespace:
         "--p95", type=float, help="allowed p95 latency in s; the best peer's at 70 %%"
     )
     parser.add_argument("--requests", type=int, default=40, help="of each run")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each rate")
     parser.add_argument("--probes", type=int, default=4, help="rates tried for each server")
     parser.add_argument("--slots", type=int, default=16, help="requests at the same time")
     parser.add_argument("--context", type=int, default=512, help="tokens the longest one fills")
     parser.add_argument("--longest", type=int, default=4096, help="longest one kept of the trace")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=6, help="no run that would end later")
+    parser.add_argument("--minutes", type=float, default=20, help="no run that would end later")
     parser.add_argument("--turn-limit", type=float, default=100, help="seconds a run may take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers", type=Path, help="folder of setup_peers.py; MXN_HOME/peers")
@@ -266,7 +309,7 @@ def main() -> None:
     work = Work(
         arguments.requests, arguments.context, arguments.longest, vocab_size, arguments.seed
     )
-    session = Session(work, arguments.slots)
+    session = Session(work, arguments.slots, repeats=arguments.repeats)
     try:
         start(session, arguments, peers, model)
         result = measure(session, arguments.p95, arguments.probes, until_s)

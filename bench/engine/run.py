@@ -31,7 +31,7 @@ import contenders
 import limits
 import models
 import report
-from accuracy import Accuracy, Truth
+from accuracy import STEPS, Accuracy, Made, Steps, Truth
 from contenders import Contender
 from cost import Shape
 from protocol import Failed, Load, Peer, Refused, end_on_signal, prompt
@@ -81,6 +81,7 @@ class Session:
     notes: dict[str, str] = field(default_factory=dict)
     given_up: set[tuple[Contender, str]] = field(default_factory=set)  # contender and column
     accuracy: dict[str, Accuracy] = field(default_factory=dict)
+    steps: dict[str, Steps] = field(default_factory=dict)
     rounding: dict[str, float] = field(default_factory=dict)  # error of plain rounding of weights
     values: dict[str, dict[str, list[float]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
@@ -136,6 +137,39 @@ def prepare(session: Session, wanted: list[Contender], truth: Truth) -> None:
             continue
         peer.pause(signal.SIGSTOP)
         session.running[contender] = peer
+    check_steps(session, truth)
+
+
+def check_steps(session: Session, truth: Truth) -> None:
+    """Leave out contenders whose decoded tokens are wrong: the prompt alone cannot show that."""
+    made: Made = {}
+    for contender, peer in list(session.running.items()):
+        peer.pause(signal.SIGCONT)
+        try:
+            tokens = peer.ask("greedy", prompt=truth.prompt, steps=STEPS)["tokens"]
+            if len(tokens) != STEPS:
+                raise Failed(f"it decoded {len(tokens)} tokens, not {STEPS}")
+            made[contender.name] = (contender.weights, tokens)
+        except Refused as error:
+            session.notes[f"{contender.name} steps"] = f"not checked: {error}"
+        except Failed as error:
+            leave_out(session, contender, str(error))
+        finally:
+            peer.pause(signal.SIGSTOP)
+    found = truth.check_decode(session.model, session.peers, session.threads, made)
+    session.steps.update(found)
+    for contender in list(session.running):
+        steps = found.get(contender.name)
+        if steps is not None:
+            note(f"{contender.name}: {STEPS} steps, {steps}")
+            if not steps.is_right:
+                leave_out(session, contender, f"wrong steps: {steps}")
+
+
+def leave_out(session: Session, contender: Contender, why: str) -> None:
+    session.notes[contender.name] = why
+    note(f"{contender.name} left out: {why}")
+    session.running.pop(contender).stop()
 
 
 def turn(session: Session, contender: Contender, column: Column, round_number: int) -> None:
@@ -226,8 +260,11 @@ def rounds(session: Session, count: int, until_s: float) -> list[limits.Limits]:
             found.append(limits.measure(session.threads))
             note(f"round {number} of {count}: {found[-1]}")
         for column in session.columns:
-            for contender in list(session.running):  # one that breaks may leave in between
-                turn(session, contender, column, number)
+            order = list(session.running)  # one that breaks may leave in between
+            first = number % max(len(order), 1)  # who begins changes, as does who follows whom
+            for contender in order[first:] + order[:first]:
+                if contender in session.running:
+                    turn(session, contender, column, number)
         if number and session.wants_start:
             for contender in list(session.running):
                 start_turn(session, contender)
@@ -261,6 +298,7 @@ def measure(
         "model": session.shape_name,
         "limits": {"median": middle, "rounds": [asdict(one) for one in found]},
         "accuracy": {name: asdict(one) for name, one in session.accuracy.items()},
+        "steps": {name: asdict(one) for name, one in session.steps.items()},
         "rounding_error": session.rounding,
         "metrics": report.quantiles(session.values),
         "limit_fraction": report.fractions(session, shape, middle),

@@ -24,6 +24,7 @@ from mxn.cli import (
     serve,
     tenants,
     top,
+    train,
     tune,
     up,
     usage,
@@ -56,6 +57,7 @@ app.add_typer(usage.app, name="usage")
 app.add_typer(limits.budget, name="budget")
 app.add_typer(limits.limit, name="limit")
 app.add_typer(prices.app, name="price")
+app.add_typer(train.app, name="train")
 app.add_typer(tenants.orgs, name="org")
 app.add_typer(tenants.projects, name="project")
 app.add_typer(tenants.users, name="user")

@@ -21,6 +21,8 @@ from mxn.models.chat_template import ChatTemplates, Message
 from mxn.models.quantized.gguf_storage import find_gguf
 from mxn.models.token_bound import bytes_per_token
 from mxn.models.token_bytes import BytePieces, ByteTable, detect_scheme, is_bytes_only
+from mxn.models.tokenizer_facts import Facts
+from mxn.models.tokenizer_facts import read as read_facts
 
 log = logging.getLogger("mxn.models")
 
@@ -161,6 +163,11 @@ class _SlowBackend:
         return None
 
 
+def _count(backend: Backend) -> Facts:
+    vocab = backend.vocab()
+    return Facts(max(vocab.values(), default=-1) + 1, backend.bytes_per_token(vocab))
+
+
 class Tokenizer:
     """Encodes, decodes and renders chats for one checkpoint. Thread-safe after construction."""
 
@@ -171,16 +178,18 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         templates: ChatTemplates,
         byte_scheme: str,
+        facts: Facts | None = None,
     ) -> None:
+        """`facts`: what is known of this vocabulary; None: it is counted through."""
         self._backend = backend
         self.special_tokens = dict(special_tokens)  # such as {"bos_token": "<s>"}
         self.templates = templates
-        vocab = backend.vocab()  # a tenth of a second where there are 150,000 tokens
-        self.vocab_size = max(vocab.values(), default=-1) + 1  # a model's matrix may be larger
+        self.facts = facts or _count(backend)
+        self.vocab_size = self.facts.vocab_size  # a model's matrix may be larger
         self.special_ids = backend.special_ids()
         self._added_ids = backend.added_ids()
         self._bytes = ByteTable(byte_scheme, self._added_ids)
-        self._bytes_per_token = backend.bytes_per_token(vocab)
+        self._bytes_per_token = self.facts.bytes_per_token
         self._pieces = backend.byte_pieces()
 
     @classmethod
@@ -227,6 +236,7 @@ class Tokenizer:
             special_tokens=special,
             templates=templates,
             byte_scheme=detect_scheme(raw),
+            facts=read_facts(folder) if folder else None,
         )
 
     @classmethod

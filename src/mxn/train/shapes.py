@@ -18,12 +18,13 @@ from mxn.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlaSpec, MlpS
 from mxn.train.plan.shape import LayerShape, ModelShape
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_INDEX_BYTES = 8  # of a token id, a label or an expert number
+_INDEX_BYTES = 8  # of a label, or of the number of a row
+PIECE_BYTES = 64 * 2**20  # as in `run/net/losses.py`, which imports torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Biases:
-    """Which linear layers of a family have a bias. A spec does not say: loading sees the tensors."""
+    """Which linear layers of a family have a bias. No spec says so: loading sees the tensors."""
 
     qkv: bool = False  # with MLA: the two projections down to the latents
     attn_out: bool = False
@@ -92,19 +93,24 @@ def model_shape(
     seq_tokens: int,
     dtype: str = "float32",
     biases: Biases | None = None,
+    is_packed: bool = False,
 ) -> ModelShape:
-    """Return the planner's view of `spec` at rows of `seq_tokens` tokens computed in `dtype`."""
+    """Return the planner's view of `spec` at rows of `seq_tokens` tokens computed in `dtype`.
+
+    `is_packed`: rows hold several documents, so attention keeps a mask.
+    """
     if seq_tokens < 1:
         raise UserError(f"a row needs at least 1 token, got {seq_tokens}")
     if dtype not in _BYTES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(_BYTES)}")
     size, biases = _BYTES[dtype], biases or Biases()
+    kept = _Kept(spec, seq_tokens, size, is_packed)
     kinds = layer_kinds(spec)
     blocks = {
-        kind: _block(spec, layer, kind, seq_tokens, size, biases)
+        kind: _block(spec, layer, kind, kept, biases)
         for kind, layer in zip(kinds[1:-1], spec.layers, strict=True)
     }
-    rows = (_embedding(spec, size), *(blocks[kind] for kind in kinds[1:-1]), _head(spec, size))
+    rows = (_embedding(spec, size), *(blocks[kind] for kind in kinds[1:-1]), _head(spec, kept))
     return ModelShape(name=name, layers=rows, seq_tokens=seq_tokens, is_tied=spec.is_tied)
 
 
@@ -139,40 +145,39 @@ def _embedding(spec: DecoderSpec, size: int) -> LayerShape:
         kind="embedding",
         params=spec.vocab_size * spec.hidden,
         forward_flop=0.0,
-        activation_bytes=float(_INDEX_BYTES),
+        activation_bytes=0.0,  # only the token ids, which belong to the batch
         output_bytes=float(spec.hidden * size),
         active_params=spec.hidden,
     )
 
 
-def _head(spec: DecoderSpec, size: int) -> LayerShape:
+def _head(spec: DecoderSpec, kept: _Kept) -> LayerShape:
     """Final norm, logits and loss. Its matrix is counted here also when it is the embedding's."""
     matrix = spec.vocab_size * spec.hidden
-    kept = 2 * spec.hidden * size + 4 * spec.vocab_size + _INDEX_BYTES
     return LayerShape(
         kind="head",
         params=matrix + spec.hidden,
         forward_flop=2.0 * matrix,
-        activation_bytes=float(kept),
+        activation_bytes=float(kept.head()),
         output_bytes=0.0,
     )
 
 
 def _block(
-    spec: DecoderSpec, layer: LayerSpec, kind: str, seq_tokens: int, size: int, biases: Biases
+    spec: DecoderSpec, layer: LayerSpec, kind: str, kept: _Kept, biases: Biases
 ) -> LayerShape:
     attention = _Attention(spec.hidden, layer.attention, biases)
     ffn_matrix, ffn_other, ffn_active = _ffn_params(spec.hidden, layer.ffn, biases)
     norms = spec.hidden * 2 * (layer.has_pre_norm + layer.has_post_norm)
     params = attention.matrix + attention.other + ffn_matrix + ffn_other + norms
     inactive = ffn_matrix - ffn_active
-    flop = 2.0 * (attention.matrix + ffn_active) + attention.context_flop(seq_tokens)
+    flop = 2.0 * (attention.matrix + ffn_active) + attention.context_flop(kept.seq_tokens)
     return LayerShape(
         kind=kind,
         params=params,
         forward_flop=flop,
-        activation_bytes=float(_kept_bytes(spec, layer, size)),
-        output_bytes=float(spec.hidden * size),
+        activation_bytes=float(kept.block(layer)),
+        output_bytes=float(spec.hidden * kept.size),
         active_params=params - inactive if inactive else None,
     )
 
@@ -239,26 +244,109 @@ def _ffn_params(hidden: int, ffn: MlpSpec | MoeSpec, biases: Biases) -> tuple[in
 
 
 # -- what backward needs -----------------------------------------------------------------------
+# Bytes of one token, by what autograd keeps of the operators of `run/net`. A product keeps its
+# input; a factor is kept only where the other one has a gradient, so rotation keeps no queries.
 
 
-def _kept_bytes(spec: DecoderSpec, layer: LayerSpec, size: int) -> float:
-    """Return what `run/net.py` keeps of one token of one block until its backward."""
-    norms = 2 * (layer.has_pre_norm + layer.has_post_norm)
-    stream = 2 * norms * spec.hidden * size  # the input and the output of each norm
-    return stream + _kept_attention(layer.attention, size) + _kept_ffn(spec, layer.ffn, size)
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """`size` bytes of a value in the dtype that computes; norms, routing and losses use float32."""
 
+    spec: DecoderSpec
+    seq_tokens: int
+    size: int
+    is_packed: bool
 
-def _kept_attention(spec: AttentionSpec, size: int) -> float:
-    heads, v_dim = spec.num_heads, spec.mla.v_dim if spec.mla else spec.head_dim
-    groups = heads if spec.mla else spec.num_kv_heads
-    mixed = heads * spec.head_dim + groups * (spec.head_dim + v_dim) + heads * v_dim
-    return mixed * size + 4 * heads  # with the log-sum of each head
+    def block(self, layer: LayerSpec) -> float:
+        pre = layer.has_pre_norm
+        attention, ffn = self.attention(layer.attention), self.ffn(layer.ffn)
+        inputs = self.input(pre) + self.input(pre, is_kept=self.keeps_ffn_input(layer.ffn))
+        return inputs + attention + ffn + 2 * layer.has_post_norm * self.norm(self.spec.hidden)
 
+    def norm(self, width: int) -> float:
+        """Its input and itself before the weight, without its output."""
+        return 4 * width + 4 + (4 if self.spec.is_norm_offset else self.size) * width
 
-def _kept_ffn(spec: DecoderSpec, ffn: MlpSpec | MoeSpec, size: int) -> float:
-    if isinstance(ffn, MlpSpec):
-        return (4 if ffn.is_gated else 2) * ffn.intermediate * size
-    experts = ffn.router.top_k * (4 * ffn.intermediate + 2 * spec.hidden) * size
-    router = 4 * (2 * ffn.router.num_experts + 2 * ffn.router.top_k)
-    shared = _kept_ffn(spec, ffn.shared, size) if ffn.shared else 0
-    return experts + router + shared
+    def input(self, is_normed: bool, *, is_kept: bool = True) -> float:
+        """What a branch begins with."""
+        hidden = self.spec.hidden
+        return is_normed * self.norm(hidden) + is_kept * self.size * hidden
+
+    def keeps_ffn_input(self, ffn: MlpSpec | MoeSpec) -> bool:
+        """Experts are given copies of it, and the router one in float32."""
+        return isinstance(ffn, MlpSpec) or ffn.shared is not None or self.size == 4
+
+    def attention(self, spec: AttentionSpec) -> float:
+        if spec.mla:
+            return self.mla_parts(spec, spec.mla) + self.scores(spec, spec.mla.v_dim)
+        heads, groups, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        norms = 0.0
+        if spec.qk_norm == "head":
+            norms = (heads + groups) * self.norm(dim)
+        elif spec.qk_norm == "full":
+            norms = self.norm(heads * dim) + self.norm(groups * dim)
+        return norms + self.angles(spec) + self.scores(spec, dim)
+
+    def scores(self, spec: AttentionSpec, v_dim: int) -> float:
+        """Queries, keys, values, the result, and the probabilities where torch keeps them.
+
+        It does for values that are not as wide as keys, which a CPU computes in float32, and for
+        capped scores; elsewhere the logarithm of their sum is enough.
+        """
+        heads, dim, size = spec.num_heads, spec.head_dim, self.size
+        result = heads * v_dim * size
+        if spec.softcap is not None:
+            parts = heads * (2 * dim + v_dim) * size
+            wide = 0 if size == 4 else 4
+            return parts + result + heads * self.seq_tokens * (2 * size + wide + 1)
+        if v_dim != dim:
+            return result + 4 * heads * (2 * dim + v_dim + self.seq_tokens)
+        groups = spec.num_kv_heads
+        return (heads + 2 * groups) * dim * size + result + 4 * heads + self.mask(spec)
+
+    def mask(self, spec: AttentionSpec) -> float:
+        """A mask becomes numbers to add, in each layer anew."""
+        has_window = spec.window is not None and spec.window < self.seq_tokens
+        return self.size * self.seq_tokens if self.is_packed or has_window else 0
+
+    def angles(self, spec: AttentionSpec) -> float:
+        return 4 * spec.rope.rotary_dim if spec.rope else 0
+
+    def mla_parts(self, spec: AttentionSpec, mla: MlaSpec) -> float:
+        """The latents behind their norms; in float32 the keys' rotated part lies beside one."""
+        beside = mla.rope_dim * 4 if self.size == 4 else 0
+        kept = self.norm(mla.kv_lora_rank) + beside + self.size * mla.kv_lora_rank
+        if mla.q_lora_rank is not None:
+            kept += self.norm(mla.q_lora_rank) + self.size * mla.q_lora_rank
+        return kept + self.angles(spec)
+
+    def ffn(self, ffn: MlpSpec | MoeSpec) -> float:
+        if isinstance(ffn, MlpSpec):
+            return (4 if ffn.is_gated else 2) * ffn.intermediate * self.size
+        shared = self.ffn(ffn.shared) if ffn.shared else 0
+        gate = ffn.has_shared_gate * self.size * (self.spec.hidden + 2)
+        return self.routing(ffn) + self.experts(ffn) + shared + gate
+
+    def routing(self, ffn: MoeSpec) -> float:
+        router, hidden = ffn.router, self.spec.hidden
+        kept = 4 * router.num_experts + 8 * router.top_k
+        kept += 0 if self.size == 4 else 4 * hidden
+        if router.normalize:
+            kept += 4 * router.top_k + 4
+        if router.num_groups > 1:
+            best = 2 if router.group_score == "top2_sum" else 1
+            kept += (8 * best + 1) * router.num_groups + 8 * router.top_groups
+        return kept
+
+    def experts(self, ffn: MoeSpec) -> float:
+        """Each chosen one has its own copy of the token; results are joined in float32."""
+        inside = (4 * ffn.intermediate + self.spec.hidden) * self.size
+        return ffn.router.top_k * (inside + 8 * self.spec.hidden + 20)
+
+    def head(self) -> float:
+        """Logits of a large batch are computed again in pieces (`net/losses.py`)."""
+        hidden, logits = self.spec.hidden, 4 * self.spec.vocab_size
+        if logits * self.seq_tokens > PIECE_BYTES:
+            return self.size * hidden + 2 * _INDEX_BYTES
+        capped = logits if self.spec.logit_softcap is not None else 0
+        return self.input(True) + logits + capped + 2 * _INDEX_BYTES

@@ -221,11 +221,29 @@ def test_a_blocking_message_holds_up_both_ends():
     assert line.makespan_s >= 4 * (3.0 + 1.0)
 
 
+def test_an_activation_sent_late_waits_for_the_gradient_that_is_due():
+    rows = order("1f1b", 2, 1, 8)
+    times = PipelineTimes.even(2, forward_s=1.0, backward_s=2.0, hop=Hop(0.5))
+    # Each of the seven rounds behind the first is 4.5 s long: the gradient's way to stage 0, the
+    # activation's way to stage 1, and both passes there.
+    late = simulate(rows, times, late_sends=True)
+    assert late.makespan_s == pytest.approx(1.0 + 0.5 + 8 * 3.0 + 7 * 1.0 + 0.5 + 2.0)
+    assert simulate(rows, times).makespan_s < late.makespan_s
+
+
+@settings(max_examples=40, deadline=None)
+@given(_cases())
+def test_sending_late_ends_and_is_never_faster(case):
+    rows, times = case
+    late = simulate(rows, times, late_sends=True)
+    assert late.makespan_s >= simulate(rows, times).makespan_s - 1e-9
+
+
 def test_a_slow_link_sets_the_pace():
     times = PipelineTimes.even(2, forward_s=1.0, backward_s=1.0, hop=Hop(10.0))
     line = simulate(order("gpipe", 2, 1, 6), times)
-    # Six messages each way, the last forward and the first backward between them.
-    assert line.makespan_s == pytest.approx(1 + 60 + 1 + 1 + 60 - 9 + 9 + 1 - 5)
+    # The first forward, six messages, the last forward and first backward, six back, one backward.
+    assert line.makespan_s == pytest.approx(1 + 60 + 1 + 1 + 60 + 1)
 
 
 def test_the_numbers_of_a_stage_are_told_apart():

@@ -3,6 +3,7 @@
 import pytest
 
 from mxn.errors import ConfigError, UnsupportedError, UserError
+from mxn.train.plan.memory import in_flight
 from mxn.train.plan.order_check import validate
 from mxn.train.plan.order_csv import from_csv, to_csv
 from mxn.train.plan.schedules import Action, order, split_backwards, stored_peak
@@ -60,6 +61,14 @@ def test_1f1b_stores_fewer_micro_batches_the_nearer_the_loss(stages):
 def test_zero_bubble_stores_nowhere_more_than_1f1b_on_its_first_stage(stages):
     rows = order("zero-bubble", stages, 1, 20)
     assert {stored_peak(row) for row in rows} == {stages}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_predictors_closed_form_of_what_is_stored_is_that_of_the_order(case):
+    schedule, stages, chunks, batches = case
+    stored = [stored_peak(row) / chunks for row in order(*case)]
+    closed = [in_flight(schedule, stage, stages, batches, chunks) for stage in range(stages)]
+    assert closed == stored
 
 
 def test_gpipe_stores_every_micro_batch():

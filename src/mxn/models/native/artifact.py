@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import logging
 import mmap
 import os
 import shutil
@@ -22,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mxn import __version__
-from mxn.errors import ConfigError, NotFoundError, UnsupportedError
+from mxn.errors import ConfigError, NotFoundError, UnsupportedError, UserError
 from mxn.kernels.native.formats import ModelFormat, WeightFormat
 from mxn.kernels.native.pack import PackedWeight
+from mxn.models import tokenizer_facts
 from mxn.models.native.files import MANIFEST, WEIGHTS
 from mxn.models.native.reader import NativeMla, NativeMoe
 from mxn.models.quantized.gguf_export import write_files
@@ -39,12 +41,15 @@ from mxn.models.spec import (
     RopeSpec,
     RouterSpec,
 )
+from mxn.models.tokenizer import Tokenizer
 from mxn.models.weights import GqaWeights, LayerWeights, MlpWeights, MtpWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mxn.models.native.decoder import NativeParts
+
+log = logging.getLogger("mxn.models")
 
 LAYOUT = 2  # of packed weights: another number means that they must be packed again
 _ALIGN = 4096  # a memory page, so that large parts begin on one
@@ -81,6 +86,7 @@ def save(parts: NativeParts, spec: DecoderSpec | None, source: Path, directory: 
         pair = os.urandom(_ID_BYTES)
         num_bytes = writer.close(pair)
         _copy_files(source, scratch)
+        _keep_facts(scratch)
         manifest = {
             "layout": LAYOUT,
             "format": dataclasses.asdict(parts.format),
@@ -191,6 +197,16 @@ def _copy_files(source: Path, directory: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and any(fnmatch(file.name, known) for known in _COPIED):
             shutil.copyfile(file, directory / file.name)
+
+
+def _keep_facts(directory: Path) -> None:
+    """Work out now what a load would count through the vocabulary for."""
+    if not (directory / "tokenizer.json").is_file():
+        return
+    try:
+        tokenizer_facts.write(directory, Tokenizer.load(directory).facts)
+    except UserError as error:  # the weights are good; who loads them gets this as an error
+        log.warning("packed with a tokenizer that cannot be used: %s", error.message)
 
 
 def _broken(path: Path, error: Exception) -> NotFoundError:

@@ -47,8 +47,8 @@ class ChipNumbers:
 class Roofline:
     """What data sheets leave out. Seconds, shares and bytes; the same for all chips and sizes."""
 
-    product_scale: float = 1.0  # of the anchors of `product_share`
     product_share: Anchors = PRODUCT_SHARE
+    top_share: float = 0.99  # of the peak, that no product passes
     memory_share: Anchors = MEMORY_SHARE
     passes: float = 2.0  # times that the kept activations go through memory in a forward
     odd_share: float = 0.25  # of a product whose width is no multiple of 8
@@ -150,7 +150,7 @@ def _product_s(
         return 0.0
     kind = "block" if layer.kind.startswith("block") else layer.kind
     each = flop / roofline.products.get(kind, 1)
-    share = roofline.product_scale * share_at(roofline.product_share, each)
+    share = min(share_at(roofline.product_share, each), roofline.top_share)
     if columns // tp % 8:
         share *= roofline.odd_share
     return flop / (chip.peak_flop_per_s * share)

@@ -90,17 +90,30 @@ def _one_f_one_b(
         through = 0.0
         for t in range(s, size):
             through += busy[t] + (both[t - 1] if t > s else 0.0)
-            period = held[s] if t == s else through / (t - s + 1)
+            widest = max(held[s : t + 1])
+            steady = _rounds(count - 1, t - s + 1, held[s] if t == s else through, widest)
             if late_sends and t > s:
-                period = max(period, (through - busy[s]) / (t - s))
-            spare = min(count, size - t) - 1  # passes that stage t can do while it waits
-            wait = max(after[t] - spare * stages[t].forward_s, 0.0)
-            wait += max(after[t] - spare * stages[t].backward_s, 0.0)
-            # Both waits together are at most one round trip through the rest when it is slow.
-            wait = min(wait, after[t])
-            worst = max(worst, before + through + (count - 1) * period + wait)
+                steady = max(steady, _rounds(count - 1, t - s, through - busy[s], widest))
+            wait = _wait(stages[t], after[t], min(count, size - t) - 1, count > size - t)
+            worst = max(worst, before + through + steady + wait)
         before += busy[s] + (both[s] if s < size - 1 else 0.0)
     return worst
+
+
+def _wait(stage: StageCost, after_s: float, spare: int, is_long: bool) -> float:
+    """Return how long a stage stands still for the rest of the pipeline, `after_s` there and back.
+
+    It has `spare` forwards to do while the first micro-batch is away, and as many backwards while
+    the last is. In a short step the first wait covers the second.
+    """
+    first = max(after_s - spare * stage.forward_s, 0.0)
+    last = max(after_s - spare * stage.backward_s, 0.0)
+    return min(first + last, after_s) if is_long else max(first, last)
+
+
+def _rounds(count: int, each: int, round_s: float, slowest_s: float) -> float:
+    """Return the time of `count` micro-batches when a round carries `each` of them."""
+    return count // each * round_s + count % each * slowest_s
 
 
 def _gpipe(

@@ -164,14 +164,17 @@ class Timeline:
         return max(end for action, end in pairs if action.kind != "F" and action.chunk == chunk)
 
 
-def simulate(order: Order, times: PipelineTimes) -> Timeline:
+def simulate(order: Order, times: PipelineTimes, *, late_sends: bool = False) -> Timeline:
     """Return when everything of one step of a pipeline happens, by its rows and seconds.
+
+    With `late_sends`, an activation leaves only after the gradient for the backward that follows
+    has come: the order of engines that receive before they send.
 
     Raises: ConfigError for an order that does not fit `times`, is incomplete or never ends.
     """
     if len(order) != times.num_stages:
         raise ConfigError(f"an order of {len(order)} stages, times of {times.num_stages}")
-    run = _Run(order, times)
+    run = _Run(order, times, late_sends)
     run.all()
     if any(at < len(row) for at, row in zip(run.at, order, strict=True)):
         validate(order, num_chunks=times.num_chunks)
@@ -192,9 +195,9 @@ class _Run:
     each link is fixed. So each action is looked at once, or twice if it had to wait.
     """
 
-    def __init__(self, order: Order, times: PipelineTimes) -> None:
+    def __init__(self, order: Order, times: PipelineTimes, late_sends: bool) -> None:
         num = len(order)
-        self.order, self.times = order, times
+        self.order, self.times, self.late_sends = order, times, late_sends
         self.at = [0] * num
         self.clock = [0.0] * num
         self.starts: list[list[float]] = [[] for _ in order]
@@ -205,6 +208,7 @@ class _Run:
         self.arrived: dict[tuple[str, int, int], float] = {}
         self.waiting: dict[tuple[str, int, int], int] = {}
         self.todo = list(range(num))
+        self.held: list[tuple[int, Action, Hop] | None] = [None] * num
         self.seconds = [_seconds(order[stage], stage, times) for stage in range(num)]
 
     def all(self) -> None:
@@ -234,15 +238,33 @@ class _Run:
                     self.blocked[stage] += hop.receive_s
                     clock += hop.receive_s
                 clock = max(clock, arrival)
+                if self.held[stage] is not None:
+                    clock = self._send_held(stage, clock)
             starts.append(clock)
             clock += seconds[at]
             ends.append(clock)
             at += 1
             if kind == "F" and part < last:
+                if self.late_sends and self._gradient_is_next(stage, at, last, micro_batch):
+                    self.held[stage] = (part + 1, action, forward_hops[part])
+                    continue
                 clock = self._send(stage, part + 1, action, forward_hops[part], clock)
             elif kind == "B" and part > 0:
                 clock = self._send(stage, part - 1, action, backward_hops[part - 1], clock)
         self.clock[stage], self.at[stage] = clock, at
+
+    def _gradient_is_next(self, stage: int, at: int, last: int, micro_batch: int) -> bool:
+        """Return whether the next pass waits for a gradient that is not of `micro_batch` itself."""
+        row = self.order[stage]
+        if at == len(row) or row[at].kind != "B" or row[at].micro_batch == micro_batch:
+            return False
+        return row[at].chunk * len(self.order) + stage < last
+
+    def _send_held(self, stage: int, clock: float) -> float:
+        held = self.held[stage]
+        assert held is not None
+        self.held[stage] = None
+        return self._send(stage, *held, clock)
 
     def _send(self, stage: int, part: int, action: Action, hop: Hop, clock: float) -> float:
         """Send what `action` made to `part`; return when the stage can go on."""

@@ -59,15 +59,19 @@ def in_flight(
 ) -> float:
     """Return how many micro-batches of activations a stage keeps at its fullest, in whole stages.
 
-    1F1B and zero-bubble (H1) min(m, S - s); GPipe all; interleaved (Megatron) min over its chunks
-    of 2·(S - s - 1) + (v - 1)·S + 1 chunk passes, each a v-th of the stage.
+    The closed form of `schedules.stored_peak`. GPipe keeps all, 1F1B min(m, S - s), zero-bubble
+    (H1) min(m, S) on every stage, for late stages put off their weight halves. With v chunks,
+    each a v-th of the stage, a chunk's passes of a whole group are kept too.
     """
     if schedule == "gpipe":
         return float(micro_batches)
-    if schedule == "interleaved" and chunks > 1:
-        passes = 2 * (num_stages - stage - 1) + (chunks - 1) * num_stages + 1
-        return min(passes, micro_batches * chunks) / chunks
-    return float(min(micro_batches, num_stages - stage))
+    later = num_stages - 1 - stage
+    if schedule == "zero-bubble":
+        passes = num_stages
+    else:
+        passes = (2 * later if chunks > 1 else later) + 1
+    group = -(-micro_batches // max(1, micro_batches // num_stages))
+    return min(passes + (chunks - 1) * group, micro_batches * chunks) / chunks
 
 
 def stage_bytes(

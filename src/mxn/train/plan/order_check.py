@@ -11,6 +11,9 @@ from typing import get_args
 from mxn.errors import ConfigError
 from mxn.train.plan.schedules import Action, Kind, Order, Row
 
+_BEFORE: dict[str, Kind] = {"B": "F", "W": "B"}
+_NEEDED: tuple[Kind, ...] = ("F", "B")
+
 
 def validate(
     order: Order, *, num_chunks: int | None = None, num_micro_batches: int | None = None
@@ -46,13 +49,13 @@ def _check_row(stage: int, row: Row, num_chunks: int, num_micro_batches: int) ->
             )
         if action in seen:
             raise ConfigError(f"stage {stage} does {action} twice")
-        before = {"B": "F", "W": "B"}.get(kind)
+        before = _BEFORE.get(kind)
         if before and Action(before, chunk, micro_batch) not in seen:
             raise ConfigError(
                 f"stage {stage} does {action} before {Action(before, chunk, micro_batch)}"
             )
         seen.add(action)
-    for kind in ("F", "B"):
+    for kind in _NEEDED:
         for chunk in range(num_chunks):
             for micro_batch in range(num_micro_batches):
                 if Action(kind, chunk, micro_batch) not in seen:

@@ -129,12 +129,17 @@ class TrainPlan:
 
 
 def _plan(data: dict[str, Any]) -> TrainPlan:
-    return TrainPlan(**data | {"pipelines": tuple(_pipeline(p) for p in data["pipelines"])})
+    rest: dict[str, Any] = dict(data)
+    pipelines = tuple(map(_pipeline, rest.pop("pipelines")))
+    return TrainPlan(pipelines=pipelines, **rest)
 
 
 def _pipeline(data: dict[str, Any]) -> Pipeline:
-    return Pipeline(**data | {"stages": tuple(_stage(stage) for stage in data["stages"])})
+    stages = tuple(map(_stage, data["stages"]))
+    return Pipeline(stages=stages, micro_batches=data["micro_batches"])
 
 
 def _stage(data: dict[str, Any]) -> Stage:
-    return Stage(**data | {"chunks": tuple(Chunk(**chunk) for chunk in data["chunks"])})
+    rest: dict[str, Any] = dict(data)
+    chunks = tuple(Chunk(**chunk) for chunk in rest.pop("chunks"))
+    return Stage(chunks=chunks, **rest)

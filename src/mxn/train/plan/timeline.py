@@ -93,7 +93,7 @@ def text(lanes: Sequence[Lane], *, columns: int = 100) -> str:
     """
     length = length_of(lanes)
     names = max(len(lane.label) for lane in lanes)
-    room = columns - names - len("  |  idle 100.0 %") - 1
+    room = columns - names - len(" || idle 100.0 %")
     if room < 10:
         raise ConfigError(
             f"{columns} columns leave {room} for the lanes", hint="a timeline needs ten at least"

@@ -100,8 +100,8 @@ def _lane_paper(number: int, left: float, room: float) -> str:
 def _lane(lane: Lane, top: float, left: float, px_per_s: float, length: float, width: int) -> str:
     """Return one lane: names, passes, messages, idle share."""
     parts = [
-        _text(_MARGIN_PX, top + 13, lane.label),
-        _text(_MARGIN_PX, top + 26, lane.detail, "soft"),
+        _text(_MARGIN_PX, top + (13 if lane.detail else 18), lane.label),
+        _text(_MARGIN_PX, top + 26, lane.detail, "soft") if lane.detail else "",
         _text(width - _MARGIN_PX, top + 18, f"idle {lane.idle * 100:.1f} %", "end"),
     ]
     drawn = sum(span.end_s - span.start_s for span in lane.spans) * px_per_s
@@ -184,6 +184,8 @@ def _axis(length: float, left: float, room: float, bottom: float) -> list[str]:
 def _legend(lanes: Sequence[Lane], left: float, y: float) -> list[str]:
     used = {span.kind for lane in lanes for span in lane.spans}
     entries = [entry for kind, entry in _CLASSES.items() if kind in used]
+    if any(span.chunk for lane in lanes for span in lane.spans):
+        entries.insert(1, ("f k1", "of a later chunk: lighter"))
     if any(lane.messages for lane in lanes):
         entries.append(("t", "message to another stage"))
     parts, x = [], left

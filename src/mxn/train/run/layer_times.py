@@ -126,7 +126,8 @@ class _Runner:
                 spent[phase] += value
             rounds += 1
         forward, backward, inputs, update = (value / rounds for value in spent)
-        weight = max(0.0, backward - inputs)
+        # An embedding's gradient is not put off (`deferred.py`), so it has no second half.
+        weight = max(0.0, backward - inputs) if self.chain.first_input is not None else 0.0
         return forward, backward, weight, update
 
     def _passes(self) -> tuple[float, float, float, float]:

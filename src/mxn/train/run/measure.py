@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import logging
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxn.errors import InternalError
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
 from mxn.train.plan.memory import FLOAT32, MemoryModel
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.shape import ModelShape
 from mxn.train.run import stored
 from mxn.train.run.job import DeviceSettings, Job
+from mxn.train.run.measure_start import ask_ranks
 from mxn.train.run.measured import (
     Answer,
     Member,
@@ -40,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("mxn.train")
 
 Progress = Callable[[str], None]
+_ROWS_LOOKED_AT = 4  # micro-batches, to see whether any row holds more than one document
+
 Pair = tuple[str, str]  # of group names; twice the same: between two devices of a group
 
 
@@ -99,7 +99,7 @@ class _Bench:
 
         self.job = job
         self.micro_batches = micro_batches
-        self.spec, self.shape = spec_and_shape(job)
+        self.spec, self.shape, self.is_packed = look_at(job)
         self.members = tuple(_members(job))
         self.devices = {m.rank: find_device(m.device) for m in self.members}
         self.first_rank = {m.group: m.rank for m in reversed(self.members)}
@@ -118,7 +118,9 @@ class _Bench:
             if _is_on_host(self.devices[m.rank])
         ]
         here = company if _is_on_host(self.device(group)) else []
-        return layers_key(self.job, group, self.device(group), self.spec, here)
+        return layers_key(
+            self.job, group, self.device(group), self.spec, here, is_packed=self.is_packed
+        )
 
     def _link_key(self, pair: Pair) -> dict[str, Any]:
         ranks = self._ranks(pair)
@@ -169,9 +171,9 @@ class _Bench:
         request = Request(
             job=self.job.to_json(), members=self.members, micro_batches=self.micro_batches,
             pairs=tuple(self._ranks(pair) for pair in pairs), blocks=quality.blocks,
-            block_s=quality.block_s, has_layers=has_layers,
+            block_s=quality.block_s, is_packed=self.is_packed, has_layers=has_layers,
         )  # fmt: skip
-        answers = ask_ranks(self.job, request, self.devices)
+        answers = ask_ranks(self.job, request)
         if has_layers:
             profiles = {**profiles, **self._keep_profiles(answers, profiles)}
         return profiles, {**links, **self._keep_links(answers, pairs)}
@@ -262,20 +264,23 @@ class _Bench:
         return device.memory_bytes // sharing
 
 
-def spec_and_shape(job: Job) -> tuple[DecoderSpec, ModelShape]:
-    """Return the model of a job as its trainer and its planner see it."""
+def look_at(job: Job) -> tuple[DecoderSpec, ModelShape, bool]:
+    """Return the model of a job as trainer and planner see it, and whether its rows are packed."""
     from types import SimpleNamespace
 
-    from mxn.train.run.weights import ModelSource
+    from mxn.train.run.from_job import open_rows, open_source
     from mxn.train.shapes import biases_of, model_shape
 
-    source = ModelSource.open(job.model.source, seq_tokens=job.seq_tokens, begin=job.model.begin)
+    source = open_source(job)
+    rows = open_rows(job, source)
+    looked_at = min(_ROWS_LOOKED_AT, rows.micro_batches_per_epoch)
+    is_packed = any(rows.micro_batch(index).is_packed for index in range(looked_at))
     biases = biases_of(source.family.name, SimpleNamespace(**source.config_json))
     shape = model_shape(
         source.spec, name=source.folder.name, seq_tokens=job.seq_tokens, dtype=job.dtype,
-        biases=biases,
+        biases=biases, is_packed=is_packed,
     )  # fmt: skip
-    return source.spec, shape
+    return source.spec, shape, is_packed
 
 
 def memory_of(job: Job, *, trainable_share: float = 1.0) -> MemoryModel:

@@ -1,4 +1,4 @@
-"""The process that measures one device of a job: `python -m mxn.train.run.measure_rank REQUEST RANK`.
+"""The process that measures one device: `python -m mxn.train.run.measure_rank REQUEST RANK STORE`.
 
 It is started as a rank of the job is, with the same device, threads and share of the processor, at
 the same time as all others, so that they are in each other's way as they will be. Writes its answer
@@ -31,13 +31,12 @@ if TYPE_CHECKING:
 def main(request_file: Path, rank: int, store_address: str) -> None:
     """Measure what the request wants of this rank and write ``answer-RANK.json``."""
     from mxn.chips import find_device
-    from mxn.train.run.bridge import Bridge
 
     request = Request.from_json(request_file.read_text())
     job, me = Job.from_json(request.job), request.members[rank]
     torch.set_num_threads(job.group(me.group).threads)
     device = find_device(me.device)
-    bridge = Bridge.connect(store_address, rank, len(request.members), device)
+    bridge = _connect(job, request, rank, store_address, device)
     try:
         wait = synchronizer(torch.device(device.torch_device))
         taken = framework_bytes(device)
@@ -54,6 +53,23 @@ def main(request_file: Path, rank: int, store_address: str) -> None:
     part.replace(path)
 
 
+def _connect(job: Job, request: Request, rank: int, address: str, device: Device) -> Bridge:
+    """Meet the others as ranks of the job do, see `rank.py`."""
+    from mxn.train.run.bridge import Bridge, BridgeOptions, LinkLimit
+
+    group = job.group(request.members[rank].group)
+    rate = group.link_bytes_per_s
+    is_emulated = any(other.link_bytes_per_s is not None for other in job.devices)
+    options = BridgeOptions(
+        wire_dtype=job.plan.wire_dtype,
+        limit=LinkLimit(bytes_per_s=rate) if rate is not None else None,
+    )
+    return Bridge.connect(
+        address, rank, len(request.members), device,
+        island=group.name if is_emulated else None, options=options,
+    )  # fmt: skip
+
+
 def _layers(
     request: Request,
     job: Job,
@@ -62,17 +78,19 @@ def _layers(
     bridge: Bridge,
     wait: Callable[[], object],
 ) -> list[Reading]:
-    from mxn.train.run.weights import ModelSource
+    from mxn.train.run.from_job import open_source
 
-    source = ModelSource.open(job.model.source, seq_tokens=job.seq_tokens, begin=job.model.begin)
+    source = open_source(job)
     effort = Effort(blocks=request.blocks, block_s=request.block_s, warmup_s=request.block_s)
     found: list[Reading] = []
     for micro_batch in request.micro_batches:
         for kind, layers in chains_of(source.spec).items():
             bridge.barrier(f"the measurement of {kind}")
-            found.append(
-                measure_kind(source, job, me.group, kind, layers, micro_batch, device, effort, wait)
-            )
+            reading = measure_kind(
+                source, job, me.group, kind, layers, micro_batch, device, effort, wait,
+                is_packed=request.is_packed,
+            )  # fmt: skip
+            found.append(reading)
     return found
 
 
@@ -86,11 +104,13 @@ def measure_kind(
     device: Device,
     effort: Effort,
     wait: Callable[[], object],
+    *,
+    is_packed: bool,
 ) -> Reading:
     """Return what one kind of layer costs on this device, in this process."""
     work = Workload(
         spec=source.spec, names=source.family.names, biases=source.biases,
-        seq_tokens=job.seq_tokens, dtype=job.dtype_of(group), is_packed=job.data.packing,
+        seq_tokens=job.seq_tokens, dtype=job.dtype_of(group), is_packed=is_packed,
     )  # fmt: skip
     torch_device = torch.device(device.torch_device)
     chain = make_chain(work, layers, micro_batch, torch_device, lambda stage: updates(stage, job))
@@ -115,7 +135,9 @@ def _links(
         limited = any(job.group(end.group).link_bytes_per_s is not None for end in ends)
         return "simulated" if limited or "simulated" in bases else "measured"
 
-    times = time_links(bridge, request.pairs, basis=basis, synchronize=wait)
+    times = time_links(
+        bridge, request.pairs, basis=basis, synchronize=wait, block_s=request.block_s / 2
+    )
     return tuple(
         {"first": t.first, "second": t.second, "link": asdict(t.link), "noise": t.noise}
         for t in times

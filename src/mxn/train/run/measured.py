@@ -51,6 +51,7 @@ class Request:
     pairs: tuple[tuple[int, int], ...]  # of ranks whose link is wanted
     blocks: int
     block_s: float
+    is_packed: bool  # rows hold several documents, so attention has a mask
     has_layers: bool = True  # False: links only
 
     def to_json(self) -> str:
@@ -114,6 +115,8 @@ def layers_key(
     device: Device,
     spec: DecoderSpec,
     company: Iterable[str],
+    *,
+    is_packed: bool,
 ) -> dict[str, Any]:
     """Return all that the times of the layers on a device of `group` depend on.
 
@@ -129,7 +132,7 @@ def layers_key(
         "dtype": job.dtype_of(group.name),
         "model": _digest(asdict(spec)),
         "seq_tokens": job.seq_tokens,
-        "is_packed": job.data.packing,
+        "is_packed": is_packed,
         "lora": asdict(job.lora) if job.lora else None,
         "company": sorted(company),
         "mxn": revision(_CODE),

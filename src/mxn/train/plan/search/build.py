@@ -13,13 +13,14 @@ from dataclasses import replace
 from mxn.train.plan.plan import Chunk, Pipeline, Schedule, Stage, TrainPlan
 from mxn.train.plan.search.draft import Draft, Template
 from mxn.train.plan.search.shares import split
-from mxn.train.plan.search.tables import Job, Kind, Tables
+from mxn.train.plan.search.tables import Job, Kind, TableBook, Tables
 
 
-def plans_of(job: Job, draft: Draft, rows: int) -> Iterator[TrainPlan]:
+def plans_of(book: TableBook, draft: Draft, rows: int) -> Iterator[TrainPlan]:
     """Return the draft as 1F1B plans over `rows` rows per step, one for each way to place it."""
     working = _with_shares(draft, rows // draft.micro_batch)
-    tables = Tables(job, draft.micro_batch, len(working) if draft.shards_optimizer else 1)
+    tables = book.at(draft.micro_batch, len(working) if draft.shards_optimizer else 1)
+    shape = book.job.shape
     seen: set[tuple[Pipeline, ...]] = set()
     for by_stage in (False, True):
         pipelines = _placed(tables, working, by_stage)
@@ -27,9 +28,9 @@ def plans_of(job: Job, draft: Draft, rows: int) -> Iterator[TrainPlan]:
             continue
         seen.add(pipelines)
         yield TrainPlan(
-            model=job.shape.name,
-            num_layers=job.shape.num_layers,
-            seq_tokens=job.shape.seq_tokens,
+            model=shape.name,
+            num_layers=shape.num_layers,
+            seq_tokens=shape.seq_tokens,
             micro_batch=draft.micro_batch,
             pipelines=pipelines,
             shards_optimizer=draft.shards_optimizer and len(pipelines) > 1,

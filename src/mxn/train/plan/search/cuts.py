@@ -107,16 +107,22 @@ HopOf = Callable[[int, int], Table]
 
 
 def fronts(
-    num_slots: Counts, busy_at: BusyAt, hop_of: HopOf, *, max_stages: int | None = None
+    num_slots: Counts,
+    busy_at: BusyAt,
+    hop_of: HopOf,
+    *,
+    max_stages: int | None = None,
+    limit_s: float = np.inf,
 ) -> dict[Counts, list[Cut]]:
     """Return for each choice of slots (all of them used, in the best order) its Pareto front.
 
     Exact over orders and cuts: work grows with the product of `num_slots` + 1, so for small pools.
-    Fronts fall in `max_s` and rise in `sum_s`. Choices that cannot hold the model are absent.
+    Fronts fall in `max_s` and rise in `sum_s`, from below `limit_s`. Choices that cannot hold the
+    model are absent.
     """
     program = _Program(num_slots, busy_at, hop_of, max_stages)
     found: dict[Counts, list[Cut]] = {}
-    limit = np.inf
+    limit = limit_s
     while np.isfinite(best := program.sweep(limit, found)):
         limit = best
     return {counts: found[counts] for counts in sorted(found)}

@@ -31,16 +31,21 @@ def exact_drafts(
     micro_batches: int,
     *,
     max_stages: int | None = None,
+    worth_s: float = float("inf"),
 ) -> list[Draft]:
-    """Return the best sets of pipelines: one alone, copies of one, any mix, by depth."""
+    """Return the best sets of pipelines: one alone, copies of one, any mix, by depth.
+
+    What would take more than `worth_s` is left out.
+    """
     found = fronts(
         num_slots,
         lambda kind, at: tables.busy(kinds[kind], min(at + 1, micro_batches)),
         lambda kind, after: tables.hop(kinds[kind], kinds[after]),
         max_stages=max_stages,
+        limit_s=worth_s,
     )
     args = (tables, kinds, num_slots, micro_batches, found)
-    drafts = [*_alone(*args), *_copies(*args), *_mixes(*args)]
+    drafts = [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
     # Each pipeline keeps a shard, so fewer pipelines would not fit as the tables say.
     return [draft for draft in drafts if draft.num_pipelines >= tables.shards]
 
@@ -51,7 +56,7 @@ def _alone(
 ) -> Iterator[Draft]:  # fmt: skip
     """One pipeline: no gradients are summed."""
     lines = [
-        template(kinds, cut, tables.after_s(kinds, cut, None))
+        template(kinds, cut, tables.after_s(kinds, cut, []))
         for cuts in found.values()
         for cut in cuts
     ]
@@ -73,7 +78,7 @@ def _copies(
             continue
         link = _inner(tables.job.cluster, kinds, slots)
         for cut in cuts:
-            line = template(kinds, cut, tables.after_s(kinds, cut, link))
+            line = template(kinds, cut, tables.after_s(kinds, cut, [link]))
             seconds = soonest([([line.pace], times)], count)
             drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline"))
     drafts.sort(key=lambda draft: draft.estimate_s)
@@ -82,12 +87,12 @@ def _copies(
 
 def _mixes(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]],
+    found: dict[Counts, list[Cut]], worth_s: float,
 ) -> Iterator[Draft]:  # fmt: skip
     """Any set of pipelines, for each limit on their depth."""
     link = _outer(tables.job.cluster, kinds, num_slots)
     rows: dict[Counts, list[Template]] = {
-        slots: [template(kinds, cut, tables.after_s(kinds, cut, link)) for cut in cuts]
+        slots: [template(kinds, cut, tables.after_s(kinds, cut, [link])) for cut in cuts]
         for slots, cuts in found.items()
     }
     deepest = max((sum(slots) for slots in rows), default=0)
@@ -96,7 +101,9 @@ def _mixes(
         if not any(sum(slots) == depth for slots in allowed):
             continue
         options = [Option(slots, tuple(t.pace for t in rows[slots])) for slots in allowed]
-        seconds, used = pack(num_slots, options, count)
+        seconds, used = pack(num_slots, options, count, worth_s=worth_s)
+        if not used:
+            continue
         lines = [
             (max(rows[slots], key=lambda t: t.pace.done_in(seconds)), times)
             for slots, times in zip(allowed, used, strict=True)

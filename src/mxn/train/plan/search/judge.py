@@ -1,6 +1,6 @@
 """Predicts drafts, refuses what does not fit, tries schedules, simulates the best: `Judge`.
 
-Deterministic: ties are broken by the plan's text.
+Deterministic: of two that tie, the one with fewer devices or the one found first wins.
 """
 
 from __future__ import annotations
@@ -14,29 +14,39 @@ from mxn.train.plan.prediction import Prediction
 from mxn.train.plan.search.build import plans_of, with_schedule
 from mxn.train.plan.search.choices import Candidate, Found, Limits, Rejected
 from mxn.train.plan.search.draft import Draft
-from mxn.train.plan.search.tables import Job
+from mxn.train.plan.search.tables import TableBook
 from mxn.units import format_bytes
+
+_HOPELESS = 1.3  # an estimate that is so much over the best plan is not predicted
 
 
 class Judge:
     """Collects candidates of one search."""
 
-    def __init__(self, job: Job, rows: int, limits: Limits) -> None:
-        self._job = job
+    def __init__(self, book: TableBook, rows: int, limits: Limits) -> None:
+        self._book = book
+        self._job = book.job
         self._rows = rows
         self._limits = limits
+        self._best_s = float("inf")
         self._fit: dict[TrainPlan, Candidate] = {}
         self._refused: dict[TrainPlan, Rejected] = {}
 
     def look(self, drafts: Iterable[Draft]) -> None:
         """Predict each draft as 1F1B, in each placement."""
         for draft in drafts:
-            for plan in plans_of(self._job, draft, self._rows):
+            if draft.estimate_s > self.worth_s():
+                continue
+            for plan in plans_of(self._book, draft, self._rows):
                 self._look_at(plan, draft.origin)
 
     def best_s(self) -> float:
         """Return the least iteration so far; infinite when nothing fits."""
-        return min((c.prediction.iteration_s for c in self._fit.values()), default=float("inf"))
+        return self._best_s
+
+    def worth_s(self) -> float:
+        """Return the largest estimate that is still predicted."""
+        return self._best_s * _HOPELESS
 
     def finish(self, *, is_exact: bool) -> Found:
         """Return the ranking. Raises: CapacityError when no plan fits, with the nearest one."""
@@ -60,6 +70,7 @@ class Judge:
         found = predict(plan, job.shape, job.cluster, job.profiles, memory=job.memory)
         if found.fits:
             self._fit[plan] = Candidate(plan=plan, prediction=found, origin=origin)
+            self._best_s = min(self._best_s, found.iteration_s)
         else:
             reason = _too_large(plan, found)
             self._refused[plan] = Rejected(plan=plan, origin=origin, reason=reason)
@@ -76,11 +87,10 @@ class Judge:
                     self._look_at(other, candidate.origin)
 
     def _ranked(self) -> list[Candidate]:
-        def key(candidate: Candidate) -> tuple[float, int, str]:
-            seconds = round(candidate.prediction.iteration_s, 12)
-            return seconds, candidate.plan.num_devices, candidate.plan.to_json()
-
-        return sorted(self._fit.values(), key=key)
+        return sorted(
+            self._fit.values(),
+            key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices),
+        )
 
     def _nothing_fits(self) -> CapacityError:
         reason = "no cut of the model fits into any set of devices"

@@ -38,9 +38,16 @@ def soonest(sets: Sequence[tuple[Sequence[Pace], int]], micro_batches: int) -> f
 
 
 def pack(
-    num_slots: Counts, options: Sequence[Option], micro_batches: int
+    num_slots: Counts,
+    options: Sequence[Option],
+    micro_batches: int,
+    *,
+    worth_s: float = float("inf"),
 ) -> tuple[float, list[int]]:
-    """Return the least time and how often each option is used in it; infinite when nothing does.
+    """Return the least time and how often each option is used in it.
+
+    Infinite and nothing when there is no option, or nothing that ends within `worth_s`.
+
 
     Exact: for each time that is tried, a knapsack over the slots says how many micro-batches could
     be done. Work and memory grow with the product of `num_slots` + 1.
@@ -52,6 +59,10 @@ def pack(
     def done(seconds: float) -> int:
         return int(_most(num_slots, options, seconds)[0].reshape(-1)[-1])
 
+    if worth_s < top:
+        if done(worth_s) < micro_batches:
+            return float("inf"), []
+        top = worth_s
     seconds = _first(done, top, micro_batches)
     return seconds, _chosen(num_slots, options, seconds)
 
@@ -61,9 +72,9 @@ def _longest(paces: Sequence[Pace], micro_batches: int) -> float:
 
 
 def _first(done, top: float, micro_batches: int) -> float:
-    """Return the first time, to nine digits, at which `done` reaches all micro-batches."""
+    """Return the first time, to six digits, at which `done` reaches all micro-batches."""
     low, high = 0.0, top * (1 + 1e-9)
-    while high - low > 1e-9 * high:
+    while high - low > 1e-6 * high:
         middle = (low + high) / 2
         if done(middle) >= micro_batches:
             high = middle

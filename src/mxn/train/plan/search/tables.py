@@ -1,4 +1,4 @@
-"""Profiles, links and memory of a job as tables that cuts are made from. Start at `Tables.busy`.
+"""Profiles, links and memory of a job as tables that cuts are made from. Start at `TableBook`.
 
 For one model, one micro-batch and one number of optimizer shards. A run of layers counts with the
 cheapest recomputation under which it fits, and is infinite where none makes it fit. Knows nothing
@@ -51,16 +51,35 @@ class Job:
         return all(profile.has(layer, micro_batch, kind.tp) for layer in kinds)
 
 
+class TableBook:
+    """All tables of one search, each made once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._columns: dict[int, _Columns] = {}
+        self._tables: dict[tuple[int, int], Tables] = {}
+
+    def at(self, micro_batch: int, shards: int = 1) -> Tables:
+        """Return the tables for micro-batches of so many rows and so many optimizer shards."""
+        key = (micro_batch, shards)
+        if key not in self._tables:
+            if micro_batch not in self._columns:
+                self._columns[micro_batch] = _Columns(self.job, micro_batch)
+            columns = self._columns[micro_batch]
+            self._tables[key] = Tables(self.job, micro_batch, shards, columns)
+        return self._tables[key]
+
+
 class Tables:
     """Seconds and bytes of every run of layers on every kind of slot."""
 
-    def __init__(self, job: Job, micro_batch: int, shards: int = 1) -> None:
+    def __init__(self, job: Job, micro_batch: int, shards: int, columns: _Columns) -> None:
         self.job = job
         self.micro_batch = micro_batch
         self.shards = shards
-        self._book = CostBook(job.shape, job.profiles, micro_batch)
-        self._sums: dict[tuple[Kind, Recompute], dict[str, Table]] = {}
+        self._columns = columns.of
         self._busy: dict[tuple[Kind, int], Table] = {}
+        self._fits: dict[tuple[Kind, Recompute, int], Table] = {}
         self._hops: dict[tuple[Kind, Kind], Table] = {}
 
     def busy(self, kind: Kind, in_flight: int) -> Table:
@@ -106,23 +125,19 @@ class Tables:
             self._hops[key] = np.array([known[size] for size in sizes])
         return self._hops[key]
 
-    def after_s(self, kinds: Sequence[Kind], cut: Cut, reduce_link: Link | None) -> float:
+    def after_s(self, kinds: Sequence[Kind], cut: Cut, reduce_links: Sequence[Link]) -> float:
         """Return what follows the last micro-batch: the largest optimizer and sum of gradients.
 
-        `reduce_link` None: there is one pipeline and nothing to sum. An estimate: twice the bytes
-        over the link.
+        An estimate: twice the bytes over each of `reduce_links`; none of them where there is one
+        pipeline.
         """
-        worst = 0.0
+        model, worst = self.job.memory, 0.0
         for stage, number in enumerate(cut.kinds):
-            kind = kinds[number]
             run = (cut.bounds[stage], cut.bounds[stage + 1])
-            sums = self._columns(kind, "none")
+            sums = self._columns(kinds[number], "none")
+            size = float(sums["params"][run]) * model.reduce_bytes * model.trainable_share
             seconds = float(sums["optimizer_s"][run]) / self.shards
-            if reduce_link is not None:
-                model = self.job.memory
-                size = sums["params"][run] * model.reduce_bytes * model.trainable_share
-                seconds += 2 * reduce_link.transfer_s(float(size))
-            worst = max(worst, seconds)
+            worst = max(worst, seconds + sum(2 * link.transfer_s(size) for link in reduce_links))
         return worst
 
     def work_s(self, kind: Kind) -> float:
@@ -137,21 +152,33 @@ class Tables:
         return group.node_link if near else group.group_link
 
     def _fitting(self, kind: Kind, how: Recompute, in_flight: int) -> Table:
-        limit = self.job.cluster.group(kind.group).memory_bytes
-        fits = self.bytes(kind, how, in_flight) <= limit
-        return np.where(fits, self._columns(kind, how)["busy_s"], np.inf)
+        key = (kind, how, in_flight)
+        if key not in self._fits:
+            limit = self.job.cluster.group(kind.group).memory_bytes
+            fits = self.bytes(kind, how, in_flight) <= limit
+            self._fits[key] = np.where(fits, self._columns(kind, how)["busy_s"], np.inf)
+        return self._fits[key]
 
-    def _columns(self, kind: Kind, how: Recompute) -> dict[str, Table]:
+
+class _Columns:
+    """What does not depend on shards."""
+
+    def __init__(self, job: Job, micro_batch: int) -> None:
+        self._job = job
+        self._book = CostBook(job.shape, job.profiles, micro_batch)
+        self._known: dict[tuple[Kind, Recompute], dict[str, Table]] = {}
+
+    def of(self, kind: Kind, how: Recompute) -> dict[str, Table]:
         key = (kind, how)
-        if key not in self._sums:
-            self._sums[key] = _run_tables(self._layer_costs(kind, how))
-        return self._sums[key]
+        if key not in self._known:
+            self._known[key] = _run_tables(self._layer_costs(kind, how))
+        return self._known[key]
 
     def _layer_costs(self, kind: Kind, how: Recompute) -> list[StageCost]:
-        group = self.job.cluster.group(kind.group)
+        group = self._job.cluster.group(kind.group)
         known: dict[object, StageCost] = {}
         costs: list[StageCost] = []
-        for number, layer in enumerate(self.job.shape.layers):
+        for number, layer in enumerate(self._job.shape.layers):
             if layer not in known:
                 chunk = Chunk(first=number, end=number + 1)
                 stage = Stage(

@@ -1,0 +1,234 @@
+"""`mxn train`: one training job over chips of different makers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mxn.cli import train_run
+from mxn.cli.options import Json
+
+if TYPE_CHECKING:
+    from mxn.train.plan.plan import TrainPlan
+    from mxn.train.run.job import Job
+    from mxn.train.run.prepare import Task
+
+app = typer.Typer(
+    help="One training job over chips of different makers: profile, plan, run.",
+    no_args_is_help=True,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as job.yaml.")]
+MaybeJob = Annotated[
+    Path | None, typer.Argument(metavar="[JOB]", help="A job file; or --model with --cluster.")
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Measure everything again, also what is stored.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Without a job: a folder with a config.json, or a known model."),
+]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="Without a job: a TOML file with chips and links, or two-chips-768, six-chips-1000.",
+    ),
+]
+SeqTokens = Annotated[int, typer.Option("--seq-tokens", help="With --model: tokens of a row.")]
+Rows = Annotated[int, typer.Option("--global-batch", help="With --model: rows of a step.")]
+PlanDtype = Annotated[
+    str, typer.Option("--dtype", help="With --model: float32, bfloat16, float16.")
+]
+MicroBatches = Annotated[
+    str | None,
+    typer.Option("--micro-batch", help="Rows of a micro-batch, such as 4 or 1,2,4."),
+]
+Timeline = Annotated[
+    Path | None,
+    typer.Option("--timeline", help="Write a picture of a step: a file that ends in .svg."),
+]
+
+app.command("run")(train_run.run)
+app.command("resume")(train_run.resume)
+app.command("status")(train_run.status)
+app.command("export")(train_run.export)
+app.command("drop")(train_run.drop)
+app.command("add")(train_run.add)
+
+
+@app.command("profile")
+def profile(
+    job: JobFile,
+    micro_batch: MicroBatches = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Measure layers and links on the devices of JOB, or show what was measured before."""
+    from mxn.cli.train_show import profile_json, profile_lines
+    from mxn.train.run.measure import measure
+    from mxn.train.run.prepare import with_devices
+
+    found = measure(
+        with_devices(_read(job)), micro_batches=_sizes(micro_batch), fresh=fresh, on_progress=_say
+    )
+    if as_json:
+        typer.echo(json.dumps(profile_json(found), indent=2))
+        return
+    for line in profile_lines(found):
+        typer.echo(line)
+    _say("found in MXN_HOME/profiles" if found.is_reused else "stored in MXN_HOME/profiles")
+
+
+@app.command("plan")
+def plan(
+    job: MaybeJob = None,
+    model: ModelOption = None,
+    cluster: ClusterOption = None,
+    seq_tokens: SeqTokens = 4096,
+    global_batch: Rows = 256,
+    micro_batch: MicroBatches = None,
+    dtype: PlanDtype = "bfloat16",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the plan here, for a job's `plan:`.")
+    ] = None,
+    timeline: Timeline = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Find the best plan for JOB on its devices, or for a model on a cluster that nobody has.
+
+    Without a job nothing is measured: chips are derived from their data sheets.
+    """
+    from mxn.cli.train_show import found_json, others_lines, plan_lines
+
+    task = _task(job, model, cluster, seq_tokens, global_batch, micro_batch, dtype, fresh)
+    found = task.search()
+    best = found.best
+    if out is not None:
+        out.write_text(best.plan.to_json() + "\n", encoding="utf-8")
+        _say(f"plan written to {out}")
+    if timeline is not None:
+        _draw(task, best.plan, timeline)
+    if as_json:
+        typer.echo(json.dumps(found_json(found), indent=2))
+        return
+    for line in (*plan_lines(best.plan, best.prediction, task), *others_lines(found)):
+        typer.echo(line)
+
+
+@app.command("simulate")
+def simulate(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan: `plan --out PLAN`.")],
+    job: MaybeJob = None,
+    model: ModelOption = None,
+    cluster: ClusterOption = None,
+    seq_tokens: SeqTokens = 4096,
+    global_batch: Rows = 256,
+    dtype: PlanDtype = "bfloat16",
+    timeline: Timeline = None,
+    as_json: Json = False,
+) -> None:
+    """Simulate a step of PLAN pass by pass, on the devices of JOB or on a cluster file's."""
+    from mxn.cli.train_show import plan_lines, simulation_json
+    from mxn.train.plan.timeline import text
+    from mxn.train.run.prepare import read_plan
+
+    chosen = read_plan(plan_file)
+    size = str(chosen.micro_batch)
+    task = _task(job, model, cluster, seq_tokens, global_batch, size, dtype, fresh=False)
+    found = task.simulate(chosen)
+    if timeline is not None:
+        _draw(task, chosen, timeline)
+    if as_json:
+        typer.echo(json.dumps(simulation_json(found), indent=2))
+        return
+    for line in plan_lines(chosen, found.prediction, task):
+        typer.echo(line)
+    typer.echo(text(found.lanes()))
+
+
+def _draw(task: Task, plan: TrainPlan, path: Path) -> None:
+    """Write the picture of a simulated step."""
+    from mxn.errors import ConfigError
+    from mxn.train.plan.timeline_svg import svg
+    from mxn.units import format_seconds
+
+    if path.suffix != ".svg":
+        raise ConfigError(f"--timeline {str(path)!r} does not end in .svg")
+    found = task.simulate(plan)
+    prediction = found.prediction
+    title = f"{plan.model}: a step of {format_seconds(prediction.iteration_s)}"
+    below = (
+        f"{plan.schedule}, {plan.num_devices} devices, {plan.micro_batches} micro-batches; "
+        f"idle {prediction.bubble:.1%}; {prediction.basis}"
+    )
+    path.write_text(svg(found.lanes(), title=title, subtitle=below), encoding="utf-8")
+    _say(f"picture written to {path}")
+
+
+def _task(
+    job: Path | None,
+    model: str | None,
+    cluster: str | None,
+    seq_tokens: int,
+    rows: int,
+    micro_batch: str | None,
+    dtype: str,
+    fresh: bool,
+) -> Task:
+    from mxn.cli.replica import resolve_model
+    from mxn.errors import ConfigError
+    from mxn.train.run.prepare import task_of_cluster, task_of_job
+
+    if job is not None:
+        if model is not None or cluster is not None:
+            raise ConfigError("a job names its own model and devices: leave --model, --cluster out")
+        return task_of_job(_read(job), fresh=fresh, on_progress=_say)
+    if model is None or cluster is None:
+        raise ConfigError(
+            "nothing to plan for", hint="name a job file, or both --model and --cluster"
+        )
+    return task_of_cluster(
+        _model_folder(model, resolve_model), cluster, seq_tokens=seq_tokens, rows=rows,
+        micro_batches=_sizes(micro_batch), dtype=dtype,
+    )  # fmt: skip
+
+
+def _model_folder(model: str, resolve: Callable[[str], Path]) -> Path:
+    """A folder or config.json as it is, without weights; else what the catalogue or hub knows."""
+    path = Path(model).expanduser()
+    if path.is_file() and path.name == "config.json":
+        return path.parent
+    return path if (path / "config.json").is_file() else resolve(model)
+
+
+def _read(path: Path) -> Job:
+    from mxn.train.run.job_file import read_job
+
+    return read_job(path)
+
+
+def _sizes(text: str | None) -> tuple[int, ...]:
+    """Return the rows in ``1,2,4``. Raises: ConfigError."""
+    from mxn.errors import ConfigError
+
+    if text is None:
+        return ()
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"--micro-batch {text!r} is no list of whole numbers such as 1,2,4")
+    return sizes
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,159 @@
+"""In which order a search looks at micro-batches, tensor-parallel widths and optimizer shards.
+
+Small pools: all of them, most promising first, until no bound is better than the best plan. Large
+ones: each group's best widths, a quick look at both pure families for each choice, and a thorough
+one at the best few. Start at `exact_search` and `guided_search`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from mxn.errors import UserError
+from mxn.train.plan.cluster import DeviceGroup
+from mxn.train.plan.search.choices import Limits
+from mxn.train.plan.search.cuts import Counts
+from mxn.train.plan.search.draft import Draft
+from mxn.train.plan.search.exact import exact_drafts
+from mxn.train.plan.search.families import Families, alike
+from mxn.train.plan.search.judge import Judge
+from mxn.train.plan.search.tables import Job, Kind, TableBook
+from mxn.train.plan.search.ways import Ways, fill_of
+
+_SHARDS = (1, 4, 16, 64, 256)  # of a large pool's optimizer, as far as there are slots
+_NUM_QUICK = 3  # drafts of a quick look that are judged
+_NUM_THOROUGH = 4  # choices of a large pool that get a thorough look
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """For one micro-batch: the kinds of slots that each group could have. Groups without any are
+    left out."""
+
+    micro_batch: int
+    options: tuple[tuple[Kind, ...], ...]
+
+    def most_slots(self, job: Job) -> Counts:
+        return tuple(max(job.num_slots(kind) for kind in of) for of in self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A kind of slot for each group; `bound_s`: no plan of it is quicker."""
+
+    micro_batch: int
+    kinds: tuple[Kind, ...]
+    bound_s: float
+
+
+def pools_of(job: Job, rows: int, limits: Limits) -> list[Pool]:
+    """Return a pool for each micro-batch that could be used. Raises: UserError.""" ""
+    found: list[Pool] = []
+    for micro_batch in _micro_batches(job, rows, limits):
+        options = (_kinds(job, group, micro_batch, limits) for group in job.cluster.groups)
+        usable = tuple(of for of in options if of)
+        if usable:
+            found.append(Pool(micro_batch, usable))
+    return found
+
+
+def exact_search(
+    book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool], judge: Judge
+) -> Iterator[list[Draft]]:
+    """Yield drafts until the best of what remains could not beat the best plan."""
+    choices = [
+        _choice(book, rows, pool.micro_batch, k) for pool in pools for k in product(*pool.options)
+    ]
+    for choice in sorted(choices, key=lambda c: (c.bound_s, c.micro_batch, c.kinds)):
+        if choice.bound_s >= judge.best_s():
+            return
+        counts = tuple(book.job.num_slots(kind) for kind in choice.kinds)
+        for shards in _all_shards(book, choice, sum(counts), limits):
+            yield exact_drafts(
+                book.at(choice.micro_batch, shards), choice.kinds, counts,
+                rows // choice.micro_batch, max_stages=limits.max_stages,
+                worth_s=judge.worth_s(),
+            )  # fmt: skip
+
+
+def guided_search(
+    book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool], judge: Judge
+) -> Iterator[list[Draft]]:
+    """Yield a quick look at each choice, then a thorough one at the best."""
+    looks: list[tuple[float, int, Families]] = []
+    fill = fill_of(limits.schedules, limits.max_chunks)
+    for pool in pools:
+        for shards in _SHARDS if limits.may_shard_optimizer else _SHARDS[:1]:
+            if shards > sum(pool.most_slots(book.job)):
+                break
+            ways = Ways(
+                book.at(pool.micro_batch, shards), rows // pool.micro_batch, fill=fill,
+                max_stages=limits.max_stages,
+            )  # fmt: skip
+            yield alike(ways, pool.options)[:_NUM_QUICK]
+            for kinds in _promising(ways, pool):
+                families = Families(ways, kinds)
+                drafts = families.simple()
+                if drafts:
+                    looks.append((drafts[0].estimate_s, len(looks), families))
+                    yield drafts[:_NUM_QUICK]
+    for _, _, families in sorted(looks, key=lambda look: look[:2])[:_NUM_THOROUGH]:
+        yield families.drafts()[:8]
+
+
+def _promising(ways: Ways, pool: Pool) -> list[tuple[Kind, ...]]:
+    """Return widths per group: the best for each alone, the second best, and the same for all."""
+    tables, job = ways.tables, ways.tables.job
+    rate = sum(max(job.num_slots(k) / tables.work_s(k) for k in of) for of in pool.options)
+    guess = 1.1 * ways.micro_batches / rate
+    ranked: list[list[Kind]] = []
+    for of in pool.options:
+        rates = {kind: Families(ways, [kind]).rate(guess) for kind in of}
+        ranked.append(sorted(of, key=lambda kind: (-rates[kind], kind.tp)))
+    found = [tuple(row[0] for row in ranked), tuple(row[min(1, len(row) - 1)] for row in ranked)]
+    widths = sorted({kind.tp for of in pool.options for kind in of}, reverse=True)
+    for tp in widths[:2]:
+        found.append(tuple(min(of, key=lambda k: abs(k.tp - tp)) for of in pool.options))
+    return list(dict.fromkeys(found))
+
+
+def _choice(book: TableBook, rows: int, micro_batch: int, kinds: tuple[Kind, ...]) -> Choice:
+    tables = book.at(micro_batch)
+    rate = sum(book.job.num_slots(kind) / tables.work_s(kind) for kind in kinds)
+    return Choice(micro_batch, kinds, rows // micro_batch / rate)
+
+
+def _micro_batches(job: Job, rows: int, limits: Limits) -> list[int]:
+    if limits.micro_batches is not None:
+        for size in limits.micro_batches:
+            if size < 1 or rows % size:
+                raise UserError(f"micro-batches of {size} rows do not divide {rows} rows")
+        return sorted(limits.micro_batches)
+    sizes = {micro_batch for p in job.profiles.values() for _, micro_batch, _ in p.costs}
+    return sorted(size for size in sizes if rows % size == 0)
+
+
+def _kinds(job: Job, group: DeviceGroup, micro_batch: int, limits: Limits) -> tuple[Kind, ...]:
+    widths = {tp for _, size, tp in job.profiles[group.chip].costs if size == micro_batch}
+    most = min(group.devices_per_node, group.num_devices)
+    return tuple(
+        kind
+        for tp in sorted(widths)
+        if tp <= most and (limits.tps is None or tp in limits.tps)
+        if job.is_profiled(kind := Kind(group.name, tp), micro_batch)
+    )
+
+
+def _all_shards(book: TableBook, choice: Choice, num_slots: int, limits: Limits) -> list[int]:
+    """Return the numbers of optimizer shards to look at: 1 alone where there is memory enough."""
+    if not limits.may_shard_optimizer or num_slots < 2:
+        return [1]
+    plain = book.at(choice.micro_batch)
+    cluster = book.job.cluster
+    tight = any(
+        (plain.bytes(kind, "none", num_slots) > cluster.group(kind.group).memory_bytes).any()
+        for kind in choice.kinds
+    )
+    return [1, *range(2, num_slots + 1)] if tight else [1]

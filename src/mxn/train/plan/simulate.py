@@ -1,0 +1,305 @@
+"""What a plan will do, pass by pass. Start at `simulate_plan`.
+
+The same numbers as `predict`, from the event simulator instead of a closed form, and the timeline
+that they come from. Each different pipeline is simulated once. Then every stage sums its gradients
+with the others that hold its layers, which waits for the slowest of them, and the optimizer runs.
+Knows no two transfers that share a wire, except those of one pair of stages, and no noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mxn.errors import ConfigError
+from mxn.train.plan.cluster import Cluster
+from mxn.train.plan.costs import CostBook, StageCost
+from mxn.train.plan.events import Hop, PipelineTimes, Timeline, simulate
+from mxn.train.plan.memory import MemoryModel, stage_bytes
+from mxn.train.plan.order_check import validate
+from mxn.train.plan.plan import Pipeline, TrainPlan
+from mxn.train.plan.predict import Tuning, predict
+from mxn.train.plan.prediction import Prediction, StagePrediction
+from mxn.train.plan.profile import Profiles
+from mxn.train.plan.reduction import Member, Reduction, reductions
+from mxn.train.plan.schedules import Order, order, stored_peak
+from mxn.train.plan.shape import ModelShape
+from mxn.train.plan.timeline import Lane, Span, lanes_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """One simulated step. `timelines` are of the different pipelines, `kinds` tells which is whose.
+
+    `sums` are the gradient sums of each (pipeline, stage), as (start, end) in seconds.
+    """
+
+    plan: TrainPlan
+    prediction: Prediction
+    timelines: tuple[Timeline, ...]
+    kinds: tuple[int, ...]
+    sums: Mapping[Member, Sequence[tuple[float, float]]]
+
+    def timeline(self, pipeline: int) -> Timeline:
+        return self.timelines[self.kinds[pipeline]]
+
+    def lanes(self, pipelines: Sequence[int] | None = None) -> list[Lane]:
+        """Return the stages of `pipelines` to draw, sums and optimizer included.
+
+        Without `pipelines`, the first one of each kind.
+        """
+        if pipelines is None:
+            pipelines = [self.kinds.index(kind) for kind in range(len(self.timelines))]
+        before = self.prediction.pipeline_s + self.prediction.reduce_s
+        after = before + self.prediction.optimizer_s
+        lanes = []
+        for number in pipelines:
+            stages = self.plan.pipelines[number].stages
+            rows = [
+                [
+                    *(Span("reduce", *span) for span in self.sums.get((number, stage), ())),
+                    Span("optimizer", before, after),
+                ]
+                for stage in range(len(stages))
+            ]
+            lanes += lanes_of(
+                self.timeline(number),
+                [self._label(number, stage) for stage in range(len(stages))],
+                after=rows,
+                until_s=self.prediction.iteration_s,
+            )
+        return lanes
+
+    def _label(self, pipeline: int, number: int) -> tuple[str, str]:
+        stage = self.plan.pipelines[pipeline].stages[number]
+        parts = ", ".join(f"{chunk.first}-{chunk.end - 1}" for chunk in stage.chunks)
+        times = f" x {stage.tp}" if stage.tp > 1 else ""
+        alike = self.kinds.count(self.kinds[pipeline])
+        copies = f", {alike} alike" if alike > 1 else ""
+        return f"{pipeline}.{number} {stage.group}{times}", f"layers {parts}{copies}"
+
+
+def simulate_plan(
+    plan: TrainPlan,
+    shape: ModelShape,
+    cluster: Cluster,
+    profiles: Profiles,
+    *,
+    memory: MemoryModel | None = None,
+    tuning: Tuning | None = None,
+    extra_warmup: int | Sequence[int] = 0,
+    orders: Mapping[int, Order] | None = None,
+) -> Simulation:
+    """Return one step of `plan`, simulated; the prediction is of the kind that `predict` gives.
+
+    `extra_warmup` is that of `schedules.order`, for every pipeline. `orders` are one's own, by the
+    number of the pipeline; they must fit its stages, chunks and micro-batches.
+
+    Raises: UserError as `predict` does; ConfigError for an order that does not fit or never ends.
+    """
+    memory, tuning = memory or MemoryModel(), tuning or Tuning()
+    base = predict(plan, shape, cluster, profiles, memory=memory, tuning=tuning)
+    maker = _Maker(plan, shape, cluster, CostBook(shape, profiles, plan.micro_batch), tuning)
+    known: dict[tuple[PipelineTimes, Order], int] = {}
+    lines: list[Timeline] = []
+    kinds: list[int] = []
+    for number, pipeline in enumerate(plan.pipelines):
+        rows = _order_of(plan, pipeline, (orders or {}).get(number), extra_warmup)
+        key = (maker.times(pipeline), rows)
+        if key not in known:
+            known[key] = len(lines)
+            lines.append(simulate(rows, key[0], late_sends=tuning.late_sends))
+        kinds.append(known[key])
+    sums = _sums(plan, shape, cluster, memory, tuning, [lines[kind] for kind in kinds])
+    prediction = _prediction(
+        plan, base, tuning, [lines[kind] for kind in kinds], sums, maker, profiles, memory
+    )
+    return Simulation(
+        plan=plan,
+        prediction=prediction,
+        timelines=tuple(lines),
+        kinds=tuple(kinds),
+        sums=sums,
+    )
+
+
+def _order_of(
+    plan: TrainPlan, pipeline: Pipeline, own: Order | None, extra_warmup: int | Sequence[int]
+) -> Order:
+    num_stages, num_chunks = len(pipeline.stages), len(pipeline.stages[0].chunks)
+    if own is None:
+        return order(
+            plan.schedule, num_stages, num_chunks, pipeline.micro_batches, extra_warmup=extra_warmup
+        )
+    if len(own) != num_stages:
+        raise ConfigError(f"an order of {len(own)} stages for a pipeline of {num_stages}")
+    validate(own, num_chunks=num_chunks, num_micro_batches=pipeline.micro_batches)
+    return own
+
+
+class _Maker:
+    """Makes the seconds of a pipeline's passes and hops from profiles and links."""
+
+    def __init__(
+        self, plan: TrainPlan, shape: ModelShape, cluster: Cluster, book: CostBook, tuning: Tuning
+    ) -> None:
+        self._plan, self._shape, self._cluster = plan, shape, cluster
+        self._book, self._tuning = book, tuning
+        self._chips = {group.name: group.chip for group in cluster.groups}
+        self._costs: dict[tuple[object, ...], tuple[StageCost, ...]] = {}
+
+    def chip(self, group: str) -> str:
+        return self._chips[group]
+
+    def costs(self, pipeline: Pipeline, number: int) -> tuple[StageCost, ...]:
+        """Return the costs of a stage, chunk by chunk."""
+        stage = pipeline.stages[number]
+        key = (stage.group, stage.chunks, stage.tp, stage.recompute)
+        if key not in self._costs:
+            self._costs[key] = tuple(
+                self._book.stage(self.chip(stage.group), replace(stage, chunks=(chunk,)))
+                for chunk in stage.chunks
+            )
+        return self._costs[key]
+
+    def times(self, pipeline: Pipeline) -> PipelineTimes:
+        """Return the seconds of one micro-batch through `pipeline`."""
+        size = len(pipeline.stages)
+        borders = size * len(pipeline.stages[0].chunks) - 1
+        crossed = [self._hop_bytes(pipeline, part) for part in range(borders)]
+        held = [0.0, *(count / self._tuning.flow_bytes_per_s for count in crossed), 0.0]
+        forward, backward, weight = [], [], []
+        for stage in range(size):
+            costs = self.costs(pipeline, stage)
+            near = [held[c * size + stage] + held[c * size + stage + 1] for c in range(len(costs))]
+            pairs = list(zip(costs, near, strict=True))
+            forward.append(tuple(cost.forward_s + extra for cost, extra in pairs))
+            backward.append(tuple(cost.backward_s + extra for cost, extra in pairs))
+            weight.append(tuple(cost.weight_s for cost in costs))
+        hops = tuple(self._hop(pipeline, part, crossed[part]) for part in range(borders))
+        return PipelineTimes(
+            forward_s=tuple(forward),
+            backward_s=tuple(backward),
+            weight_s=tuple(weight),
+            forward_hops=hops,
+            backward_hops=hops,
+        )
+
+    def _hop_bytes(self, pipeline: Pipeline, part: int) -> float:
+        """Return the bytes that one device sends over the border behind `part`, one way."""
+        size = len(pipeline.stages)
+        a, b = pipeline.stages[part % size], pipeline.stages[(part + 1) % size]
+        if a is b:
+            return 0.0
+        layer = self._shape.layers[a.chunks[part // size].end - 1]
+        tokens = self._plan.micro_batch * self._plan.seq_tokens
+        shared_by = 1 if self._tuning.hop_copies else min(a.tp, b.tp)
+        return layer.output_bytes * tokens / shared_by
+
+    def _hop(self, pipeline: Pipeline, part: int, num_bytes: float) -> Hop:
+        size = len(pipeline.stages)
+        a, b = pipeline.stages[part % size], pipeline.stages[(part + 1) % size]
+        if a is b:
+            return Hop()
+        link = self._cluster.link(a.group, a.first_device, b.group, b.first_device)
+        seconds = link.transfer_s(num_bytes) * self._tuning.hop_slow_down
+        return Hop.blocking(seconds) if self._tuning.hops_block else Hop(seconds)
+
+
+def _sums(
+    plan: TrainPlan,
+    shape: ModelShape,
+    cluster: Cluster,
+    memory: MemoryModel,
+    tuning: Tuning,
+    lines: Sequence[Timeline],
+) -> dict[Member, list[tuple[float, float]]]:
+    """Return when each stage sums its gradients.
+
+    One sum after another, the last layers first; each begins when the last of its members is there.
+    """
+    sums: Sequence[Reduction] = reductions(
+        plan,
+        shape,
+        cluster,
+        memory.reduce_bytes * memory.trainable_share,
+        slow_down=tuning.reduce_slow_down,
+        flat=tuning.flat_sums,
+    )
+    spans: dict[Member, list[tuple[float, float]]] = {}
+    for one in reversed(sums):
+        ready = []
+        for pipeline, stage in one.members:
+            ends, starts = lines[pipeline].ends_s[stage], lines[pipeline].starts_s[stage]
+            done = ends[-1] - tuning.reduce_overlap * (ends[-1] - starts[-1])
+            before = spans.get((pipeline, stage))
+            ready.append(max(done, before[-1][1]) if before else done)
+        start = max(ready)
+        for member in one.members:
+            spans.setdefault(member, []).append((start, start + one.seconds))
+    return spans
+
+
+def _prediction(
+    plan: TrainPlan,
+    base: Prediction,
+    tuning: Tuning,
+    lines: Sequence[Timeline],
+    sums: Mapping[Member, Sequence[tuple[float, float]]],
+    maker: _Maker,
+    profiles: Profiles,
+    memory: MemoryModel,
+) -> Prediction:
+    """Return `base` with everything replaced that the simulation knows better."""
+    pipeline_s = max(line.makespan_s for line in lines)
+    summed_s = max([pipeline_s, *(spans[-1][1] for spans in sums.values())])
+    reduce_s = summed_s - pipeline_s
+    iteration_s = summed_s + base.optimizer_s + tuning.step_s
+    slower = iteration_s / base.iteration_s
+    busy = sum(
+        stage.tp * line.busy_s[number]
+        for pipeline, line in zip(plan.pipelines, lines, strict=True)
+        for number, stage in enumerate(pipeline.stages)
+    )
+    return replace(
+        base,
+        iteration_s=iteration_s,
+        pipeline_s=pipeline_s,
+        reduce_s=reduce_s,
+        tokens_per_s=plan.tokens_per_step / iteration_s,
+        bubble=1 - busy / (pipeline_s * plan.num_devices),
+        stages=tuple(_stage(plan, row, lines, maker, profiles, memory) for row in base.stages),
+        mfu=None if base.mfu is None else base.mfu / slower,
+        energy_j=None if base.energy_j is None else base.energy_j * slower,
+        cost_micro=None if base.cost_micro is None else base.cost_micro * slower,
+    )
+
+
+def _stage(
+    plan: TrainPlan,
+    row: StagePrediction,
+    lines: Sequence[Timeline],
+    maker: _Maker,
+    profiles: Profiles,
+    memory: MemoryModel,
+) -> StagePrediction:
+    line, pipeline = lines[row.pipeline], plan.pipelines[row.pipeline]
+    costs = maker.costs(pipeline, row.stage)
+    if len(costs) == 1:
+        kept = line.stored_peak[row.stage] * costs[0].kept_bytes
+    else:
+        kept = stored_peak(line.order[row.stage], [cost.kept_bytes for cost in costs])
+    return replace(
+        row,
+        busy_s=line.busy_s[row.stage],
+        send_s=line.sending_s[row.stage],
+        memory_bytes=stage_bytes(
+            params=sum(cost.params for cost in costs),
+            kept_per_micro_batch=kept,
+            working_bytes=max(cost.working_bytes for cost in costs),
+            micro_batches_kept=1,
+            model=memory,
+            framework_bytes=profiles[maker.chip(pipeline.stages[row.stage].group)].framework_bytes,
+            optimizer_shards=len(plan.pipelines) if plan.shards_optimizer else 1,
+        ),
+    )

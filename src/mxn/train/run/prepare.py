@@ -1,0 +1,218 @@
+"""What the planner needs for a job, or for a model and a cluster that nobody has: a `Task`.
+
+A job's devices are measured or found in the store; a cluster file's chips are derived from their
+data sheets. Both end in the same values, so `search` and `predict` do not know which it was. Start
+at `task_of_job` and `task_of_cluster`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mxn.errors import ConfigError, NotFoundError, UserError
+from mxn.train.plan.cluster import Cluster
+from mxn.train.plan.memory import FLOAT32, MemoryModel
+from mxn.train.plan.plan import TrainPlan
+from mxn.train.plan.predict import predict
+from mxn.train.plan.prediction import Prediction
+from mxn.train.plan.profile import ChipProfile
+from mxn.train.plan.search.choices import Found, Limits
+from mxn.train.plan.shape import ModelShape
+
+if TYPE_CHECKING:
+    from mxn.train.plan.simulate import Simulation
+    from mxn.train.run.job import Job
+    from mxn.train.run.measure import Measured
+
+log = logging.getLogger("mxn.train")
+
+_MICRO_BATCHES = (1, 2, 4, 8)  # looked at when nobody says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A model, a batch, a pool and what its chips cost: all that a plan is made from."""
+
+    shape: ModelShape
+    rows: int  # of a step
+    cluster: Cluster
+    profiles: dict[str, ChipProfile]
+    memory: MemoryModel
+    limits: Limits
+    notes: tuple[str, ...] = ()  # what was assumed
+    measured: Measured | None = None  # None: derived from data sheets
+
+    def search(self) -> Found:
+        """Return the best plan. Raises: CapacityError when none fits into memory."""
+        from mxn.train.plan.search.planner import search
+
+        return search(
+            self.shape, self.rows, self.cluster, self.profiles, memory=self.memory,
+            limits=self.limits,
+        )  # fmt: skip
+
+    def predict(self, plan: TrainPlan) -> Prediction:
+        return predict(plan, self.shape, self.cluster, self.profiles, memory=self.memory)
+
+    def simulate(self, plan: TrainPlan) -> Simulation:
+        """Return a step of `plan`, pass by pass."""
+        from mxn.train.plan.simulate import simulate_plan
+
+        return simulate_plan(plan, self.shape, self.cluster, self.profiles, memory=self.memory)
+
+
+def task_of_job(
+    job: Job,
+    *,
+    groups: Sequence[str] | None = None,
+    fresh: bool = False,
+    on_progress: Callable[[str], None] = log.info,
+) -> Task:
+    """Return the task of a job on the named groups (None: all), measuring what is not stored.
+
+    Raises: what `measure` raises; UserError for a group that the job does not have.
+    """
+    from mxn.train.run.measure import measure
+
+    job = with_devices(job)
+    if groups is not None:
+        kept = tuple(job.group(name) for name in groups)
+        job = replace(job, devices=kept)
+    measured = measure(job, fresh=fresh, on_progress=on_progress)
+    return Task(
+        shape=measured.shape,
+        rows=job.global_batch,
+        cluster=measured.cluster,
+        profiles=measured.profiles,
+        memory=measured.memory,
+        limits=limits_of(job),
+        measured=measured,
+    )
+
+
+def limits_of(job: Job) -> Limits:
+    """Return what the planner may choose for a job: what the runner does and the job allows."""
+    plan, free = job.plan, Limits()
+    return Limits(
+        micro_batches=(job.micro_batch,),
+        tps=(1,),
+        schedules=(plan.schedule,) if plan.schedule else free.schedules,
+        recompute=(plan.recompute,) if plan.recompute else free.recompute,
+        max_stages=plan.max_depth,
+        may_shard_optimizer=False,
+    )
+
+
+def plan_of_job(job: Job, task: Task) -> tuple[TrainPlan, Prediction, Found | None]:
+    """Return the plan of a job: the one in its file, or the best that is found.
+
+    Raises: UserError for a plan file of another model, batch or pool.
+    """
+    if job.plan.file is None:
+        found = task.search()
+        return found.best.plan, found.best.prediction, found
+    plan = read_plan(Path(job.plan.file))
+    rows = plan.micro_batches * plan.micro_batch
+    if rows != job.global_batch:
+        raise UserError(
+            f"{job.plan.file} is for steps of {rows} rows, the job has {job.global_batch}",
+            hint="make a plan for this job: `mxn train plan JOB --out FILE`",
+        )
+    return plan, task.predict(plan), None
+
+
+def read_plan(path: Path) -> TrainPlan:
+    """Raises: NotFoundError, UserError for a file that is no plan."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"no plan file {str(path)!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    try:
+        return TrainPlan.from_json(text)
+    except UserError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def with_devices(job: Job) -> Job:
+    """Return the job with a group for each kind of real device here, if it names none."""
+    from mxn.chips import survey
+    from mxn.chips.registry import chip_of
+    from mxn.train.run.job import DeviceSettings
+
+    if job.devices:
+        return job
+    real = [d for d in survey().devices if chip_of(d.vendor).basis != "simulated"]
+    accelerators = [d for d in real if d.torch_device != "cpu"]
+    by_chip: dict[str, list[str]] = {}
+    for device in accelerators or real:
+        by_chip.setdefault(device.chip, []).append(device.id)
+    groups = tuple(
+        DeviceSettings(name=chip, device=ids[0], count=len(ids)) for chip, ids in by_chip.items()
+    )
+    log.info("devices auto: %s", ", ".join(f"{g.count} x {g.name}" for g in groups))
+    return replace(job, devices=groups)
+
+
+def task_of_cluster(
+    model: Path,
+    cluster: str,
+    *,
+    seq_tokens: int,
+    rows: int,
+    micro_batches: Sequence[int] = (),
+    dtype: str = "bfloat16",
+) -> Task:
+    """Return the task of training the model of a config.json on a cluster that nobody has.
+
+    `cluster` is a TOML file or the name of a preset; `model` is a folder with a config.json, or
+    that file. Needs no hardware and no weights.
+    Raises: ConfigError with the line of the cluster file; UnsupportedError for the model.
+    """
+    from mxn.chips.specs import all_specs
+    from mxn.train.plan.analytic import derive_profile, numbers_of
+    from mxn.train.plan.clusters import read_cluster
+    from mxn.train.shapes import read_shape
+
+    folder = model.parent if model.is_file() else model
+    shape = read_shape(folder, seq_tokens=seq_tokens, dtype=dtype)
+    described = read_cluster(_cluster_text(cluster), cluster, all_specs())
+    sizes = tuple(micro_batches) or tuple(size for size in _MICRO_BATCHES if rows % size == 0)
+    profiles: dict[str, ChipProfile] = {}
+    for group in described.cluster.groups:
+        numbers = numbers_of(
+            all_specs()[group.chip], dtype=_SHORT[dtype], tensor_link=group.node_link
+        )
+        profiles[group.chip] = derive_profile(
+            numbers, shape, sizes, _widths(group.devices_per_node)
+        )
+    return Task(
+        shape=shape, rows=rows, cluster=described.cluster, profiles=profiles,
+        memory=FLOAT32 if dtype == "float32" else MemoryModel(), limits=Limits(),
+        notes=described.notes,
+    )  # fmt: skip
+
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def _widths(devices_per_node: int) -> list[int]:
+    return [width for width in (1, 2, 4, 8, 16) if width <= devices_per_node]
+
+
+def _cluster_text(cluster: str) -> str:
+    from mxn.train.plan.simulated import PRESETS
+
+    if cluster in PRESETS:
+        return PRESETS[cluster]
+    path = Path(cluster)
+    if not path.is_file():
+        raise NotFoundError(
+            f"no cluster file {cluster!r}", hint=f"name a TOML file, or {', '.join(PRESETS)}"
+        )
+    return path.read_text(encoding="utf-8")

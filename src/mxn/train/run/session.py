@@ -1,0 +1,170 @@
+"""Everything a job needs, put together: plan, gate, ranks, supervision. Start at `run_job`.
+
+The job, its plan and what the plan is predicted to do lie in the job's folder, so that a later
+command knows them: `job.json`, `plan.json`, `predicted.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mxn.errors import ConfigError, NotFoundError, UserError
+from mxn.train.plan.plan import TrainPlan
+from mxn.train.run.control import write_whole
+from mxn.train.run.job import Job
+from mxn.train.run.prepare import plan_of_job, task_of_job, with_devices
+
+if TYPE_CHECKING:
+    from mxn.train.run.supervise.words import State
+
+log = logging.getLogger("mxn.train")
+
+Say = Callable[[str], None]
+
+
+def run_job(job: Job, *, on_say: Say = log.info) -> State:
+    """Plan, check and run a job to its end, through faults; return its last state.
+
+    A checkpoint in the job's folder is gone on from, as the job's `resume` says.
+    Raises: UserError when another command runs the job, or a checkpoint is broken.
+    """
+    from mxn.train.run.launch import launch
+    from mxn.train.run.supervise.shell import Supervisor
+
+    job = with_devices(job)
+    keep_job(job)
+    supervisor = Supervisor(
+        job,
+        tuple(group.name for group in job.devices),
+        make_plan=lambda told, groups: make_plan(told, groups, on_say=on_say),
+        run_gate=_run_gate,
+        launch=launch,
+        on_say=on_say,
+    )
+    return supervisor.run()
+
+
+def make_plan(job: Job, groups: tuple[str, ...], *, on_say: Say = log.info) -> TrainPlan:
+    """Return the plan for the groups that are left, and keep what it is predicted to do.
+
+    Raises: CapacityError when they cannot hold the job.
+    """
+    task = task_of_job(job, groups=groups, on_progress=on_say)
+    if len(groups) < len(job.devices) and job.plan.file is not None:
+        on_say(f"{job.plan.file} is for all groups: searching a plan for {', '.join(groups)}")
+        found = task.search()
+        plan, prediction = found.best.plan, found.best.prediction
+    else:
+        plan, prediction, _ = plan_of_job(job, task)
+    on_say(
+        f"plan {plan.fingerprint}: {plan.num_devices} devices, predicted "
+        f"{prediction.iteration_s:.3g} s a step, {prediction.tokens_per_s:,.0f} tokens/s "
+        f"({prediction.basis})"
+    )
+    told = {"plan": plan.fingerprint, "prediction": asdict(prediction)}
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "predicted.json", json.dumps(told))
+    return plan
+
+
+def _run_gate(job: Job, plan: TrainPlan) -> None:
+    """Nothing is checked yet."""
+
+
+def keep_job(job: Job) -> None:
+    """Write the job into its folder. Raises: UserError when the folder is another job's."""
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "job.json"
+    if path.is_file():
+        before = kept_job(out)
+        if before.fingerprint != job.fingerprint and any(out.glob("checkpoints/step-*")):
+            log.info("%s holds a job that learns something else", out)
+    write_whole(path, job.to_json())
+
+
+def kept_job(out: Path) -> Job:
+    """Return the job that runs or ran in a folder. Raises: NotFoundError, ConfigError."""
+    path = out / "job.json"
+    try:
+        return Job.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"no training job in {str(out)!r}: it holds no job.json",
+            hint="name the `out` folder of a job, such as runs/shakespeare",
+        ) from None
+    except UserError as error:
+        raise ConfigError(f"{path}: {error.message}") from error
+
+
+def predicted(out: Path) -> dict[str, Any] | None:
+    """Return what the job's plan is predicted to do, or None before there is one."""
+    path = out / "predicted.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def export(out: Path, target: Path, *, step: int | None = None, is_adapter: bool = False) -> int:
+    """Write the model of a job's checkpoint as a Hugging Face folder; return the step it is of.
+
+    `step` None: the newest. `is_adapter`: only the LoRA adapters, in PEFT's layout.
+    Raises: NotFoundError without that checkpoint; BrokenError for one that was altered;
+    UserError for an adapter of a job without one.
+    """
+    from mxn.train.run.checkpoint import Stored
+    from mxn.train.run.export import export_adapter, export_model
+    from mxn.train.run.from_job import open_source
+    from mxn.train.run.lora import LoraSettings
+
+    job = kept_job(out)
+    if is_adapter and job.lora is None:
+        raise UserError(f"job {job.name!r} trains no adapter", hint="leave --adapter out")
+    stored = Stored.open(_checkpoint(job, step))
+    source, lora = open_source(job), None
+    if job.lora is not None:
+        lora = LoraSettings(rank=job.lora.rank, alpha=job.lora.alpha, targets=job.lora.targets)
+
+    def state_of(layer: int) -> dict[str, Any]:
+        return _layer_state(source, stored, layer, lora, job.seed)
+
+    if is_adapter and lora is not None:
+        export_adapter(source, state_of, target, lora)
+    else:
+        export_model(source, state_of, target, lora=lora)
+    return stored.manifest.position.step
+
+
+def _layer_state(source: Any, stored: Any, layer: int, lora: Any, seed: int) -> dict[str, Any]:
+    """Return the weights of a layer: those of the source, with what was trained in their place."""
+    from mxn.train.run.lora import attach
+    from mxn.train.run.optim import AdamSettings, AdamW
+
+    stage = source.stage(layer, layer + 1)
+    if lora is not None:
+        attach(stage, lora, seed=seed)
+    optimizer = AdamW(stage, AdamSettings())
+    optimizer.load_layer_state(layer, stored.layer(layer))
+    return optimizer.master_state(layer)
+
+
+def _checkpoint(job: Job, step: int | None) -> Path:
+    from mxn.train.run.checkpoint import manifest as manifests
+
+    found = dict(manifests.complete(Path(job.checkpoint.folder)))
+    if not found:
+        raise NotFoundError(
+            f"job {job.name!r} has no checkpoint in {job.checkpoint.folder}",
+            hint="run it first: `mxn train run`",
+        )
+    if step is None:
+        return found[max(found)]
+    if step not in found:
+        raise NotFoundError(
+            f"no checkpoint of step {step}", hint=f"there are: {', '.join(map(str, found))}"
+        )
+    return found[step]
