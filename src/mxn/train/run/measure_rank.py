@@ -135,7 +135,9 @@ def _links(
         limited = any(job.group(end.group).link_bytes_per_s is not None for end in ends)
         return "simulated" if limited or "simulated" in bases else "measured"
 
-    times = time_links(bridge, request.pairs, basis=basis, synchronize=wait)
+    times = time_links(
+        bridge, request.pairs, basis=basis, synchronize=wait, block_s=request.block_s / 2
+    )
     return tuple(
         {"first": t.first, "second": t.second, "link": asdict(t.link), "noise": t.noise}
         for t in times
