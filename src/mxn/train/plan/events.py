@@ -178,6 +178,8 @@ def simulate(order: Order, times: PipelineTimes, *, late_sends: bool = False) ->
     run.all()
     if any(at < len(row) for at, row in zip(run.at, order, strict=True)):
         validate(order, num_chunks=times.num_chunks)
+        if late_sends:
+            raise ConfigError("this order never ends when activations are sent late")
         raise InternalError("the simulator stopped in an order that has no deadlock")
     return Timeline(
         order=order,
@@ -208,6 +210,7 @@ class _Run:
         self.arrived: dict[tuple[str, int, int], float] = {}
         self.waiting: dict[tuple[str, int, int], int] = {}
         self.todo = list(range(num))
+        self.places: dict[int, dict[tuple[str, int, int], int]] = {}
         self.held: list[tuple[int, Action, Hop] | None] = [None] * num
         self.seconds = [_seconds(order[stage], stage, times) for stage in range(num)]
 
@@ -245,7 +248,7 @@ class _Run:
             ends.append(clock)
             at += 1
             if kind == "F" and part < last:
-                if self.late_sends and self._gradient_is_next(stage, at, last, micro_batch):
+                if self.late_sends and self._gradient_goes_first(stage, at):
                     self.held[stage] = (part + 1, action, forward_hops[part])
                     continue
                 clock = self._send(stage, part + 1, action, forward_hops[part], clock)
@@ -253,12 +256,27 @@ class _Run:
                 clock = self._send(stage, part - 1, action, backward_hops[part - 1], clock)
         self.clock[stage], self.at[stage] = clock, at
 
-    def _gradient_is_next(self, stage: int, at: int, last: int, micro_batch: int) -> bool:
-        """Return whether the next pass waits for a gradient that is not of `micro_batch` itself."""
-        row = self.order[stage]
-        if at == len(row) or row[at].kind != "B" or row[at].micro_batch == micro_batch:
+    def _gradient_goes_first(self, stage: int, at: int) -> bool:
+        """Say if the backward at `at` needs a gradient that is made before the activation is used.
+
+        At the ends of a step there is none: the next stage needs the activation first.
+        """
+        row, num_stages = self.order[stage], len(self.order)
+        if at == len(row) or row[at].kind != "B":
             return False
-        return row[at].chunk * len(self.order) + stage < last
+        (_, made, batch), (_, chunk, due) = row[at - 1], row[at]
+        to_stage = (stage + 1) % num_stages
+        wraps = to_stage == 0
+        if wraps and chunk == self.times.num_chunks - 1:
+            return False
+        places = self._places(to_stage)
+        return places["B", chunk + wraps, due] < places["F", made + wraps, batch]
+
+    def _places(self, stage: int) -> dict[tuple[str, int, int], int]:
+        if stage not in self.places:
+            row = self.order[stage]
+            self.places[stage] = {tuple(action): place for place, action in enumerate(row)}
+        return self.places[stage]
 
     def _send_held(self, stage: int, clock: float) -> float:
         held = self.held[stage]
