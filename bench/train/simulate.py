@@ -21,13 +21,14 @@ from typing import Any
 
 from mxn.train.plan.automatic import best_order
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
-from mxn.train.plan.events import Hop, PipelineTimes, simulate
+from mxn.train.plan.events import simulate
+from mxn.train.plan.picture import plan_svg
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.schedules import order
 from mxn.train.plan.shape import LayerShape, ModelShape
 from mxn.train.plan.simulate import Simulation, simulate_plan
-from mxn.train.plan.timeline_svg import svg
+from mxn.train.plan.times import Hop, PipelineTimes
 
 _BLOCKS = 80
 _SEQ = 4096
@@ -111,7 +112,7 @@ def cases() -> list[tuple[str, int, Callable[[], object]]]:
             0,
             lambda: best_order(small, 64, [24] * 16, splits_weights=True),
         ),
-        ("picture of 2 pipelines of 10 stages", 0, lambda: svg(drawn.lanes(), title="drawn")),
+        ("picture of 2 pipelines of 10 stages", 0, lambda: plan_svg(drawn)),
     ]
 
 

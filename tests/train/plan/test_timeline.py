@@ -6,10 +6,11 @@ from xml.etree import ElementTree
 import pytest
 
 from mxn.errors import ConfigError
-from mxn.train.plan.events import Hop, PipelineTimes, simulate
+from mxn.train.plan.events import simulate
 from mxn.train.plan.schedules import order
 from mxn.train.plan.timeline import Span, lanes_of, shares, text
 from mxn.train.plan.timeline_svg import svg
+from mxn.train.plan.times import Hop, PipelineTimes
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
