@@ -61,8 +61,9 @@ class Keeper:
         self._tokens = 0
         self._facts = dict(facts)
         identity = Identity(
-            job=f"{job.fingerprint}-{facts['rows'][:16]}", plan=plan.fingerprint, plan_json=plan.to_json(),
-            num_layers=plan.num_layers, num_ranks=num_ranks, launch=launch, told=self._facts,
+            job=f"{job.fingerprint}-{facts['rows'][:16]}",
+            plan=plan.fingerprint, plan_json=plan.to_json(), num_layers=plan.num_layers,
+            num_ranks=num_ranks, launch=launch, told=self._facts,
         )  # fmt: skip
         self.writer = Checkpointer(
             Path(job.checkpoint.folder), rank=rank, identity=identity, keep=job.checkpoint.keep
