@@ -56,7 +56,8 @@ def numbers(simulation: Simulation, max_kinds: int = MAX_KINDS) -> str:
     kinds = len(simulation.timelines)
     if kinds > max_kinds:
         parts.append(f"{max_kinds} of {kinds} kinds of pipelines drawn")
-    return " · ".join([*parts, f"simulated from {made.basis} figures"])
+    origin = "" if made.basis == "simulated" else f" from {made.basis} figures"
+    return " · ".join([*parts, f"simulated{origin}"])
 
 
 def plan_lanes(simulation: Simulation, *, max_kinds: int = MAX_KINDS) -> list[Lane]:

@@ -2,7 +2,7 @@
 
 One lane per stage: its passes with their micro-batches, below them the messages that it sends,
 beside it how much of the step it stands idle. Colours follow the viewer's light or dark scheme.
-Where passes are too narrow to see, a lane shows which share of each moment they fill. Numbers to
+Where passes are too narrow to see, lanes show which share of each moment they fill. Numbers to
 text; no I/O.
 """
 
@@ -46,7 +46,8 @@ _IDLE_PX, _MARGIN_PX = 84, 16
 _LEAST_LABEL_PX, _LABEL_DIGIT_PX = 90, 7.2
 _MANY_LANES = 24  # from here on lanes are low and have no second line of words
 _TOP_PX, _FOOT_PX = 64, 62
-_NARROW_PX = 4.0  # passes narrower than this on average are drawn as shares
+_NARROW_PX = 4.0  # passes narrower than this on average have no number and no note
+_INVISIBLE_PX = 1.2  # narrower than this, lanes show shares
 _BIN_PX = 4.0
 _DIGIT_PX = 6.5
 _AXIS_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
@@ -76,6 +77,8 @@ def svg(lanes: Sequence[Lane], *, title: str, subtitle: str = "", width: int = 1
     if room < _LEAST_LABEL_PX:
         raise ConfigError(f"{width} pixels leave {room:.0f} for the lanes", hint="draw it wider")
     bottom = _TOP_PX + sizes.lane * len(lanes)
+    tops = [_TOP_PX + number * sizes.lane for number in range(len(lanes))]
+    mean_px = _mean_span_s(lanes) * room / length
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img">',
@@ -83,11 +86,11 @@ def svg(lanes: Sequence[Lane], *, title: str, subtitle: str = "", width: int = 1
         f'<rect class="paper" width="{width}" height="{height}"/>',
         _text(_MARGIN_PX, 28, title, "title"),
         _text(_MARGIN_PX, 48, subtitle, "soft"),
-        *(_lane_paper(number, left, room, sizes) for number in range(len(lanes))),
+        *(_rect(left, top + 3, room, sizes.bar, "lane") for top in tops),
         *_axis(length, left, room, bottom),
         *(
-            _lane(lane, sizes, _TOP_PX + number * sizes.lane, left, room / length, length, width)
-            for number, lane in enumerate(lanes)
+            _lane(lane, sizes, top, left, room / length, length, width, mean_px)
+            for lane, top in zip(lanes, tops, strict=True)
         ),
         *_legend(lanes, left, bottom + 44),
         "</svg>",
@@ -115,8 +118,9 @@ def _rect(x: float, y: float, width: float, height: float, classes: str, note: s
     return f'<rect class="{classes}" {size} rx="1.5"><title>{escape(note)}</title></rect>'
 
 
-def _lane_paper(number: int, left: float, room: float, sizes: _Sizes) -> str:
-    return _rect(left, _TOP_PX + number * sizes.lane + 3, room, sizes.bar, "lane")
+def _mean_span_s(lanes: Sequence[Lane]) -> float:
+    spans = [span.end_s - span.start_s for lane in lanes for span in lane.spans]
+    return sum(spans) / len(spans)
 
 
 def _lane(
@@ -127,6 +131,7 @@ def _lane(
     px_per_s: float,
     length: float,
     width: int,
+    mean_px: float,
 ) -> str:
     """Return one lane: names, passes, messages, idle share."""
     middle = top + 3 + sizes.bar / 2 + 4
@@ -137,9 +142,10 @@ def _lane(
     ]
     if has_detail:
         parts.append(_text(_MARGIN_PX, top + 26, lane.detail, "soft"))
-    drawn = sum(span.end_s - span.start_s for span in lane.spans) * px_per_s
-    if drawn < _NARROW_PX * len(lane.spans):
+    if mean_px < _INVISIBLE_PX:
         parts += _as_shares(lane, top + 3, sizes.bar, left, px_per_s, length)
+    elif mean_px < _NARROW_PX:
+        parts += _as_bars(lane, top + 3, sizes.bar, left, px_per_s)
     else:
         parts += [_span(span, top + 3, sizes.bar, left, px_per_s) for span in lane.spans]
     parts.append(_wires(lane, top + 4 + sizes.bar + sizes.wire / 4, sizes.wire, left, px_per_s))
@@ -157,6 +163,16 @@ def _span(span: Span, top: float, tall: int, left: float, px_per_s: float) -> st
     if span.text and wide >= _DIGIT_PX * len(span.text) + 3:
         drawn += _text(x + (wide - gap) / 2, top + tall / 2 + 4, span.text, "num")
     return drawn
+
+
+def _as_bars(lane: Lane, top: float, tall: int, left: float, px_per_s: float) -> list[str]:
+    """Return one path for each kind of pass."""
+    paths: dict[SpanKind, list[str]] = {}
+    for span in lane.spans:
+        wide = _px((span.end_s - span.start_s) * px_per_s)
+        shape = f"M{_px(left + span.start_s * px_per_s)} {_px(top)}h{wide}v{tall}h-{wide}z"
+        paths.setdefault(span.kind, []).append(shape)
+    return [f'<path class="{_CLASSES[kind][0]}" d="{"".join(d)}"/>' for kind, d in paths.items()]
 
 
 def _as_shares(
