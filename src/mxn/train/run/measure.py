@@ -244,7 +244,8 @@ class _Bench:
     def _group(self, group: DeviceSettings, links: dict[Pair, StoredLink]) -> DeviceGroup:
         device = self.device(group)
         near = links.get((group.name, group.name))
-        alone = Link(latency_s=0.0, bytes_per_s=1.0, basis="assumed")  # one device sends nothing
+        # One device sends itself nothing; a slow link here would be taken for the slowest of all.
+        alone = Link(latency_s=0.0, bytes_per_s=1e15, basis="assumed")
         link = near.link if near else alone
         return DeviceGroup(
             name=group.name,
