@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxn.errors import ConfigError
-from mxn.train.plan.events import Hop, PipelineTimes, simulate
+from mxn.train.plan.events import simulate
 from mxn.train.plan.schedules import Action, order, split_backwards
+from mxn.train.plan.times import Hop, PipelineTimes
 
 
 def naive_times(rows, times):

@@ -42,7 +42,7 @@ _NO_LINK_IN_CATALOGUE = ("metax-c500",)
 def cluster_text(
     groups: tuple[tuple[str, str, int], ...], *, between_gb_per_s: float = 10, scale: float = 1.0
 ) -> str:
-    """Return a cluster file of (name, chip, devices); `scale` multiplies devices, in whole nodes."""
+    """Return a cluster file of (name, chip, devices); `scale` multiplies the nodes."""
     text = _HEAD.format(between=between_gb_per_s)
     for name, chip, devices in groups:
         text += _GROUP.format(

@@ -65,7 +65,7 @@ def _chunked(stages: tuple[Stage, ...], num_chunks: int) -> tuple[Stage, ...]:
 def _with_shares(draft: Draft, micro_batches: int) -> list[tuple[Template, int]]:
     """Return each pipeline with its micro-batches; one that would get none is left out."""
     templates = [line for line, count in draft.lines for _ in range(count)]
-    shares = split([line.pace for line in templates], micro_batches)
+    shares = split([line.pace(draft.fill) for line in templates], micro_batches)
     return [(line, n) for line, n in zip(templates, shares, strict=True) if n]
 
 

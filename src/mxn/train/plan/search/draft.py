@@ -20,9 +20,9 @@ class Template:
     max_s: float
     after_s: float = 0.0  # gradient sums and optimizer, an estimate
 
-    @property
-    def pace(self) -> Pace:
-        return Pace(self.sum_s - self.max_s + self.after_s, self.max_s)
+    def pace(self, fill: float = 1.0) -> Pace:
+        """Return its pace where a schedule leaves `fill` of 1F1B's filling and draining."""
+        return Pace((self.sum_s - self.max_s) * fill + self.after_s, self.max_s)
 
     @property
     def num_stages(self) -> int:
@@ -38,6 +38,7 @@ class Draft:
     estimate_s: float
     origin: str
     shards_optimizer: bool = False
+    fill: float = 1.0  # what the paces of its pipelines were taken with
 
     @property
     def num_pipelines(self) -> int:

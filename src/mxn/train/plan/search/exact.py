@@ -32,10 +32,12 @@ def exact_drafts(
     *,
     max_stages: int | None = None,
     worth_s: float = float("inf"),
+    fill: float = 1.0,
 ) -> list[Draft]:
     """Return the best sets of pipelines: one alone, copies of one, any mix, by depth.
 
-    What would take more than `worth_s` is left out.
+    What would take more than `worth_s` is left out. `fill` is the part of 1F1B's filling and
+    draining that the best schedule leaves; plans for 1F1B itself are returned too.
     """
     found = fronts(
         num_slots,
@@ -44,15 +46,17 @@ def exact_drafts(
         max_stages=max_stages,
         limit_s=worth_s,
     )
-    args = (tables, kinds, num_slots, micro_batches, found)
-    drafts = [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
+    drafts: list[Draft] = []
+    for part in dict.fromkeys((fill, 1.0)):
+        args = (tables, kinds, num_slots, micro_batches, found, part)
+        drafts += [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
     # Each pipeline keeps a shard, so fewer pipelines would not fit as the tables say.
     return [draft for draft in drafts if draft.num_pipelines >= tables.shards]
 
 
 def _alone(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]],
+    found: dict[Counts, list[Cut]], fill: float,
 ) -> Iterator[Draft]:  # fmt: skip
     """One pipeline: no gradients are summed."""
     lines = [
@@ -60,14 +64,14 @@ def _alone(
         for cuts in found.values()
         for cut in cuts
     ]
-    lines.sort(key=lambda line: line.pace.time_s(count))
+    lines.sort(key=lambda line: line.pace(fill).time_s(count))
     for line in lines[:4]:
-        yield _draft(tables, [(line, 1)], line.pace.time_s(count), "one pipeline")
+        yield _draft(tables, [(line, 1)], line.pace(fill).time_s(count), "one pipeline", fill)
 
 
 def _copies(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]],
+    found: dict[Counts, list[Cut]], fill: float,
 ) -> Iterator[Draft]:  # fmt: skip
     """Copies of one pipeline: each layer's gradients stay within a group."""
     drafts: list[Draft] = []
@@ -79,15 +83,15 @@ def _copies(
         link = _inner(tables.job.cluster, kinds, slots)
         for cut in cuts:
             line = template(kinds, cut, tables.after_s(kinds, cut, [link]))
-            seconds = soonest([([line.pace], times)], count)
-            drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline"))
+            seconds = soonest([([line.pace(fill)], times)], count)
+            drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline", fill))
     drafts.sort(key=lambda draft: draft.estimate_s)
     yield from drafts[:4]
 
 
 def _mixes(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]], worth_s: float,
+    found: dict[Counts, list[Cut]], fill: float, worth_s: float,
 ) -> Iterator[Draft]:  # fmt: skip
     """Any set of pipelines, for each limit on their depth."""
     link = _outer(tables.job.cluster, kinds, num_slots)
@@ -100,23 +104,23 @@ def _mixes(
         allowed = [slots for slots in rows if sum(slots) <= depth]
         if not any(sum(slots) == depth for slots in allowed):
             continue
-        options = [Option(slots, tuple(t.pace for t in rows[slots])) for slots in allowed]
+        options = [Option(slots, tuple(t.pace(fill) for t in rows[slots])) for slots in allowed]
         seconds, used = pack(num_slots, options, count, worth_s=worth_s)
         if not used:
             continue
         lines = [
-            (max(rows[slots], key=lambda t: t.pace.done_in(seconds)), times)
+            (max(rows[slots], key=lambda t: t.pace(fill).done_in(seconds)), times)
             for slots, times in zip(allowed, used, strict=True)
             if times
         ]
         if lines:
-            yield _draft(tables, lines, seconds, "mix of pipelines")
+            yield _draft(tables, lines, seconds, "mix of pipelines", fill)
 
 
 def _draft(
-    tables: Tables, lines: Sequence[tuple[Template, int]], seconds: float, origin: str
+    tables: Tables, lines: Sequence[tuple[Template, int]], seconds: float, origin: str, fill: float
 ) -> Draft:
-    return Draft(tables.micro_batch, tuple(lines), seconds, origin, tables.shards > 1)
+    return Draft(tables.micro_batch, tuple(lines), seconds, origin, tables.shards > 1, fill)
 
 
 def _inner(cluster: Cluster, kinds: Sequence[Kind], slots: Counts) -> Link:

@@ -7,8 +7,9 @@ one at the best few. Start at `exact_search` and `guided_search`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from mxn.errors import UserError
@@ -17,13 +18,13 @@ from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.cuts import Counts
 from mxn.train.plan.search.draft import Draft
 from mxn.train.plan.search.exact import exact_drafts
-from mxn.train.plan.search.families import Families, alike
+from mxn.train.plan.search.families import Families, Rough, alike
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.tables import Job, Kind, TableBook
 from mxn.train.plan.search.ways import Ways, fill_of
 
-_SHARDS = (1, 4, 16, 64, 256)  # of a large pool's optimizer, as far as there are slots
-_NUM_QUICK = 3  # drafts of a quick look that are judged
+_SHARDS = (1, 8, 64)  # of a large pool's optimizer, as far as there are slots
+_NUM_JUDGED = 8  # drafts of each origin that are predicted
 _NUM_THOROUGH = 4  # choices of a large pool that get a thorough look
 
 
@@ -74,7 +75,7 @@ def exact_search(
             yield exact_drafts(
                 book.at(choice.micro_batch, shards), choice.kinds, counts,
                 rows // choice.micro_batch, max_stages=limits.max_stages,
-                worth_s=judge.worth_s(),
+                worth_s=judge.worth_s(), fill=fill_of(limits.schedules, limits.max_chunks),
             )  # fmt: skip
 
 
@@ -82,25 +83,53 @@ def guided_search(
     book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool], judge: Judge
 ) -> Iterator[list[Draft]]:
     """Yield a quick look at each choice, then a thorough one at the best."""
-    looks: list[tuple[float, int, Families]] = []
     fill = fill_of(limits.schedules, limits.max_chunks)
+    found: list[Rough] = []
+    looks: list[tuple[float, int, Families]] = []
+    makers = {
+        pool.micro_batch: _ways_of(book, rows, pool.micro_batch, fill, limits) for pool in pools
+    }
     for pool in pools:
+        ways_of = makers[pool.micro_batch]
+        found += alike(ways_of, pool.options, sharded=False)
+        if limits.may_shard_optimizer:
+            found += alike(ways_of, pool.options, sharded=True)
         for shards in _SHARDS if limits.may_shard_optimizer else _SHARDS[:1]:
             if shards > sum(pool.most_slots(book.job)):
                 break
-            ways = Ways(
-                book.at(pool.micro_batch, shards), rows // pool.micro_batch, fill=fill,
-                max_stages=limits.max_stages,
-            )  # fmt: skip
-            yield alike(ways, pool.options)[:_NUM_QUICK]
-            for kinds in _promising(ways, pool):
-                families = Families(ways, kinds)
+            for kinds in _promising(ways_of(shards), pool):
+                families = Families(ways_of(shards), kinds)
                 drafts = families.simple()
                 if drafts:
                     looks.append((drafts[0].estimate_s, len(looks), families))
-                    yield drafts[:_NUM_QUICK]
+                    found += drafts
     for _, _, families in sorted(looks, key=lambda look: look[:2])[:_NUM_THOROUGH]:
-        yield families.drafts()[:8]
+        found += families.drafts()
+    yield [
+        draft
+        for rough in _best_of_each(found)
+        for draft in rough.exact(makers[rough.ways.tables.micro_batch])
+    ]
+
+
+def _ways_of(
+    book: TableBook, rows: int, micro_batch: int, fill: float, limits: Limits
+) -> Callable[[int], Ways]:
+    @cache
+    def ways_of(shards: int) -> Ways:
+        tables = book.at(micro_batch, shards)
+        return Ways(tables, rows // micro_batch, fill=fill, max_stages=limits.max_stages)
+
+    return ways_of
+
+
+def _best_of_each(found: Sequence[Rough]) -> list[Rough]:
+    """Return the quickest of each origin: estimates of different kinds of plans err differently."""
+    kept: list[Rough] = []
+    for origin in dict.fromkeys(rough.origin for rough in found):
+        like = sorted((r for r in found if r.origin == origin), key=lambda r: r.estimate_s)
+        kept += like[:_NUM_JUDGED]
+    return sorted(kept, key=lambda rough: rough.estimate_s)
 
 
 def _promising(ways: Ways, pool: Pool) -> list[tuple[Kind, ...]]:

@@ -80,6 +80,7 @@ class Tables:
         self._columns = columns.of
         self._busy: dict[tuple[Kind, int], Table] = {}
         self._fits: dict[tuple[Kind, Recompute, int], Table] = {}
+        self._steps: dict[tuple[Kind, Kind, int], Table] = {}
         self._hops: dict[tuple[Kind, Kind], Table] = {}
 
     def busy(self, kind: Kind, in_flight: int) -> Table:
@@ -89,6 +90,13 @@ class Tables:
             options = [self._fitting(kind, how, in_flight) for how in self.job.recompute]
             self._busy[key] = np.minimum.reduce(options)
         return self._busy[key]
+
+    def step(self, kind: Kind, after: Kind, in_flight: int) -> Table:
+        """Return `busy` with the hop to a slot of kind `after` added."""
+        key = (kind, after, in_flight)
+        if key not in self._steps:
+            self._steps[key] = self.busy(kind, in_flight) + self.hop(kind, after)
+        return self._steps[key]
 
     def recompute(self, kind: Kind, in_flight: int, first: int, end: int) -> Recompute:
         """Return the cheapest recomputation under which these layers fit."""

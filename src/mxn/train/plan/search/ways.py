@@ -23,7 +23,7 @@ Row = tuple[Kind, ...]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A row of slots and its rough paces: when gradients stay inside groups, and when they cross."""
+    """A row of slots and its rough paces: while gradients stay inside groups, and if they cross."""
 
     row: Row
     inside: Pace
@@ -39,7 +39,7 @@ class Ways:
         self.tables = tables
         self.micro_batches = micro_batches
         self.max_stages = min(max_stages or 64, tables.job.shape.num_layers)
-        self._fill = fill
+        self.fill = fill
         self._rough: dict[Row, Way | None] = {}
         self._exact: dict[tuple[Row, bool], tuple[Template, ...]] = {}
         groups = tables.job.cluster.groups
@@ -89,10 +89,10 @@ class Ways:
     def _look(self, row: Row) -> Way | None:
         if not 1 <= len(row) <= self.max_stages:
             return None
-        least = slowest_in_order(*self._tables_of(row))
+        least = slowest_in_order(self._steps_of(row), self.tables.busy(row[-1], 1))
         if least == float("inf"):
             return None
-        start = (len(row) - 1) * least * self._fill
+        start = (len(row) - 1) * least * self.fill
         inside, across = (self._sum_s(row, least, crossing) for crossing in (False, True))
         return Way(row, Pace(start + inside, least), Pace(start + across, least))
 
@@ -114,6 +114,12 @@ class Ways:
         found = best_in_order(numbers, busy, hops, slacks=(1.0, 1.05, float("inf")))
         links = self._links(kinds, crossing)
         return [template(kinds, cut, self.tables.after_s(kinds, cut, links)) for cut in found]
+
+    def _steps_of(self, row: Row) -> list[Table]:
+        return [
+            self.tables.step(kind, row[s + 1], min(len(row) - s, self.micro_batches))
+            for s, kind in enumerate(row[:-1])
+        ]
 
     def _tables_of(self, row: Row) -> tuple[list[Table], list[Table]]:
         size = len(row)
@@ -141,9 +147,9 @@ def fill_of(schedules: Iterable[Schedule], max_chunks: int) -> float:
 
 def _undominated(ways: list[Template]) -> list[Template]:
     """Return those that no other beats in both start and pace."""
-    ways.sort(key=lambda t: (t.pace.each_s, t.pace.start_s))
+    ways.sort(key=lambda t: (t.max_s, t.pace().start_s))
     kept: list[Template] = []
     for way in ways:
-        if not kept or way.pace.start_s < kept[-1].pace.start_s:
+        if not kept or way.pace().start_s < kept[-1].pace().start_s:
             kept.append(way)
     return kept
