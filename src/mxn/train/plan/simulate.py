@@ -14,7 +14,12 @@ from dataclasses import dataclass, replace
 from mxn.errors import ConfigError
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.costs import CostBook, StageCost
+<<<<<<< HEAD
 from mxn.train.plan.events import Timeline, simulate
+=======
+from mxn.train.plan.events import Hop, PipelineTimes, Timeline, simulate
+from mxn.train.plan.experts import exchange_s
+>>>>>>> b1113979ec52155e0cf47fc548a94526a2112d9b
 from mxn.train.plan.memory import MemoryModel, stage_bytes
 from mxn.train.plan.order_check import validate
 from mxn.train.plan.plan import Pipeline, TrainPlan
@@ -66,13 +71,13 @@ def simulate_plan(
     """
     memory, tuning = memory or MemoryModel(), tuning or Tuning()
     base = predict(plan, shape, cluster, profiles, memory=memory, tuning=tuning)
-    maker = _Maker(plan, shape, cluster, CostBook(shape, profiles, plan.micro_batch), tuning)
+    maker = _Maker(plan, shape, cluster, _book(plan, shape, profiles), tuning)
     known: dict[tuple[PipelineTimes, Order], int] = {}
     lines: list[Timeline] = []
     kinds: list[int] = []
     for number, pipeline in enumerate(plan.pipelines):
         rows = _order_of(plan, pipeline, (orders or {}).get(number), extra_warmup)
-        key = (maker.times(pipeline), rows)
+        key = (maker.times(pipeline, number), rows)
         if key not in known:
             known[key] = len(lines)
             lines.append(simulate(rows, key[0], late_sends=tuning.late_sends))
@@ -89,6 +94,10 @@ def simulate_plan(
         kinds=tuple(kinds),
         sums=sums,
     )
+
+
+def _book(plan: TrainPlan, shape: ModelShape, profiles: Profiles) -> CostBook:
+    return CostBook(shape, profiles, plan.micro_batch, expert_parallel=plan.expert_parallel)
 
 
 def _order_of(
@@ -130,8 +139,8 @@ class _Maker:
             )
         return self._costs[key]
 
-    def times(self, pipeline: Pipeline) -> PipelineTimes:
-        """Return the seconds of one micro-batch through `pipeline`."""
+    def times(self, pipeline: Pipeline, index: int) -> PipelineTimes:
+        """Return the seconds of one micro-batch through `pipeline`, the plan's number `index`."""
         size = len(pipeline.stages)
         borders = size * len(pipeline.stages[0].chunks) - 1
         crossed = [self._hop_bytes(pipeline, part) for part in range(borders)]
@@ -139,7 +148,13 @@ class _Maker:
         forward, backward, weight = [], [], []
         for stage in range(size):
             costs = self.costs(pipeline, stage)
-            near = [held[c * size + stage] + held[c * size + stage + 1] for c in range(len(costs))]
+            away = exchange_s(
+                self._plan, index, pipeline.stages[stage], self._shape, self._cluster
+            ) / len(costs)
+            near = [
+                held[c * size + stage] + held[c * size + stage + 1] + away
+                for c in range(len(costs))
+            ]
             pairs = list(zip(costs, near, strict=True))
             forward.append(tuple(cost.forward_s + extra for cost, extra in pairs))
             backward.append(tuple(cost.backward_s + extra for cost, extra in pairs))
