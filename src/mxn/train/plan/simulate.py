@@ -14,12 +14,8 @@ from dataclasses import dataclass, replace
 from mxn.errors import ConfigError
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.costs import CostBook, StageCost
-<<<<<<< HEAD
-from mxn.train.plan.events import Timeline, simulate
-=======
 from mxn.train.plan.events import Hop, PipelineTimes, Timeline, simulate
 from mxn.train.plan.experts import exchange_s
->>>>>>> b1113979ec52155e0cf47fc548a94526a2112d9b
 from mxn.train.plan.memory import MemoryModel, stage_bytes
 from mxn.train.plan.order_check import validate
 from mxn.train.plan.plan import Pipeline, TrainPlan
@@ -29,19 +25,17 @@ from mxn.train.plan.profile import Profiles
 from mxn.train.plan.reduction import Member, Reduction, reductions
 from mxn.train.plan.schedules import Order, order, stored_peak
 from mxn.train.plan.shape import ModelShape
-from mxn.train.plan.times import Hop, PipelineTimes
+from mxn.train.plan.timeline import Lane, Span, lanes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """One simulated step. `timelines` are of the different pipelines, `kinds` tells which is whose.
 
-    `sums` are the gradient sums of each (pipeline, stage), as (start, end) in seconds. `chips` are
-    those of the groups. `picture` draws it.
+    `sums` are the gradient sums of each (pipeline, stage), as (start, end) in seconds.
     """
 
     plan: TrainPlan
-    chips: Mapping[str, str]
     prediction: Prediction
     timelines: tuple[Timeline, ...]
     kinds: tuple[int, ...]
@@ -49,6 +43,41 @@ class Simulation:
 
     def timeline(self, pipeline: int) -> Timeline:
         return self.timelines[self.kinds[pipeline]]
+
+    def lanes(self, pipelines: Sequence[int] | None = None) -> list[Lane]:
+        """Return the stages of `pipelines` to draw, sums and optimizer included.
+
+        Without `pipelines`, the first one of each kind.
+        """
+        if pipelines is None:
+            pipelines = [self.kinds.index(kind) for kind in range(len(self.timelines))]
+        before = self.prediction.pipeline_s + self.prediction.reduce_s
+        after = before + self.prediction.optimizer_s
+        lanes = []
+        for number in pipelines:
+            stages = self.plan.pipelines[number].stages
+            rows = [
+                [
+                    *(Span("reduce", *span) for span in self.sums.get((number, stage), ())),
+                    Span("optimizer", before, after),
+                ]
+                for stage in range(len(stages))
+            ]
+            lanes += lanes_of(
+                self.timeline(number),
+                [self._label(number, stage) for stage in range(len(stages))],
+                after=rows,
+                until_s=self.prediction.iteration_s,
+            )
+        return lanes
+
+    def _label(self, pipeline: int, number: int) -> tuple[str, str]:
+        stage = self.plan.pipelines[pipeline].stages[number]
+        parts = ", ".join(f"{chunk.first}-{chunk.end - 1}" for chunk in stage.chunks)
+        times = f" x {stage.tp}" if stage.tp > 1 else ""
+        alike = self.kinds.count(self.kinds[pipeline])
+        copies = f", {alike} alike" if alike > 1 else ""
+        return f"{pipeline}.{number} {stage.group}{times}", f"layers {parts}{copies}"
 
 
 def simulate_plan(
@@ -88,7 +117,6 @@ def simulate_plan(
     )
     return Simulation(
         plan=plan,
-        chips={group.name: group.chip for group in cluster.groups},
         prediction=prediction,
         timelines=tuple(lines),
         kinds=tuple(kinds),
