@@ -3,8 +3,8 @@
 `predict(plan, shape, cluster, profiles, memory=MemoryModel()) -> Prediction` is the one call that
 planner, commands and tests share. It adds up profiled layer times for each different pipeline once,
 so a plan over a thousand devices takes milliseconds. It does not know contention between transfers
-that share a wire, nor noise; the event simulator (`simulate`) replaces its closed form of a
-pipeline where schedules are uneven.
+that share a wire, nor noise, nor what extra warm-up hides (only what it stores); the event
+simulator (`simulate`) replaces its closed form of a pipeline where schedules are uneven.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _likeness(
         group = groups.get(a.group) or cluster.group(a.group)
         same = a.group == b.group
         near.append(same and group.node_of(a.first_device) == group.node_of(b.first_device))
-    return stages, tuple(near), pipeline.micro_batches
+    return stages, tuple(near), pipeline.micro_batches, pipeline.extra_warmup
 
 
 def _solve(
@@ -213,7 +213,9 @@ def _solve(
             params=cost.params,
             kept_per_micro_batch=cost.kept_bytes,
             working_bytes=cost.working_bytes,
-            micro_batches_kept=in_flight(plan.schedule, s, size, pipeline.micro_batches, chunks),
+            micro_batches_kept=in_flight(
+                plan.schedule, s, size, pipeline.micro_batches, chunks, pipeline.extra_warmup
+            ),
             model=memory,
             framework_bytes=profiles[chips[s]].framework_bytes,
             optimizer_shards=shards,
