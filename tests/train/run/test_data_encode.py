@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import tokenizers
 
@@ -29,6 +31,13 @@ INST = (
     "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
+# Phi's kind: the end of the text behind whatever comes last.
+ENDING = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+# GLM's kind: a turn ends where the next speaker is named.
+ENDLESS = (
+    "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}"
+    "\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
+)
 TALK = (
     {"role": "system", "content": "be kind"},
     {"role": "user", "content": "hello"},
@@ -38,12 +47,15 @@ TALK = (
 )
 
 
-def make_tokenizer(template: str | None = CHATML, *, bos: bool = False) -> Tokenizer:
+def make_tokenizer(
+    template: str | None = CHATML, *, bos: bool = False, extra: Sequence[str] = ()
+) -> Tokenizer:
     """Every byte is a token; the marks of the templates are special."""
     raw = tokenizers.Tokenizer(tokenizers.models.BPE(_byte_vocab(), []))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
     raw.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>", "</s>"])
+    raw.add_tokens(list(extra))
     if bos:
         raw.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
@@ -100,6 +112,44 @@ def test_a_template_that_rewrites_earlier_turns_gives_each_answer_its_own_sequen
 
 def test_a_template_without_headers_works_too():
     assert learned(make_tokenizer(INST), chat(*TALK[1:])) == [[" hi there</s>", " thought|bye</s>"]]
+
+
+def test_a_template_that_ends_each_rendering_is_one_sequence():
+    assert learned(make_tokenizer(ENDING), chat()) == [
+        ["hi there<|im_end|>", "thought|bye<|im_end|>\n</s>"]
+    ]
+
+
+def test_without_an_end_of_turn_the_next_speaker_or_the_end_of_text_stops_the_model():
+    assert learned(make_tokenizer(ENDLESS), chat(*TALK[1:])) == [
+        ["\nhi there<|im_start|>", "\nthought|bye</s>"]
+    ]
+
+
+def test_an_answer_that_begins_unlike_the_opened_thought_is_learned_from_its_first_token():
+    call = {"role": "assistant", "content": "<tool>x"}
+    tokenizer = make_tokenizer(THINKING, extra=["<think>", "<tool>"])
+    assert learned(tokenizer, chat(TALK[1], call)) == [["<tool>x<|im_end|>"]]
+    thought = {"role": "assistant", "content": "<think>\nso</think>x"}
+    assert learned(tokenizer, chat(TALK[1], thought)) == [["so</think>x<|im_end|>"]]
+
+
+class _Slow:
+    """The same tokenizer behind an interface that does not tell where tokens stand."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self.raw = tokenizer, None
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize("template", [CHATML, INST, ENDING, ENDLESS, FORGETFUL])
+def test_a_tokenizer_that_hides_places_gives_the_same(template):
+    tokenizer = make_tokenizer(template)
+    slow = _Slow(tokenizer)
+    for document in (chat(*TALK[1:]), Completion("a", "b", PLACE), Text("c", PLACE)):
+        assert learned(slow, document) == learned(tokenizer, document)
 
 
 def test_the_shipped_model_learns_its_role():

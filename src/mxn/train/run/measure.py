@@ -23,6 +23,7 @@ from mxn.train.run.measure_start import ask_ranks
 from mxn.train.run.measured import (
     Answer,
     Member,
+    Model,
     Request,
     basis_of,
     chip_label,
@@ -33,7 +34,6 @@ from mxn.train.run.stored import Reading, StoredLink, StoredProfile
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
-    from mxn.models.spec import DecoderSpec
 
 log = logging.getLogger("mxn.train")
 
@@ -99,7 +99,8 @@ class _Bench:
 
         self.job = job
         self.micro_batches = micro_batches
-        self.spec, self.shape, self.is_packed = look_at(job)
+        self.model, self.shape, self.is_packed = look_at(job)
+        self.spec = self.model.spec
         self.members = tuple(_members(job))
         self.devices = {m.rank: find_device(m.device) for m in self.members}
         self.first_rank = {m.group: m.rank for m in reversed(self.members)}
@@ -173,7 +174,7 @@ class _Bench:
             pairs=tuple(self._ranks(pair) for pair in pairs), blocks=quality.blocks,
             block_s=quality.block_s, is_packed=self.is_packed, has_layers=has_layers,
         )  # fmt: skip
-        answers = ask_ranks(self.job, request)
+        answers = ask_ranks(self.job, request, self.model)
         if has_layers:
             profiles = {**profiles, **self._keep_profiles(answers, profiles)}
         return profiles, {**links, **self._keep_links(answers, pairs)}
@@ -243,7 +244,8 @@ class _Bench:
     def _group(self, group: DeviceSettings, links: dict[Pair, StoredLink]) -> DeviceGroup:
         device = self.device(group)
         near = links.get((group.name, group.name))
-        alone = Link(latency_s=0.0, bytes_per_s=1.0, basis="assumed")  # one device sends nothing
+        # One device sends itself nothing; a slow link here would be taken for the slowest of all.
+        alone = Link(latency_s=0.0, bytes_per_s=1e15, basis="assumed")
         link = near.link if near else alone
         return DeviceGroup(
             name=group.name,
@@ -264,7 +266,7 @@ class _Bench:
         return device.memory_bytes // sharing
 
 
-def look_at(job: Job) -> tuple[DecoderSpec, ModelShape, bool]:
+def look_at(job: Job) -> tuple[Model, ModelShape, bool]:
     """Return the model of a job as trainer and planner see it, and whether its rows are packed."""
     from types import SimpleNamespace
 
@@ -280,7 +282,8 @@ def look_at(job: Job) -> tuple[DecoderSpec, ModelShape, bool]:
         source.spec, name=source.folder.name, seq_tokens=job.seq_tokens, dtype=job.dtype,
         biases=biases, is_packed=is_packed,
     )  # fmt: skip
-    return source.spec, shape, is_packed
+    model = Model(spec=source.spec, names=source.family.names, biases=source.biases)
+    return model, shape, is_packed
 
 
 def memory_of(job: Job, *, trainable_share: float = 1.0) -> MemoryModel:

@@ -5,19 +5,24 @@ Deterministic: of two that tie, the one with fewer devices or the one found firs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from mxn.errors import CapacityError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
-from mxn.train.plan.search.build import plans_of, with_schedule
+from mxn.train.plan.search.build import plan_of
 from mxn.train.plan.search.choices import Candidate, Found, Limits, Rejected
 from mxn.train.plan.search.draft import Draft
 from mxn.train.plan.search.tables import TableBook
+from mxn.train.plan.simulate import simulate_plan
 from mxn.units import format_bytes
 
-_HOPELESS = 1.3  # an estimate that is so much over the best plan is not predicted
+_HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
+
+_MOST_SIMULATED = 24  # whatever the closed form promises
+_NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
 
 
 class Judge:
@@ -30,15 +35,15 @@ class Judge:
         self._limits = limits
         self._best_s = float("inf")
         self._fit: dict[TrainPlan, Candidate] = {}
+        self._drafts: dict[TrainPlan, Draft] = {}
+        self._seen: set[TrainPlan] = set()
         self._refused: dict[TrainPlan, Rejected] = {}
 
     def look(self, drafts: Iterable[Draft]) -> None:
-        """Predict each draft as 1F1B, in each placement."""
+        """Predict each draft that could be among the best."""
         for draft in drafts:
-            if draft.estimate_s > self.worth_s():
-                continue
-            for plan in plans_of(self._book, draft, self._rows):
-                self._look_at(plan, draft.origin)
+            if draft.estimate_s <= self.worth_s():
+                self._look_at(draft)
 
     def best_s(self) -> float:
         """Return the least iteration so far; infinite when nothing fits."""
@@ -50,41 +55,80 @@ class Judge:
 
     def finish(self, *, is_exact: bool) -> Found:
         """Return the ranking. Raises: CapacityError when no plan fits, with the nearest one."""
-        for candidate in self._ranked()[: self._limits.num_simulated]:
-            self._other_schedules(candidate)
+        for candidate in self._ranked()[:_NUM_RESCHEDULED]:
+            draft = self._drafts[candidate.plan]
+            for style in self._limits.styles:
+                self._look_at(replace(draft, style=style))
+        for candidate in self._ranked()[:_NUM_RESCHEDULED]:
+            self._place_otherwise(candidate)
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
         if not allowed:
             raise self._nothing_fits()
+        ranking = self._simulated(allowed)
         return Found(
-            best=allowed[0],
-            runners_up=tuple(allowed[1 : 1 + self._limits.num_kept]),
+            best=ranking[0],
+            runners_up=tuple(ranking[1 : 1 + self._limits.num_kept]),
             rejected=tuple(self._refused.values())[: self._limits.num_kept],
-            num_looked_at=len(self._fit) + len(self._refused),
+            num_looked_at=len(self._seen),
             is_exact=is_exact,
         )
 
-    def _look_at(self, plan: TrainPlan, origin: str) -> None:
-        if plan in self._fit or plan in self._refused:
-            return
+    def _simulated(self, allowed: Sequence[Candidate]) -> list[Candidate]:
+        """Return the best few as simulated, in their order, then the others as predicted.
+
+        One more is simulated while the closed form promises that it beats the simulated best.
+        """
+        found: list[Candidate] = []
+        if not self._limits.num_simulated:
+            return list(allowed)
+        for number, candidate in enumerate(allowed):
+            best = min((c.prediction.iteration_s for c in found), default=float("inf"))
+            enough = number >= self._limits.num_simulated
+            if enough and (candidate.prediction.iteration_s >= best or number >= _MOST_SIMULATED):
+                break
+            found.append(self._simulate(candidate))
+        fits = [c for c in found if c.prediction.fits]
+        fits.sort(key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices))
+        rest = list(allowed[len(found) :])
+        if not fits and not rest:
+            raise self._nothing_fits()
+        return fits + rest
+
+    def _simulate(self, candidate: Candidate) -> Candidate:
         job = self._job
-        found = predict(plan, job.shape, job.cluster, job.profiles, memory=job.memory)
+        seen = simulate_plan(
+            candidate.plan, job.shape, job.cluster, job.profiles, memory=job.memory
+        ).prediction
+        if not seen.fits:
+            reason = _too_large(candidate.plan, seen)
+            self._refused[candidate.plan] = Rejected(
+                plan=candidate.plan, origin=candidate.origin, reason=reason
+            )
+        return replace(candidate, prediction=seen, is_simulated=True)
+
+    def _place_otherwise(self, candidate: Candidate) -> None:
+        """Look at the other placement of a plan; the slower of the two is of no more interest."""
+        draft = self._drafts[candidate.plan]
+        self._look_at(draft, by_stage=True)
+        other = plan_of(self._book, draft, self._rows, by_stage=True)
+        if other in self._fit and other != candidate.plan:
+            pair = (candidate, self._fit[other])
+            slower = max(pair, key=lambda c: c.prediction.iteration_s)
+            del self._fit[slower.plan]
+
+    def _look_at(self, draft: Draft, *, by_stage: bool = False) -> None:
+        plan = plan_of(self._book, draft, self._rows, by_stage=by_stage)
+        if plan is None or plan in self._seen:
+            return
+        self._seen.add(plan)
+        found = self._predict(plan)
         if found.fits:
-            self._fit[plan] = Candidate(plan=plan, prediction=found, origin=origin)
+            self._fit[plan] = Candidate(plan=plan, prediction=found, origin=draft.origin)
+            self._drafts[plan] = draft
             self._best_s = min(self._best_s, found.iteration_s)
         else:
             reason = _too_large(plan, found)
-            self._refused[plan] = Rejected(plan=plan, origin=origin, reason=reason)
-
-    def _other_schedules(self, candidate: Candidate) -> None:
-        plan = candidate.plan
-        if max(len(p.stages) for p in plan.pipelines) == 1:
-            return
-        for schedule in self._limits.schedules:
-            counts = range(2, self._limits.max_chunks + 1) if schedule == "interleaved" else (1,)
-            for num_chunks in counts:
-                other = with_schedule(plan, schedule, num_chunks)
-                if other is not None:
-                    self._look_at(other, candidate.origin)
+            self._refused[plan] = Rejected(plan=plan, origin=draft.origin, reason=reason)
 
     def _ranked(self) -> list[Candidate]:
         return sorted(

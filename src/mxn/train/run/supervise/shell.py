@@ -1,4 +1,4 @@
-"""Carries out what `decide.py` decides: the thin shell with processes, files, signals and the clock.
+"""Carries out what `decide.py` decides: the thin shell with processes, files, signals, the clock.
 
 Planner, gate, launcher and probe are handed in, so that it knows no planner and no devices. Start
 at `Supervisor.run`. One supervisor holds a job's folder at a time.
@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,8 +189,13 @@ class Supervisor:
         assert self.plan is not None
         # Broken ones: passed over only where the job says so, also in the middle of a run.
         chosen = "intact" if self.job.checkpoint.resume == "intact" else "newest"
-        stored = find(self._checkpoints, chosen)
+        try:
+            stored = find(self._checkpoints, chosen)
+        except UserError as error:
+            self._events.append(w.RankDied(None, str(error), is_users=True))
+            return
         step = stored.manifest.position.step if stored else None
+        self.state = replace(self.state, checkpoint_step=-1 if step is None else step)
         log_folder = self.out / "log" / f"launch-{number}"
         log_folder.mkdir(parents=True, exist_ok=True)
         self._first_death_s = None
@@ -220,9 +226,8 @@ class Supervisor:
         if self.ranks is not None:
             self._watch(self.ranks)
         self._probe_dropped()
-        if self.state.phase == "backing_off":
+        if self.state.phase == "backing_off" and time.monotonic() >= self.state.resume_at_s:
             self._events.append(w.Tick())
-            time.sleep(_POLL_S)
 
     def _hear(self) -> None:
         assert self._asked is not None
@@ -253,8 +258,7 @@ class Supervisor:
     def _is_stalled(self) -> bool:
         path = metrics_path(self.job)
         changed = path.stat().st_mtime if path.is_file() else 0.0
-        before, seen = self._sign_of_life
-        if changed != before:
+        if changed != self._sign_of_life[0]:
             self._sign_of_life = (changed, time.monotonic())
         return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
 
