@@ -230,7 +230,8 @@ def _scores(rows: Sequence[Row]) -> Row:
 
 def show(result: Row, all_rows: bool) -> None:
     sailor, runs, published = result["sailor"], result["vtrain"], result["published"]
-    print(f"Sailor, measured plans; one constant: {sailor['flow_bytes_per_s'] / 1e9:.2f} GB/s flow")
+    print("Sailor, measured plans")
+    _show_fit("one constant", "sailor")
     _show_rows(sailor["rows"])
     _show_scores(sailor)
     _show_choices("plans for the same nodes", sailor["choices"])
@@ -239,6 +240,8 @@ def show(result: Row, all_rows: bool) -> None:
     for name, found in sailor["memory"].items():
         print(f"  memory, {name}: MAPE {found['mape']:.1%}, worst {found['worst']:.1%}")
     print(f"\nvTrain, 1,440 runs; {runs['split']}")
+    _show_fit("profiles", "vtrain-profiles")
+    _show_fit("roofline", "roofline")
     if runs["is_composed"]:
         print("  times are exactly linear in micro-batches: composed, not measured one by one")
     _show_scores(runs)
@@ -251,6 +254,17 @@ def show(result: Row, all_rows: bool) -> None:
     print("\npublished homogeneous runs, profiles derived from data sheets")
     _show_rows(published["rows"])
     _show_scores(published)
+
+
+def _show_fit(title: str, name: str) -> None:
+    fit = fits.load(name)
+    fitted_on = fit["fitted_on"]
+    if isinstance(fitted_on, list):
+        fitted_on = f"{len(fitted_on)} rows: {', '.join(map(str, fitted_on))}"
+    values = fit.get("constants")
+    if values is None:
+        values = f"{len(fit['profiles'])} of {len(fit['values_s'])} times each"
+    print(f"  {title}: {values}; fitted on {fitted_on}; tested on {fit['tested_on']}")
 
 
 def _show_rows(rows: Sequence[Row]) -> None:

@@ -201,6 +201,8 @@ def found_json(found: Found, bounds: Bounds, why: Explanation | None) -> dict[st
 
 
 def simulation_json(found: Simulation) -> dict[str, Any]:
+    from mxn.train.plan.picture import plan_lanes
+
     return {
         "plan": asdict(found.plan),
         "prediction": asdict(found.prediction),
@@ -211,7 +213,7 @@ def simulation_json(found: Simulation) -> dict[str, Any]:
                 "idle": lane.idle,
                 "spans": [list(span) for span in lane.spans],
             }
-            for lane in found.lanes()
+            for lane in plan_lanes(found)
         ],
     }
 

@@ -83,6 +83,10 @@ def test_fits_say_where_they_come_from():
         fits.load("nothing")
 
 
+def test_a_profile_is_derived_with_the_fitted_constants_unless_told():
+    assert fits.roofline() == Roofline()
+
+
 def test_scores_are_of_the_errors_and_the_order():
     found = scores([1.1, 2.0, 3.3], [1.0, 2.0, 3.0])
     assert found["mape"] == pytest.approx(0.2 / 3)

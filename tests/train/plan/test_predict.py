@@ -13,6 +13,7 @@ from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
 from mxn.train.plan.predict import Tuning, predict, weakest
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.shape import LayerShape, ModelShape
+from mxn.train.plan.simulate import simulate_plan
 
 NO_COST = Link(latency_s=0.0, bytes_per_s=1e30, basis="measured")
 SLOW = Link(latency_s=0.0, bytes_per_s=1e6, basis="measured")
@@ -261,3 +262,56 @@ def test_a_chip_or_layer_without_profile_is_named():
         predict(whole, SHAPE, one, {})
     with pytest.raises(UserError, match="micro-batch 2"):
         predict(replace(whole, micro_batch=2), SHAPE, one, PROFILES)
+
+
+def moe_case(expert_parallel, link=NO_COST):
+    """Two pipelines of one device over a model whose blocks have experts."""
+    expert = replace(
+        layer("block.moe", params=9000), active_params=1000, routed_to=2, output_bytes=10.0
+    )
+    shape = replace(SHAPE, layers=(SHAPE.layers[0], *([expert] * BLOCKS), SHAPE.layers[-1]))
+    costs = {
+        (kind.replace("block", "block.moe"), mbs, tp): cost
+        for (kind, mbs, tp), cost in PROFILES["fast"].costs.items()
+    }
+    profiles = {"fast": replace(PROFILES["fast"], costs=costs)}
+    pair = plan(
+        pipeline([8], ["fast"], 3),
+        pipeline([8], ["fast"], 3, first=1),
+        expert_parallel=expert_parallel,
+    )
+    return pair, shape, Cluster(groups=(group("fast", link=link),)), profiles
+
+
+def test_shared_out_experts_take_less_memory_and_a_shorter_update():
+    alone, shared = (predict(*moe_case(count)) for count in (1, 2))
+    dense = 2 * 1000
+    assert alone.stages[0].memory_bytes - shared.stages[0].memory_bytes == pytest.approx(
+        BLOCKS * (9000 - 1000) / 2 * 16
+    )
+    assert shared.optimizer_s < alone.optimizer_s
+    assert dense * 16 < shared.stages[0].memory_bytes
+
+
+def test_tokens_travel_to_their_experts_and_back_in_both_passes():
+    link = Link(latency_s=0.0, bytes_per_s=1e4)
+    shared = predict(*moe_case(2, link))
+    alone = predict(*moe_case(1, link))
+    # There and back, forward and backward, half of the tokens to two experts each.
+    each = 2 * 2 * (10.0 * 2 * 100 * 0.5) / 1e4
+    assert shared.pipeline_s - alone.pipeline_s == pytest.approx(3 * BLOCKS * each)
+
+
+def test_the_simulator_sees_the_same_exchange():
+    case = moe_case(2, Link(latency_s=0.0, bytes_per_s=1e4))
+    simulated = simulate_plan(*case).prediction
+    assert simulated.pipeline_s == pytest.approx(predict(*case).pipeline_s)
+
+
+def test_experts_are_shared_only_by_pipelines_that_are_cut_alike():
+    pair, shape, cluster, profiles = moe_case(2)
+    other = replace(pair, pipelines=(pair.pipelines[0], pipeline([4, 8], ["fast"] * 2, 3, first=1)))
+    with pytest.raises(UserError, match="cut the model differently"):
+        predict(other, shape, cluster, profiles)
+    with pytest.raises(UserError, match="groups of 3"):
+        predict(replace(pair, expert_parallel=3), shape, cluster, profiles)

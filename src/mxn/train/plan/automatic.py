@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mxn.errors import CapacityError, ConfigError, UnsupportedError
+from mxn.train.plan.actions import Action, Order
 from mxn.train.plan.events import Timeline, simulate
-from mxn.train.plan.schedules import Action, Order, order
+from mxn.train.plan.schedules import order
 from mxn.train.plan.times import PipelineTimes
 
 

@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from mxn.errors import ConfigError, InternalError
+from mxn.train.plan.actions import Action, Order, split_backwards, stored_peak
 from mxn.train.plan.order_check import validate
-from mxn.train.plan.schedules import Action, Order, split_backwards, stored_peak
 from mxn.train.plan.times import Hop, PipelineTimes
 
 

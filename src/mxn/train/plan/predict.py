@@ -3,8 +3,8 @@
 `predict(plan, shape, cluster, profiles, memory=MemoryModel()) -> Prediction` is the one call that
 planner, commands and tests share. It adds up profiled layer times for each different pipeline once,
 so a plan over a thousand devices takes milliseconds. It does not know contention between transfers
-that share a wire, nor noise; the event simulator (`simulate`) replaces its closed form of a
-pipeline where schedules are uneven.
+that share a wire, nor noise, nor what extra warm-up hides (only what it stores); the event
+simulator (`simulate`) replaces its closed form of a pipeline where schedules are uneven.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mxn.errors import UserError
 from mxn.train.plan.closed import PipelineTime, pipeline_time
 from mxn.train.plan.cluster import Cluster, DeviceGroup
 from mxn.train.plan.costs import CostBook, StageCost
+from mxn.train.plan.experts import exchange_s
 from mxn.train.plan.memory import MemoryModel, in_flight, stage_bytes
 from mxn.train.plan.plan import Pipeline, Schedule, TrainPlan
 from mxn.train.plan.prediction import Prediction, StagePrediction
@@ -149,15 +150,16 @@ def _solve_all(
     timer: Timer,
 ) -> list[_Solved]:
     """Return one entry per pipeline; pipelines that are alike share it."""
-    book = CostBook(shape, profiles, plan.micro_batch)
+    book = CostBook(shape, profiles, plan.micro_batch, expert_parallel=plan.expert_parallel)
     groups = {group.name: group for group in cluster.groups}
     known: dict[Hashable, _Solved] = {}
     rows: list[_Solved] = []
-    for pipeline in plan.pipelines:
-        key = _likeness(pipeline, groups, cluster)
+    for number, pipeline in enumerate(plan.pipelines):
+        away = tuple(exchange_s(plan, number, s, shape, cluster) for s in pipeline.stages)
+        key = (_likeness(pipeline, groups, cluster), away)
         if key not in known:
             known[key] = _solve(
-                plan, pipeline, shape, cluster, book, profiles, memory, tuning, timer
+                plan, pipeline, away, shape, cluster, book, profiles, memory, tuning, timer
             )
         rows.append(known[key])
     return rows
@@ -173,12 +175,13 @@ def _likeness(
         group = groups.get(a.group) or cluster.group(a.group)
         same = a.group == b.group
         near.append(same and group.node_of(a.first_device) == group.node_of(b.first_device))
-    return stages, tuple(near), pipeline.micro_batches
+    return stages, tuple(near), pipeline.micro_batches, pipeline.extra_warmup
 
 
 def _solve(
     plan: TrainPlan,
     pipeline: Pipeline,
+    exchanges_s: Sequence[float],
     shape: ModelShape,
     cluster: Cluster,
     book: CostBook,
@@ -195,7 +198,7 @@ def _solve(
     hops = _hops(pipeline, hop_bytes, cluster, tuning)
     chunks = len(pipeline.stages[0].chunks)
     time = timer(
-        _with_held_time(costs, hop_bytes, chunks, tuning),
+        _with_held_time(costs, exchanges_s, hop_bytes, chunks, tuning),
         hops,
         pipeline.micro_batches,
         plan.schedule,
@@ -210,7 +213,9 @@ def _solve(
             params=cost.params,
             kept_per_micro_batch=cost.kept_bytes,
             working_bytes=cost.working_bytes,
-            micro_batches_kept=in_flight(plan.schedule, s, size, pipeline.micro_batches, chunks),
+            micro_batches_kept=in_flight(
+                plan.schedule, s, size, pipeline.micro_batches, chunks, pipeline.extra_warmup
+            ),
             model=memory,
             framework_bytes=profiles[chips[s]].framework_bytes,
             optimizer_shards=shards,
@@ -221,11 +226,15 @@ def _solve(
 
 
 def _with_held_time(
-    costs: Sequence[StageCost], hop_bytes: Sequence[float], chunks: int, tuning: Tuning
+    costs: Sequence[StageCost],
+    exchanges_s: Sequence[float],
+    hop_bytes: Sequence[float],
+    chunks: int,
+    tuning: Tuning,
 ) -> list[StageCost]:
-    """Return `costs` with the time that a stage's devices feed or drain their flows, each way."""
+    """Return `costs` with the time each way of expert exchanges and of flows that hold it."""
     held = [num_bytes * chunks / tuning.flow_bytes_per_s for num_bytes in hop_bytes]
-    near = [sum(held[max(s - 1, 0) : s + 1]) for s in range(len(costs))]
+    near = [sum(held[max(s - 1, 0) : s + 1]) + away for s, away in enumerate(exchanges_s)]
     return [
         replace(cost, forward_s=cost.forward_s + extra, backward_s=cost.backward_s + extra)
         for cost, extra in zip(costs, near, strict=True)

@@ -36,9 +36,13 @@ def run_job(job: Job, *, on_say: Say = log.info) -> State:
     from mxn.train.run.launch import launch
     from mxn.train.run.probe import start_probe
     from mxn.train.run.supervise.shell import Supervisor
+    from mxn.train.run.supervise.words import State
 
     job = with_devices(job)
     keep_job(job)
+    if (steps := _steps_done(job)) is not None:
+        on_say(f"all {steps} steps are done")
+        return State(groups=tuple(g.name for g in job.devices), phase="done", checkpoint_step=steps)
     checks = Checks(on_say)
     supervisor = Supervisor(
         job,
@@ -104,6 +108,15 @@ def make_plan(
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "predicted.json", json.dumps(told))
     return plan
+
+
+def _steps_done(job: Job) -> int | None:
+    """Return the steps of a job whose last one is in a checkpoint already, else None."""
+    from mxn.train.run.checkpoint import manifest as manifests
+
+    newest = max((step for step, _ in manifests.complete(Path(job.checkpoint.folder))), default=-1)
+    is_done = job.steps is not None and newest >= job.steps and job.checkpoint.resume != "never"
+    return job.steps if is_done else None
 
 
 def keep_job(job: Job) -> None:

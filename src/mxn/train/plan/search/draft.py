@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mxn.train.plan.memory import in_flight
+from mxn.train.plan.plan import Schedule
 from mxn.train.plan.search.cuts import Cut
 from mxn.train.plan.search.shares import Pace
 from mxn.train.plan.search.tables import Kind
@@ -30,6 +32,26 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True)
+class Style:
+    """A schedule, and under the interleaved one the chunks of a stage."""
+
+    schedule: Schedule = "1f1b"
+    chunks: int = 1
+
+    @property
+    def fill(self) -> float:
+        """Which part of 1F1B's filling and draining it leaves, about.
+
+        Zero-bubble leaves forward + backward - 2·weight, which is a third; interleaving a v-th.
+        """
+        return 1 / 3 if self.schedule == "zero-bubble" else 1 / self.chunks
+
+    def in_flight(self, stage: int, num_stages: int, micro_batches: int) -> float:
+        """Return the micro-batches of activations that a stage keeps."""
+        return in_flight(self.schedule, stage, num_stages, micro_batches, self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """A set of pipelines with an estimated time; `origin` says what kind of search found it."""
 
@@ -38,7 +60,7 @@ class Draft:
     estimate_s: float
     origin: str
     shards_optimizer: bool = False
-    fill: float = 1.0  # what the paces of its pipelines were taken with
+    style: Style = Style()
 
     @property
     def num_pipelines(self) -> int:

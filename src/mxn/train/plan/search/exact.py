@@ -11,17 +11,21 @@ from math import prod
 
 from mxn.train.plan.cluster import Cluster, Link
 from mxn.train.plan.search.cuts import Counts, Cut, fronts
-from mxn.train.plan.search.draft import Draft, Template, template
+from mxn.train.plan.search.draft import Draft, Style, Template, template
 from mxn.train.plan.search.packing import Option, pack, soonest
 from mxn.train.plan.search.tables import Kind, Tables
 
-MAX_STATES = 400  # of the program over slots used, times kinds
+_SMALL = 1000  # a millisecond each, about
+
+
+def effort_of(num_slots: Counts, num_layers: int) -> float:
+    """Return how much work it is to try everything: states of the program, kinds squared."""
+    return prod(n + 1 for n in num_slots) * len(num_slots) ** 2 * (num_layers / 26) ** 2
 
 
 def is_small(num_slots: Counts, num_layers: int) -> bool:
-    """Return whether trying everything takes well under a second."""
-    states = prod(n + 1 for n in num_slots) * len(num_slots) ** 2
-    return states * (num_layers / 26) ** 2 <= MAX_STATES
+    """Return whether trying everything for one choice of widths takes about a second at most."""
+    return effort_of(num_slots, num_layers) <= _SMALL
 
 
 def exact_drafts(
@@ -32,12 +36,12 @@ def exact_drafts(
     *,
     max_stages: int | None = None,
     worth_s: float = float("inf"),
-    fill: float = 1.0,
+    styles: Sequence[Style] = (Style(),),
 ) -> list[Draft]:
     """Return the best sets of pipelines: one alone, copies of one, any mix, by depth.
 
-    What would take more than `worth_s` is left out. `fill` is the part of 1F1B's filling and
-    draining that the best schedule leaves; plans for 1F1B itself are returned too.
+    What would take more than `worth_s` is left out. Drafts are for the first of `styles` and for
+    the one that fills its pipelines best.
     """
     found = fronts(
         num_slots,
@@ -47,8 +51,8 @@ def exact_drafts(
         limit_s=worth_s,
     )
     drafts: list[Draft] = []
-    for part in dict.fromkeys((fill, 1.0)):
-        args = (tables, kinds, num_slots, micro_batches, found, part)
+    for style in dict.fromkeys((styles[0], min(styles, key=lambda style: style.fill))):
+        args = (tables, kinds, num_slots, micro_batches, found, style)
         drafts += [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
     # Each pipeline keeps a shard, so fewer pipelines would not fit as the tables say.
     return [draft for draft in drafts if draft.num_pipelines >= tables.shards]
@@ -56,7 +60,7 @@ def exact_drafts(
 
 def _alone(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]], fill: float,
+    found: dict[Counts, list[Cut]], style: Style,
 ) -> Iterator[Draft]:  # fmt: skip
     """One pipeline: no gradients are summed."""
     lines = [
@@ -64,14 +68,16 @@ def _alone(
         for cuts in found.values()
         for cut in cuts
     ]
-    lines.sort(key=lambda line: line.pace(fill).time_s(count))
+    lines.sort(key=lambda line: line.pace(style.fill).time_s(count))
     for line in lines[:4]:
-        yield _draft(tables, [(line, 1)], line.pace(fill).time_s(count), "one pipeline", fill)
+        yield _draft(
+            tables, [(line, 1)], line.pace(style.fill).time_s(count), "one pipeline", style
+        )
 
 
 def _copies(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]], fill: float,
+    found: dict[Counts, list[Cut]], style: Style,
 ) -> Iterator[Draft]:  # fmt: skip
     """Copies of one pipeline: each layer's gradients stay within a group."""
     drafts: list[Draft] = []
@@ -83,15 +89,15 @@ def _copies(
         link = _inner(tables.job.cluster, kinds, slots)
         for cut in cuts:
             line = template(kinds, cut, tables.after_s(kinds, cut, [link]))
-            seconds = soonest([([line.pace(fill)], times)], count)
-            drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline", fill))
+            seconds = soonest([([line.pace(style.fill)], times)], count)
+            drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline", style))
     drafts.sort(key=lambda draft: draft.estimate_s)
     yield from drafts[:4]
 
 
 def _mixes(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]], fill: float, worth_s: float,
+    found: dict[Counts, list[Cut]], style: Style, worth_s: float,
 ) -> Iterator[Draft]:  # fmt: skip
     """Any set of pipelines, for each limit on their depth."""
     link = _outer(tables.job.cluster, kinds, num_slots)
@@ -104,23 +110,25 @@ def _mixes(
         allowed = [slots for slots in rows if sum(slots) <= depth]
         if not any(sum(slots) == depth for slots in allowed):
             continue
-        options = [Option(slots, tuple(t.pace(fill) for t in rows[slots])) for slots in allowed]
+        options = [
+            Option(slots, tuple(t.pace(style.fill) for t in rows[slots])) for slots in allowed
+        ]
         seconds, used = pack(num_slots, options, count, worth_s=worth_s)
         if not used:
             continue
         lines = [
-            (max(rows[slots], key=lambda t: t.pace(fill).done_in(seconds)), times)
+            (max(rows[slots], key=lambda t: t.pace(style.fill).done_in(seconds)), times)
             for slots, times in zip(allowed, used, strict=True)
             if times
         ]
         if lines:
-            yield _draft(tables, lines, seconds, "mix of pipelines", fill)
+            yield _draft(tables, lines, seconds, "mix of pipelines", style)
 
 
 def _draft(
-    tables: Tables, lines: Sequence[tuple[Template, int]], seconds: float, origin: str, fill: float
+    tables: Tables, lines: Sequence[tuple[Template, int]], seconds: float, origin: str, style: Style
 ) -> Draft:
-    return Draft(tables.micro_batch, tuple(lines), seconds, origin, tables.shards > 1, fill)
+    return Draft(tables.micro_batch, tuple(lines), seconds, origin, tables.shards > 1, style)
 
 
 def _inner(cluster: Cluster, kinds: Sequence[Kind], slots: Counts) -> Link:

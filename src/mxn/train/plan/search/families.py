@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from mxn.train.plan.search.draft import Draft
+from mxn.train.plan.search.draft import Draft, Style
 from mxn.train.plan.search.packing import soonest
 from mxn.train.plan.search.shares import Pace
 from mxn.train.plan.search.tables import Kind
@@ -51,18 +51,25 @@ class Rough:
     estimate_s: float
     origin: str
 
-    def exact(self, ways_of: Callable[[int], Ways]) -> list[Draft]:
-        """Cut these pipelines, for 1F1B and for the schedule that fills them best.
+    def exact(self, ways_of: Callable[[int], Ways], styles: Sequence[Style]) -> list[Draft]:
+        """Cut these pipelines for each schedule, with as much memory as that one leaves.
 
         With as many optimizer shards as there are pipelines, if it has any.
         """
         num = sum(num for _, num in self.sets)
         ways = ways_of(num if self.ways.tables.shards > 1 else 1)
-        return list(dict.fromkeys(self._cut(ways, fill) for fill in (ways.fill, 1.0)))
+        drafts = (self._cut(ways, style, ways.micro_batches // num) for style in styles)
+        return [draft for draft in drafts if draft]
 
-    def _cut(self, ways: Ways, fill: float) -> Draft:
-        crossing = len(self.sets) > 1
-        cuts = [(ways.exact(way.row, crossing=crossing), num) for way, num in self.sets]
+    def _cut(self, ways: Ways, style: Style, micro_batches: int) -> Draft | None:
+        crossing, fill = len(self.sets) > 1, style.fill
+        found = [
+            (ways.exact(way.row, style, max(micro_batches, 1), crossing=crossing), num)
+            for way, num in self.sets
+        ]
+        cuts = [(of, num) for of, num in found if of]
+        if not cuts:
+            return None
         paces = [(tuple(t.pace(fill) for t in of), num) for of, num in cuts]
         seconds = soonest(paces, ways.micro_batches)
         lines = tuple(
@@ -71,9 +78,7 @@ class Rough:
             if max(t.pace(fill).done_in(seconds) for t in of)
         )
         tables = ways.tables
-        return Draft(
-            tables.micro_batch, lines, self.estimate_s, self.origin, tables.shards > 1, fill
-        )
+        return Draft(tables.micro_batch, lines, seconds, self.origin, tables.shards > 1, style)
 
 
 class Families:
@@ -290,6 +295,8 @@ def draft_of(ways: Ways, sets: Sets, origin: str) -> Rough | None:
         rows[way.row] = rows.get(way.row, 0) + num
     merged = tuple((by_row[row], num) for row, num in rows.items())
     paces = [((_pace(way, len(rows) > 1),), num) for way, num in merged]
+    if sum(num for _, num in merged) == 1:
+        origin = "one pipeline"
     return Rough(ways, merged, soonest(paces, ways.micro_batches), origin)
 
 

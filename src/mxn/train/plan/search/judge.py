@@ -12,17 +12,17 @@ from mxn.errors import CapacityError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
-from mxn.train.plan.search.build import plans_of, with_schedule
+from mxn.train.plan.search.build import plan_of
 from mxn.train.plan.search.choices import Candidate, Found, Limits, Rejected
 from mxn.train.plan.search.draft import Draft
 from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.simulate import simulate_plan
 from mxn.units import format_bytes
 
-_HOPELESS = 1.3  # an estimate that is so much over the best plan is not predicted
+_HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
 
 _MOST_SIMULATED = 24  # whatever the closed form promises
-_NUM_RESCHEDULED = 10  # of the best as 1F1B and by estimate, tried under every schedule
+_NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
 
 
 class Judge:
@@ -35,26 +35,15 @@ class Judge:
         self._limits = limits
         self._best_s = float("inf")
         self._fit: dict[TrainPlan, Candidate] = {}
-        self._estimates: dict[TrainPlan, float] = {}
+        self._drafts: dict[TrainPlan, Draft] = {}
         self._seen: set[TrainPlan] = set()
         self._refused: dict[TrainPlan, Rejected] = {}
 
     def look(self, drafts: Iterable[Draft]) -> None:
-        """Predict each draft as 1F1B, in each placement."""
+        """Predict each draft that could be among the best."""
         for draft in drafts:
-            if draft.estimate_s > self.worth_s():
-                continue
-            looks = [
-                found
-                for plan in plans_of(self._book, draft, self._rows)
-                if (found := self._look_at(plan, draft.origin))
-            ]
-            # Of two placements of one draft, the slower is of no more interest.
-            looks.sort(key=lambda c: c.prediction.iteration_s)
-            for slower in looks[1:]:
-                self._fit.pop(slower.plan, None)
-            for best in looks[:1]:
-                self._estimates[best.plan] = draft.estimate_s
+            if draft.estimate_s <= self.worth_s():
+                self._look_at(draft)
 
     def best_s(self) -> float:
         """Return the least iteration so far; infinite when nothing fits."""
@@ -66,10 +55,12 @@ class Judge:
 
     def finish(self, *, is_exact: bool) -> Found:
         """Return the ranking. Raises: CapacityError when no plan fits, with the nearest one."""
-        by_estimate = sorted(self._estimates, key=lambda plan: self._estimates[plan])
-        quick = [self._fit[plan] for plan in by_estimate[:_NUM_RESCHEDULED]]
-        for candidate in {c.plan: c for c in self._ranked()[:_NUM_RESCHEDULED] + quick}.values():
-            self._other_schedules(candidate)
+        for candidate in self._ranked()[:_NUM_RESCHEDULED]:
+            draft = self._drafts[candidate.plan]
+            for style in self._limits.styles:
+                self._look_at(replace(draft, style=style))
+        for candidate in self._ranked()[:_NUM_RESCHEDULED]:
+            self._place_otherwise(candidate)
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
         if not allowed:
             raise self._nothing_fits()
@@ -115,30 +106,29 @@ class Judge:
             )
         return replace(candidate, prediction=seen, is_simulated=True)
 
-    def _look_at(self, plan: TrainPlan, origin: str) -> Candidate | None:
-        if plan in self._seen:
-            return self._fit.get(plan)
-        self._seen.add(plan)
-        job = self._job
-        found = predict(plan, job.shape, job.cluster, job.profiles, memory=job.memory)
-        if found.fits:
-            self._fit[plan] = Candidate(plan=plan, prediction=found, origin=origin)
-            self._best_s = min(self._best_s, found.iteration_s)
-            return self._fit[plan]
-        reason = _too_large(plan, found)
-        self._refused[plan] = Rejected(plan=plan, origin=origin, reason=reason)
-        return None
+    def _place_otherwise(self, candidate: Candidate) -> None:
+        """Look at the other placement of a plan; the slower of the two is of no more interest."""
+        draft = self._drafts[candidate.plan]
+        self._look_at(draft, by_stage=True)
+        other = plan_of(self._book, draft, self._rows, by_stage=True)
+        if other in self._fit and other != candidate.plan:
+            pair = (candidate, self._fit[other])
+            slower = max(pair, key=lambda c: c.prediction.iteration_s)
+            del self._fit[slower.plan]
 
-    def _other_schedules(self, candidate: Candidate) -> None:
-        plan = candidate.plan
-        if max(len(p.stages) for p in plan.pipelines) == 1:
+    def _look_at(self, draft: Draft, *, by_stage: bool = False) -> None:
+        plan = plan_of(self._book, draft, self._rows, by_stage=by_stage)
+        if plan is None or plan in self._seen:
             return
-        for schedule in self._limits.schedules:
-            counts = range(2, self._limits.max_chunks + 1) if schedule == "interleaved" else (1,)
-            for num_chunks in counts:
-                other = with_schedule(plan, schedule, num_chunks)
-                if other is not None:
-                    self._look_at(other, candidate.origin)
+        self._seen.add(plan)
+        found = self._predict(plan)
+        if found.fits:
+            self._fit[plan] = Candidate(plan=plan, prediction=found, origin=draft.origin)
+            self._drafts[plan] = draft
+            self._best_s = min(self._best_s, found.iteration_s)
+        else:
+            reason = _too_large(plan, found)
+            self._refused[plan] = Rejected(plan=plan, origin=draft.origin, reason=reason)
 
     def _ranked(self) -> list[Candidate]:
         return sorted(

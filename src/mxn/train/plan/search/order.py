@@ -7,7 +7,7 @@ one at the best few. Start at `exact_search` and `guided_search`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -16,15 +16,15 @@ from mxn.errors import UserError
 from mxn.train.plan.cluster import DeviceGroup
 from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.cuts import Counts
-from mxn.train.plan.search.draft import Draft
-from mxn.train.plan.search.exact import exact_drafts
+from mxn.train.plan.search.exact import effort_of, exact_drafts
 from mxn.train.plan.search.families import Families, Rough, alike
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.tables import Job, Kind, TableBook
-from mxn.train.plan.search.ways import Ways, fill_of
+from mxn.train.plan.search.ways import Ways
 
+_MOST_EFFORT = 6000  # of an exact search; some seconds
 _SHARDS = (1, 8, 64)  # of a large pool's optimizer, as far as there are slots
-_NUM_JUDGED = 8  # drafts of each origin that are predicted
+_NUM_JUDGED = 6  # drafts of each origin that are predicted
 _NUM_THOROUGH = 4  # choices of a large pool that get a thorough look
 
 
@@ -62,28 +62,39 @@ def pools_of(job: Job, rows: int, limits: Limits) -> list[Pool]:
 
 def exact_search(
     book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool], judge: Judge
-) -> Iterator[list[Draft]]:
-    """Yield drafts until the best of what remains could not beat the best plan."""
+) -> bool:
+    """Look at every choice, most promising first, until no other could beat the best plan.
+
+    Return whether it came so far: a pool with very many choices is given up on, which leaves the
+    best of those that were looked at.
+    """
     choices = [
-        _choice(book, rows, pool.micro_batch, k) for pool in pools for k in product(*pool.options)
+        _choice(book, rows, pool.micro_batch, kinds)
+        for pool in pools
+        for kinds in product(*pool.options)
     ]
+    effort = 0.0
     for choice in sorted(choices, key=lambda c: (c.bound_s, c.micro_batch, c.kinds)):
         if choice.bound_s >= judge.best_s():
-            return
+            return True
         counts = tuple(book.job.num_slots(kind) for kind in choice.kinds)
         for shards in _all_shards(book, choice, sum(counts), limits):
-            yield exact_drafts(
+            effort += effort_of(counts, book.job.shape.num_layers)
+            if effort > _MOST_EFFORT:
+                return False
+            judge.look(exact_drafts(
                 book.at(choice.micro_batch, shards), choice.kinds, counts,
                 rows // choice.micro_batch, max_stages=limits.max_stages,
-                worth_s=judge.worth_s(), fill=fill_of(limits.schedules, limits.max_chunks),
-            )  # fmt: skip
+                worth_s=judge.worth_s(), styles=limits.styles,
+            ))  # fmt: skip
+    return True
 
 
 def guided_search(
     book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool], judge: Judge
-) -> Iterator[list[Draft]]:
-    """Yield a quick look at each choice, then a thorough one at the best."""
-    fill = fill_of(limits.schedules, limits.max_chunks)
+) -> None:
+    """Take a quick look at each choice, then a thorough one at the best few."""
+    fill = min(style.fill for style in limits.styles)
     found: list[Rough] = []
     looks: list[tuple[float, int, Families]] = []
     makers = {
@@ -105,11 +116,8 @@ def guided_search(
                     found += drafts
     for _, _, families in sorted(looks, key=lambda look: look[:2])[:_NUM_THOROUGH]:
         found += families.drafts()
-    yield [
-        draft
-        for rough in _best_of_each(found)
-        for draft in rough.exact(makers[rough.ways.tables.micro_batch])
-    ]
+    for rough in _best_of_each(found):
+        judge.look(rough.exact(makers[rough.ways.tables.micro_batch], limits.styles))
 
 
 def _ways_of(
@@ -185,4 +193,5 @@ def _all_shards(book: TableBook, choice: Choice, num_slots: int, limits: Limits)
         (plain.bytes(kind, "none", num_slots) > cluster.group(kind.group).memory_bytes).any()
         for kind in choice.kinds
     )
-    return [1, *range(2, num_slots + 1)] if tight else [1]
+    powers = [2**power for power in range(1, num_slots.bit_length())]
+    return [1, *powers] if tight else [1]

@@ -78,12 +78,12 @@ class Tables:
         self.micro_batch = micro_batch
         self.shards = shards
         self._columns = columns.of
-        self._busy: dict[tuple[Kind, int], Table] = {}
-        self._fits: dict[tuple[Kind, Recompute, int], Table] = {}
-        self._steps: dict[tuple[Kind, Kind, int], Table] = {}
+        self._busy: dict[tuple[Kind, float], Table] = {}
+        self._fits: dict[tuple[Kind, Recompute, float], Table] = {}
+        self._steps: dict[tuple[Kind, Kind, float], Table] = {}
         self._hops: dict[tuple[Kind, Kind], Table] = {}
 
-    def busy(self, kind: Kind, in_flight: int) -> Table:
+    def busy(self, kind: Kind, in_flight: float) -> Table:
         """Return seconds [a, e] through layers a … e - 1 with `in_flight` micro-batches kept."""
         key = (kind, in_flight)
         if key not in self._busy:
@@ -91,21 +91,21 @@ class Tables:
             self._busy[key] = np.minimum.reduce(options)
         return self._busy[key]
 
-    def step(self, kind: Kind, after: Kind, in_flight: int) -> Table:
+    def step(self, kind: Kind, after: Kind, in_flight: float) -> Table:
         """Return `busy` with the hop to a slot of kind `after` added."""
         key = (kind, after, in_flight)
         if key not in self._steps:
             self._steps[key] = self.busy(kind, in_flight) + self.hop(kind, after)
         return self._steps[key]
 
-    def recompute(self, kind: Kind, in_flight: int, first: int, end: int) -> Recompute:
+    def recompute(self, kind: Kind, in_flight: float, first: int, end: int) -> Recompute:
         """Return the cheapest recomputation under which these layers fit."""
         options = {
             how: self._fitting(kind, how, in_flight)[first, end] for how in self.job.recompute
         }
         return min(options, key=lambda how: options[how])
 
-    def bytes(self, kind: Kind, how: Recompute, in_flight: int) -> Table:
+    def bytes(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         """Return the bytes on one device."""
         sums = self._columns(kind, how)
         chip = self.job.cluster.group(kind.group).chip
@@ -159,7 +159,7 @@ class Tables:
         near = group.devices_per_node >= kind.tp + after.tp
         return group.node_link if near else group.group_link
 
-    def _fitting(self, kind: Kind, how: Recompute, in_flight: int) -> Table:
+    def _fitting(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         key = (kind, how, in_flight)
         if key not in self._fits:
             limit = self.job.cluster.group(kind.group).memory_bytes

@@ -6,14 +6,15 @@ Start at `Ways`. Rough means: the exact least slowest stage, taken for all stage
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from mxn.train.plan.cluster import Link
-from mxn.train.plan.plan import Schedule
 from mxn.train.plan.search.cuts import Table, best_in_order, slowest_in_order
-from mxn.train.plan.search.draft import Template, template
+from mxn.train.plan.search.draft import Style, Template, template
 from mxn.train.plan.search.shares import Pace
 from mxn.train.plan.search.tables import Kind, Tables
 
@@ -41,7 +42,7 @@ class Ways:
         self.max_stages = min(max_stages or 64, tables.job.shape.num_layers)
         self.fill = fill
         self._rough: dict[Row, Way | None] = {}
-        self._exact: dict[tuple[Row, bool], tuple[Template, ...]] = {}
+        self._exact: dict[tuple[Row, Style, int, bool], tuple[Template, ...]] = {}
         groups = tables.job.cluster.groups
         links = [tables.job.cluster.link(a.name, 0, b.name, 0) for a, b in pairwise(groups)]
         self._outer = max(links, key=lambda link: link.transfer_s(1e9), default=None)
@@ -53,12 +54,17 @@ class Ways:
             self._rough[row] = self._look(row)
         return self._rough[row]
 
-    def exact(self, row: Row, *, crossing: bool) -> tuple[Template, ...]:
-        """Return cuts of this row and of the reverse one, none worse than another in all."""
-        key = (row, crossing)
+    def exact(
+        self, row: Row, style: Style, micro_batches: int, *, crossing: bool
+    ) -> tuple[Template, ...]:
+        """Return cuts of this row and of the reverse one, none worse than another in all.
+
+        They fit under `style` when a pipeline does about `micro_batches`.
+        """
+        key = (row, style, micro_batches, crossing)
         if key not in self._exact:
             orders = dict.fromkeys((row, row[::-1]))
-            found = [cut for order in orders for cut in self._cut(order, crossing)]
+            found = [c for o in orders for c in self._cut(o, style, micro_batches, crossing)]
             self._exact[key] = tuple(_undominated(found))
         return self._exact[key]
 
@@ -107,8 +113,15 @@ class Ways:
             worst = max(worst, sum(2 * link.transfer_s(size) for link in links))
         return worst
 
-    def _cut(self, row: Row, crossing: bool) -> list[Template]:
-        busy, hops = self._tables_of(row)
+    def _cut(self, row: Row, style: Style, micro_batches: int, crossing: bool) -> list[Template]:
+        size, hops = len(row), [self.tables.hop(a, b) for a, b in pairwise(row)]
+        busy = [
+            self.tables.busy(kind, style.in_flight(s, size, micro_batches))
+            for s, kind in enumerate(row)
+        ]
+        if style.chunks > 1:
+            enough = np.tri(len(busy[0]), k=-style.chunks, dtype=bool).T
+            busy = [np.where(enough, table, np.inf) for table in busy]
         kinds = tuple(dict.fromkeys(row))
         numbers = [kinds.index(kind) for kind in row]
         found = best_in_order(numbers, busy, hops, slacks=(1.0, 1.05, float("inf")))
@@ -121,28 +134,12 @@ class Ways:
             for s, kind in enumerate(row[:-1])
         ]
 
-    def _tables_of(self, row: Row) -> tuple[list[Table], list[Table]]:
-        size = len(row)
-        busy = [
-            self.tables.busy(kind, min(size - s, self.micro_batches)) for s, kind in enumerate(row)
-        ]
-        return busy, [self.tables.hop(a, b) for a, b in pairwise(row)]
-
     def _links(self, kinds: Sequence[Kind], crossing: bool) -> list[Link]:
         """Return the links that a sum of gradients goes over: inside a group, then between them."""
         groups = [self.tables.job.cluster.group(kind.group) for kind in kinds]
         links = [g.group_link if g.num_nodes > 1 else g.node_link for g in groups]
         inner = max(links, key=lambda link: link.transfer_s(1e9))
         return [inner, self._outer] if crossing and self._outer else [inner]
-
-
-def fill_of(schedules: Iterable[Schedule], max_chunks: int) -> float:
-    """Return which part of 1F1B's filling and draining the best of these schedules leaves.
-
-    Zero-bubble leaves forward + backward - 2·weight, about a third; interleaving a v-th.
-    """
-    shares = {"1f1b": 1.0, "gpipe": 1.0, "zero-bubble": 1 / 3, "interleaved": 1 / max_chunks}
-    return min(shares[schedule] for schedule in schedules)
 
 
 def _undominated(ways: list[Template]) -> list[Template]:
