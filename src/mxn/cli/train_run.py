@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,6 +162,7 @@ class Progress:
         self._at = self._path.stat().st_size if self._path.is_file() else 0
         self._shown_s = 0.0
         self._kept: dict[str, Any] | None = None
+        self._recent_s: deque[float] = deque(maxlen=8)
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mxn-progress", daemon=True)
 
@@ -200,6 +203,8 @@ class Progress:
             told["predicted_s"] = forecast["prediction"]["iteration_s"]
         if self._job.steps is not None:
             told["num_steps"] = self._job.steps
+        self._recent_s.append(told["seconds"])
+        told["usual_s"] = statistics.median(self._recent_s)
         if self._as_json:
             typer.echo(json.dumps(told))
             return
@@ -229,7 +234,8 @@ def step_line(told: dict[str, Any]) -> str:
         time_text += f" (predicted {format_seconds(told['predicted_s'])}, {off:+.1%})"
     parts += [time_text, f"{told['tokens_per_s']:,.0f} tokens/s"]
     if total:
-        parts.append(f"{format_seconds((total - done) * told['seconds'])} left")
+        usual_s = told.get("usual_s", told["seconds"])  # one slow step says little about the rest
+        parts.append(f"{format_seconds((total - done) * usual_s)} left")
     return "  ".join(parts)
 
 
