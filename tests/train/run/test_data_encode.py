@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mxn.errors import ConfigError, UserError
 from mxn.models.tokenizer import Tokenizer
-from mxn.train.run.data.documents import BadLineError, Chat, Completion, Place, Text
+from mxn.train.run.data.documents import (
+    BadLineError,
+    Chat,
+    Completion,
+    Place,
+    Text,
+    parse_line,
+)
 from mxn.train.run.data.encode import Encoder, check_vocabulary, tokenizer_fingerprint
 from support.training import LLAMA
 
@@ -204,6 +214,62 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
         encoder.encode(chat())
     with pytest.raises(ConfigError, match="neither"):
         Encoder(tokenizer, 300, learn="some")
+
+
+def test_documents_together_become_what_each_becomes_alone():
+    tokenizer = make_tokenizer(bos=True)
+    encoder = Encoder(tokenizer, tokenizer.vocab_size)
+    documents = [
+        Text("a", PLACE),
+        chat(),
+        Text("\u00e9t\u00e9", PLACE),
+        Completion("b", "c", PLACE),
+    ]
+    got = [sequences for _, sequences in encoder.encode_all(documents)]
+    assert got == [encoder.encode(document) for document in documents]
+    mute = chat(TALK[1], {**TALK[2], "weight": 0})
+    pairs = list(encoder.encode_all([Text("a", PLACE), mute, Text("b", PLACE)]))
+    assert [type(result) for _, result in pairs] == [list, BadLineError, list]
+    assert tokenizer.decode(pairs[2][1][0].ids) == "b"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "x"]), "content": JSON_VALUES}
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    line=st.fixed_dictionaries(
+        {},
+        optional={
+            "text": JSON_VALUES,
+            "messages": MESSAGES | JSON_VALUES,
+            "prompt": MESSAGES | JSON_VALUES,
+            "completion": MESSAGES | JSON_VALUES,
+            "tools": JSON_VALUES,
+        },
+    ),
+    template=st.sampled_from([CHATML, ENDLESS, INST]),
+)
+def test_whatever_a_line_holds_it_is_learned_or_refused(line, template):
+    tokenizer = make_tokenizer(template)
+    encoder = Encoder(tokenizer, tokenizer.vocab_size)
+    try:
+        sequences = encoder.encode(parse_line(json.dumps(line).encode(), PLACE))
+    except BadLineError:
+        return
+    for encoded in sequences:
+        assert len(encoded.ids) == len(encoded.targets)
+        assert any(encoded.targets[1:])
 
 
 def test_fingerprints_tell_tokenizers_apart():

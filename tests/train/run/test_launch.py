@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mxn.chips.sim.testing import skip_reason
 from mxn.errors import UserError
-from mxn.train.plan.plan import TrainPlan
+from mxn.train.plan.plan import Pipeline, TrainPlan
 from mxn.train.run import cpu_share
 from mxn.train.run.control import Control
 from mxn.train.run.job import Job, metrics_path
@@ -50,11 +54,9 @@ def wait_for_step(job: Job, step: int, ranks: LocalRanks) -> None:
 @needs_sim
 def test_ranks_of_two_makers_train_to_the_end_and_stop_and_resume_to_the_same_bits(tmp_path):
     groups = [group("a"), group("b", "sim:0")]
-    plan = TrainPlan.from_json(
-        TWO_STAGES.to_json().replace('"first_device": 1, "group": "all"', '"first_device": 0, "group": "b"')
-        .replace('"group": "all"', '"group": "a"')
-    )  # fmt: skip
-    assert [stage.group for stage in plan.pipelines[0].stages] == ["a", "b"]
+    near, far = TWO_STAGES.pipelines[0].stages
+    stages = replace(near, group="a"), replace(far, group="b", first_device=0)
+    plan = replace(TWO_STAGES, pipelines=(Pipeline(stages=stages, micro_batches=8),))
     whole = small_job(tmp_path / "whole", 7, groups)
     to_end(whole, plan)
     assert Control(Path(whole.out), 0).is_finished()
@@ -127,29 +129,38 @@ def test_a_rank_that_cannot_start_is_told_with_the_end_of_its_log(tmp_path):
     assert words.kind == "user"
 
 
+LAUNCHER = """
+import json, sys, time
+from pathlib import Path
+from mxn.train.plan.plan import Pipeline, TrainPlan
+from mxn.train.run.job import Job
+from mxn.train.run.launch import launch, launching_of
+
+folder = Path(sys.argv[1])
+job = Job.from_json((folder / "job.json").read_text())
+plan = TrainPlan.from_json((folder / "plan.json").read_text())
+ranks = launch(launching_of(job, plan))
+(folder / "pids").write_text(json.dumps(ranks.pids()))
+time.sleep(600)
+"""
+
+
 def test_ranks_end_when_their_launcher_is_gone(tmp_path):
     job = small_job(tmp_path, 100_000, [group()])
     (tmp_path / "job.json").write_text(job.to_json())
     (tmp_path / "plan.json").write_text(plan_of((8, [[(0, 6)]])).to_json())
-    pid = os.fork()
-    if pid == 0:
-        ranks = launch(launching_of(job, plan_of((8, [[(0, 6)]]))))
-        (tmp_path / "pids").write_text(json.dumps(ranks.pids()))
-        time.sleep(DEADLINE_S)
-        os._exit(0)
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)])
     try:
         deadline = time.monotonic() + DEADLINE_S
         while not losses(job):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        launcher.kill()
+        launcher.wait()
     (rank,) = json.loads((tmp_path / "pids").read_text())
     deadline = time.monotonic() + 30
-    while (
-        Path(f"/proc/{rank}").exists() and "zombie" not in Path(f"/proc/{rank}/status").read_text()
-    ):
+    while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the rank outlived its launcher"
         time.sleep(0.05)
 

@@ -86,7 +86,12 @@ class Bridge:
         self.world: dist.ProcessGroup = world
         names = [member.name for member in members]
         self.wire = Wire(
-            world, device, timeout_s=options.timeout_s, names=names, limit=self._limit_to
+            world,
+            device,
+            timeout_s=options.timeout_s,
+            names=names,
+            limit=self._limit_to,
+            is_plain=self._is_plain_to,
         )
         self._island_group: dist.ProcessGroup | None = None
         self._island_ranks: list[int] = []
@@ -305,6 +310,12 @@ class Bridge:
         self.wire.note(peer, tensor.numel() * tensor.element_size(), is_sent=is_sent)
         what = f"it to take {what}" if is_sent else what
         return _NativeHandle(self.wire, work, tensor, peer, what, is_sent)
+
+    def _is_plain_to(self, peer: int) -> bool:
+        """Return whether messages of both sides lie in host memory as they are."""
+        ours, theirs = self.members[self.rank], self.members[peer]
+        is_host = ours.device.startswith("cpu") and theirs.device.startswith("cpu")
+        return is_host and self._limit_to(peer) is None
 
     def _limit_to(self, peer: int) -> LinkLimit | None:
         limits = [self.members[rank].limit for rank in (self.rank, peer)]

@@ -384,3 +384,17 @@ def _notes(group: DeviceSettings, num_devices: int) -> tuple[str, ...]:
     if group.cpu_share is not None:
         notes.append(f"a rank limited to {group.cpu_share:g} of a core by cgroup quota")
     return tuple(notes)
+
+
+def measure_layers(job: Job, *, quality: Quality | None = None) -> Measured:
+    """Measure the layers of a job's devices again and store them; links are taken as stored.
+
+    By default quick: the speed check of a job that starts.
+    """
+    bench = _Bench(job, (job.micro_batch,))
+    links = bench.stored_links()
+    profiles, links = bench.run(
+        {}, links, has_layers=True, quality=quality or Quality(blocks=3, block_s=0.1),
+        on_progress=log.info,
+    )  # fmt: skip
+    return bench.measured(profiles, links, is_reused=False)

@@ -77,32 +77,56 @@ class Encoder:
 
         Raises: BadLineError for a document that cannot be learned.
         """
-        found = list(self._encode(document))
+        if isinstance(document, Text):
+            return [self._text(self._tokenizer.encode(document.text))]
+        found = (
+            [self._completion(document)]
+            if isinstance(document, Completion)
+            else list(self._chat(document))
+        )
         for encoded in found:
-            if len(encoded.ids) < 2 or not any(encoded.targets[1:]):
-                raise BadLineError("has nothing to learn")
-            highest = max(encoded.ids)
-            if highest >= self._vocab_size:
-                raise BadLineError(
-                    f"has token {highest}, the model's vocabulary ends at {self._vocab_size - 1}"
-                )
+            self._check(encoded)
         return found
 
-    def _encode(self, document: Document) -> Iterator[Encoded]:
-        if isinstance(document, Text):
-            ids = self._with_eos(self._tokenizer.encode(document.text))
-            yield Encoded(ids, [True] * len(ids))
-        elif isinstance(document, Completion):
-            yield self._completion(document)
-        else:
-            yield from self._chat(document)
+    def encode_all(
+        self, documents: Sequence[Document]
+    ) -> Iterator[tuple[Document, list[Encoded] | BadLineError]]:
+        """Yield each document with what it becomes; plain texts go through all cores at once."""
+        texts = [document.text for document in documents if isinstance(document, Text)]
+        raw = self._tokenizer.raw
+        together = iter(raw.encode_batch_fast(texts) if raw is not None and len(texts) > 1 else ())
+        for document in documents:
+            try:
+                batched = next(together, None) if isinstance(document, Text) else None
+                yield (
+                    document,
+                    self.encode(document) if batched is None else [self._text(batched.ids)],
+                )
+            except BadLineError as error:
+                yield document, error
+
+    def _text(self, ids: list[int]) -> Encoded:
+        ids = self._with_eos(ids)
+        encoded = Encoded(ids, [True] * len(ids))
+        self._check(encoded)
+        return encoded
+
+    def _check(self, encoded: Encoded) -> None:
+        """Raise BadLineError for what cannot be learned."""
+        if len(encoded.ids) < 2 or not any(encoded.targets[1:]):
+            raise BadLineError("has nothing to learn")
+        highest = max(encoded.ids)
+        if highest >= self._vocab_size:
+            raise BadLineError(
+                f"has token {highest}, the model's vocabulary ends at {self._vocab_size - 1}"
+            )
 
     def _completion(self, document: Completion) -> Encoded:
         text = document.prompt + document.completion
         marked = self._marked(text, special=True, cuts=[len(document.prompt)])
         for t in marked.inside(len(document.prompt), len(text)):
             marked.targets[t] = True
-        if marked.ids[-1] == self._eos:
+        if marked.ids[-1:] == [self._eos]:
             marked.targets[-1] = True  # of the tokenizer's own making: it has no place in the text
         self._end(marked)
         return Encoded(marked.ids, self._all_if_wanted(marked.targets))
@@ -210,7 +234,7 @@ class Encoder:
 
     def _end(self, marked: _Marked) -> None:
         """Let a sequence end with the end-of-text token, learned, unless it does already."""
-        if self._eos is not None and marked.ids[-1] != self._eos:
+        if self._eos is not None and marked.ids[-1:] != [self._eos]:
             marked.ids.append(self._eos)
             marked.targets.append(True)
 
