@@ -131,5 +131,10 @@ def train(
         "digests": digests,
         "waited_s": sum(step.times[bridge.rank].waited_s for step in told),
         "busy_s": sum(step.times[bridge.rank].busy_s for step in told),
+        "slots": sum(
+            len(optimizer.layer_state(layer))
+            for module, optimizer in zip(trainer.chunks, trainer.optimizers, strict=True)
+            for layer in range(module.first, module.end)
+        ),
         "sent_bytes": {str(peer): count.sent_bytes for peer, count in bridge.counts.items()},
     }

@@ -5,6 +5,7 @@ The differences allowed are those of float32 sums in another order.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -99,6 +100,25 @@ def test_lora_trains_as_on_one_device():
     want = reference(STEPS, 8, lora=True)
     for rank in ranks:
         assert rank["loss"] == pytest.approx(want["loss"], rel=LOSS_NOISE)
+
+
+@needs_sim
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("data-parallel 5:2:1", {}),
+        ("pipelines cut differently", {}),
+        ("a pipeline beside a single", {"wire_dtype": "bfloat16"}),
+    ],
+)
+def test_divided_optimizer_state_changes_nothing_but_memory(name, options):
+    plan = PLANS[name]
+    devices = ["cpu", "sim:0", "cpu", "sim:1"][: plan.num_devices]
+    whole = run(plan, devices=devices, options=options)
+    divided = run(replace(plan, shards_optimizer=True), devices=devices, options=options)
+    check(divided, reference(STEPS, 8), noise=5e-3 if options else LOSS_NOISE)
+    assert [rank["loss"] for rank in divided] == [rank["loss"] for rank in whole]
+    assert sum(rank["slots"] for rank in divided) < 0.8 * sum(rank["slots"] for rank in whole)
 
 
 @needs_sim

@@ -212,8 +212,10 @@ class Bridge:
             if key not in self._sums:
                 self._sums[key] = SumGroup(self, key, number=len(self._sums))
 
-    def sum_(self, tensor: Tensor, ranks: Sequence[int]) -> Handle:
+    def sum_(self, tensor: Tensor, ranks: Sequence[int], *, is_exact: bool = False) -> Handle:
         """Start to sum a contiguous tensor over `ranks` in place; bitwise equal on all of them.
+
+        `is_exact`: in its own dtype on the wire, whatever the options say.
 
         Raises: UserError for a set that `open_sums` was not told of. Every rank of the set must
         call it for the same tensors in the same order.
@@ -221,7 +223,7 @@ class Bridge:
         key = tuple(sorted(set(ranks)))
         if key not in self._sums:
             raise UserError(f"no group for a sum over ranks {list(key)}; see `open_sums`")
-        return self._sums[key].start(tensor)
+        return self._sums[key].start(tensor, is_exact=is_exact)
 
     def open_channels(self, channels: Sequence[Channel]) -> None:
         """Name the channels of the job, the same on every rank; makes communicators as needed."""
