@@ -70,6 +70,22 @@ def test_words_with_marks_of_xml_stay_words():
     assert '1 < 2 & "so"' in words
 
 
+def test_numbers_are_shown_of_all_passes_of_a_kind_or_of_none():
+    # Here the two figures of the last micro-batches have no room in a forward.
+    root = _picture(lanes_of(_line(batches=12, hop=Hop())), width=800)
+    numbers = [at.text for at in _class(root, "num")]
+    assert numbers.count("11") == numbers.count("3") == 3
+
+
+def test_long_subtitles_are_wrapped_and_make_room():
+    lanes = lanes_of(_line())
+    short, long = (_picture(lanes, subtitle=["some words " * n], width=800) for n in (1, 40))
+    lines = [at for at in _class(long, "soft") if (at.text or "").startswith("some words")]
+    assert len(lines) == 4
+    assert all(len(at.text) * 6.3 < 800 for at in lines)
+    assert float(long.get("height")) - float(short.get("height")) == 3 * 15
+
+
 def test_the_axis_says_times_with_units_up_to_the_end():
     root = _picture(lanes_of(_line()))
     ticks = [at.text for at in _class(root, "mid")]

@@ -189,7 +189,7 @@ class _Greedy:
     def _backward(self, stage: int, state: _StageState, now: float) -> None:
         seconds = self._times.backward_s[stage][0]
         if self._splits:
-            seconds -= self._times.weight_s[stage][0]
+            seconds = max(seconds - self._times.weight_s[stage][0], 0.0)
         self._act(state, Action("B", 0, state.backwards), now, seconds)
         state.backwards += 1
         if stage > 0:
