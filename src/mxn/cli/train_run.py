@@ -20,8 +20,32 @@ if TYPE_CHECKING:
     from mxn.train.run.job import Job
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as job.yaml.")]
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a job: its `out`.")]
-Group = Annotated[str, typer.Argument(metavar="GROUP", help="Name of a group of the job.")]
+
+
+def _runs() -> list[str]:
+    """Complete the folder of a run."""
+    return sorted(str(path.parent) for path in Path("runs").glob("*/job.json"))
+
+
+def _groups(context: typer.Context) -> list[str]:
+    """Complete the name of a group of the run that was named before it."""
+    from mxn.errors import MxnError
+    from mxn.train.run.session import kept_job
+
+    try:
+        return [group.name for group in kept_job(Path(context.params["folder"])).devices]
+    except (KeyError, TypeError, MxnError):
+        return []
+
+
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Folder of a job: its `out`.", autocompletion=_runs),
+]
+Group = Annotated[
+    str,
+    typer.Argument(metavar="GROUP", help="Name of a group of the job.", autocompletion=_groups),
+]
 
 _POLL_S = 0.2
 _LINE_S = 1.0  # between two lines for people

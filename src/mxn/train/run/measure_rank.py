@@ -37,11 +37,14 @@ def main(request_file: Path, rank: int, store_address: str) -> None:
     job, me = Job.from_json(request.job), request.members[rank]
     torch.set_num_threads(job.group(me.group).threads)
     device = find_device(me.device)
+    target = torch.device(device.torch_device)
+    if target.type != "cpu":
+        torch.accelerator.set_device_index(target.index or 0)
     bridge = _connect(job, request, rank, store_address, device)
     folder = request_file.parent
     try:
         wait_for_share(folder, rank)
-        wait = synchronizer(torch.device(device.torch_device))
+        wait = synchronizer(target)
         taken = framework_bytes(device)
         readings: tuple[Reading, ...] = ()
         if request.has_layers:
