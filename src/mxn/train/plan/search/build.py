@@ -36,6 +36,16 @@ def plan_of(
     return with_schedule(plan, draft.style)
 
 
+def settled(draft: Draft, rows: int) -> Draft:
+    """Return the draft with its shares fixed, and without pipelines that get none."""
+    working = _with_shares(draft, rows // draft.micro_batch)
+    return replace(
+        draft,
+        lines=tuple((line, 1) for line, _ in working),
+        shares=tuple(count for _, count in working),
+    )
+
+
 def with_schedule(plan: TrainPlan, style: Style) -> TrainPlan | None:
     """Return a 1F1B plan under another schedule; None when a stage has too few layers for it."""
     if style.chunks == 1:
@@ -64,7 +74,7 @@ def _chunked(stages: tuple[Stage, ...], num_chunks: int) -> tuple[Stage, ...]:
 def _with_shares(draft: Draft, micro_batches: int) -> list[tuple[Template, int]]:
     """Return each pipeline with its micro-batches; one that would get none is left out."""
     templates = [line for line, count in draft.lines for _ in range(count)]
-    shares = split([line.pace(draft.style.fill) for line in templates], micro_batches)
+    shares = draft.shares or split([t.pace(draft.style.fill) for t in templates], micro_batches)
     return [(line, n) for line, n in zip(templates, shares, strict=True) if n]
 
 

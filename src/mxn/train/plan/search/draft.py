@@ -61,6 +61,7 @@ class Draft:
     origin: str
     shards_optimizer: bool = False
     style: Style = Style()
+    shares: tuple[int, ...] | None = None  # micro-batches, line by line; None: by the paces
 
     @property
     def num_pipelines(self) -> int:

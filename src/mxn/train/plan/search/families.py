@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
+from math import prod
 
 from mxn.train.plan.search.draft import Draft, Style
 from mxn.train.plan.search.packing import soonest
@@ -28,6 +29,8 @@ Sets = tuple[tuple[Way, int], ...]
 
 _DEPTHS = 6  # how many depths of a part are tried, from the shallowest that fits
 _WHOLE_LATTICE = 6  # up to so many groups every subset is a part
+_FEW_WIDTHS = 150  # combinations of widths: up to so many, all are tried
+_FEW_COPIES = 4  # with each of them
 _NUM_ALIKE = 12  # numbers of like pipelines that are cut exactly
 
 
@@ -235,10 +238,30 @@ def alike(
     the ways for a number of optimizer shards, which is that of copies if `sharded`.
     """
     found: list[Rough] = []
+    if prod(len(of) + 1 for of in options) <= _FEW_WIDTHS:
+        found += _alike_by_width(ways_of, options, sharded)
     for narrowest in sorted({kind.tp for of in options for kind in of}):
         wide = [[k for k in of if k.tp >= narrowest] or [max(of, key=_width)] for of in options]
         found += _alike(ways_of, wide, sharded)
     return sorted(found, key=lambda draft: draft.estimate_s)
+
+
+def _alike_by_width(
+    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], sharded: bool
+) -> list[Rough]:
+    """Return a few copies of one pipeline, or one alone, with any widths and groups left out."""
+    plain = ways_of(1)
+    found: list[Rough] = []
+    for kinds in product(*((None, *of) for of in options)):
+        slots = {kind: plain.tables.job.num_slots(kind) for kind in kinds if kind}
+        for num in range(2 if sharded else 1, min(_FEW_COPIES, plain.micro_batches) + 1):
+            counts = Counter({kind: n // num for kind, n in slots.items() if n // num})
+            ways = ways_of(num) if sharded else plain
+            way = ways.rough(counts) if counts and depth_fits(ways, counts) else None
+            draft = draft_of(ways, ((way, num),), "copies of one pipeline") if way else None
+            if draft is not None:
+                found.append(draft)
+    return found
 
 
 def _alike(

@@ -22,7 +22,7 @@ from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.tables import Job, Kind, TableBook
 from mxn.train.plan.search.ways import Ways
 
-_MOST_EFFORT = 6000  # of an exact search; some seconds
+_MOST_EFFORT = 4000  # of an exact search; some seconds
 _SHARDS = (1, 8, 64)  # of a large pool's optimizer, as far as there are slots
 _NUM_JUDGED = 6  # drafts of each origin that are predicted
 _NUM_THOROUGH = 4  # choices of a large pool that get a thorough look
