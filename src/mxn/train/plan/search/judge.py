@@ -164,9 +164,15 @@ class Judge:
         )
 
     def _nothing_fits(self) -> CapacityError:
-        reason = "no cut of the model fits into any set of devices"
+        state = self._job.shape.params * self._job.memory.state_bytes
+        room = sum(group.num_devices * group.memory_bytes for group in self._job.cluster.groups)
+        reason = (
+            f"weights, gradients and optimizer state of {format_bytes(state)}, the pool has "
+            f"{format_bytes(room)}"
+        )
         if self._refused:
-            reason = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
+            nearest = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
+            reason += f"; the nearest plan: {nearest}"
         return CapacityError(
             f"the model does not fit into this pool: {reason}",
             hint="more devices, larger tensor parallelism, a smaller micro-batch or shorter rows",
