@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,12 @@ from mxn.train.run.trainer import RankTrainer
 from mxn.train.run.weights import ModelSource
 
 ROOT = Path(__file__).parents[2]
-LLAMA = ROOT / "src/mxn/shipped/mxn-shakespeare-llama"  # four blocks: layers 0 to 5
+LLAMA = ROOT / "src/mxn/shipped/mxn-shakespeare-llama"
 TEXT = ROOT / "recipes/data/tinyshakespeare.txt"
-LAYERS = 6
-SEQ_TOKENS, MICRO_BATCH = 24, 2
+LAYERS = 6  # embedding, four blocks, head
+SEQ_TOKENS, MICRO_BATCH = 24, 1
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16,
+         "num_key_value_heads": 1, "num_hidden_layers": 4}  # fmt: skip
 
 
 def plan_of(
@@ -57,11 +63,25 @@ def plan_of(
     )
 
 
-def job(steps: int, micro_batches: int, **changes: Any) -> tuple[ModelSource, Rows, RunSettings]:
-    source = ModelSource.open(LLAMA, seq_tokens=SEQ_TOKENS, begin="scratch", seed=5)
-    cache = prepare(
-        DataSettings(paths=(TEXT,)), Tokenizer.load(LLAMA), source.spec.vocab_size
-    )
+def small_model() -> Path:
+    """Return a folder with the shipped tokenizer and a config small enough for quick tests."""
+    folder = Path(tempfile.gettempdir()) / f"mxn-parity-{os.getuid()}"
+    partial = Path(tempfile.mkdtemp())
+    for file in LLAMA.iterdir():
+        if file.suffix not in (".safetensors", ".md"):
+            shutil.copy(file, partial)
+    config = json.loads((LLAMA / "config.json").read_text()) | SMALL
+    (partial / "config.json").write_text(json.dumps(config))
+    shutil.copytree(partial, folder, dirs_exist_ok=True)
+    shutil.rmtree(partial)
+    return folder
+
+
+def job(
+    steps: int, micro_batches: int, model: str, **changes: Any
+) -> tuple[ModelSource, Rows, RunSettings]:
+    source = ModelSource.open(model, seq_tokens=SEQ_TOKENS, begin="scratch", seed=5)
+    cache = prepare(DataSettings(paths=(TEXT,)), Tokenizer.load(LLAMA), source.spec.vocab_size)
     rows = Rows(cache, seq_tokens=SEQ_TOKENS, micro_batch=MICRO_BATCH, seed=1)
     if changes.get("lora"):
         changes["lora"] = LoraSettings(rank=4)
@@ -71,7 +91,7 @@ def job(steps: int, micro_batches: int, **changes: Any) -> tuple[ModelSource, Ro
 
 def single(steps: int, micro_batches: int, **changes: Any) -> dict[str, Any]:
     """Return losses and norms of the job on one device."""
-    trainer = SingleTrainer(*job(steps, micro_batches, **changes))
+    trainer = SingleTrainer(*job(steps, micro_batches, str(small_model()), **changes))
     logs = trainer.run()
     return {"loss": [log.loss for log in logs], "norm": [log.gradient_norm for log in logs]}
 
@@ -80,6 +100,7 @@ def train(
     bridge: Bridge,
     plan: str,
     steps: int,
+    model: str,
     dtypes: list[str] | None = None,
     slow_factors: list[float] | None = None,
     **changes: Any,
@@ -91,7 +112,7 @@ def train(
         knobs.set(slow_factor=slow_factors[bridge.rank])
     placement = Placement(TrainPlan.from_json(plan))
     trainer = RankTrainer(
-        *job(steps, placement.plan.micro_batches, **changes),
+        *job(steps, placement.plan.micro_batches, model, **changes),
         placement,
         bridge,
         dtypes=[getattr(torch, name) for name in dtypes or ["float32"] * placement.num_ranks],
@@ -110,5 +131,10 @@ def train(
         "digests": digests,
         "waited_s": sum(step.times[bridge.rank].waited_s for step in told),
         "busy_s": sum(step.times[bridge.rank].busy_s for step in told),
+        "slots": sum(
+            len(optimizer.layer_state(layer))
+            for module, optimizer in zip(trainer.chunks, trainer.optimizers, strict=True)
+            for layer in range(module.first, module.end)
+        ),
         "sent_bytes": {str(peer): count.sent_bytes for peer, count in bridge.counts.items()},
     }

@@ -92,7 +92,8 @@ def _ask(tasks: list[dict[str, Any]], timeout_s: float) -> list[int]:
 
 def _serve() -> None:
     """Fork a process for each task of a line of stdin; answer with their exit statuses."""
-    importlib.import_module("mxn.train.run.trainer")
+    for name in ("mxn.train.run.trainer", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)  # seconds, which no rank has to spend again
     for line in sys.stdin:
         pids = [_fork(task) for task in json.loads(line)]
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

@@ -37,14 +37,15 @@ def test_each_stage_has_its_chip_and_layers_and_pipelines_alike_are_drawn_once(s
 def test_title_and_figures_are_those_of_the_plan(simulation):
     words = _words(plan_svg(simulation))
     made = simulation.prediction
-    assert words[0] == "tiny on 5 fast + 1 slow: 1f1b, 16 micro-batches"
+    assert words[0] == "tiny: 1f1b, 16 micro-batches, 3 pipelines"
+    assert words[1] == "6 devices: 5 fast + 1 slow"
     for figure in (
         f"{made.tokens_per_s:,.0f} tokens/s",
         f"bubble {made.bubble * 100:.1f} %",
         f"MFU {made.mfu * 100:.1f} %",
         f"simulated from {made.basis} figures",
     ):
-        assert figure in words[1]
+        assert figure in words[2]
 
 
 def test_sums_and_optimizer_follow_the_passes(simulation):
@@ -59,13 +60,13 @@ def test_sums_and_optimizer_follow_the_passes(simulation):
 
 def test_kinds_that_are_not_drawn_are_counted(simulation):
     words = _words(plan_svg(simulation, max_kinds=1))
-    assert "1 of 2 kinds of pipelines drawn" in words[1]
+    assert "1 of 2 kinds of pipelines drawn" in words[2]
     assert not any("1.0" in word for word in words)
 
 
 def test_text_fits_its_columns(simulation):
     lines = plan_text(simulation, columns=90).splitlines()
-    assert lines[0].startswith("tiny on 5 fast")
+    assert lines[1] == "6 devices: 5 fast + 1 slow"
     lanes = [line for line in lines if "|" in line]
     assert len(lanes) == 3
     assert {len(line) for line in lanes} == {90}

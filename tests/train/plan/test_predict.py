@@ -10,10 +10,11 @@ from mxn.train.plan.closed import pipeline_time
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
 from mxn.train.plan.memory import MemoryModel
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
-from mxn.train.plan.predict import Tuning, predict, weakest
+from mxn.train.plan.predict import Tuning, predict
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.shape import LayerShape, ModelShape
 from mxn.train.plan.simulate import simulate_plan
+from mxn.train.plan.totals import weakest
 
 NO_COST = Link(latency_s=0.0, bytes_per_s=1e30, basis="measured")
 SLOW = Link(latency_s=0.0, bytes_per_s=1e6, basis="measured")

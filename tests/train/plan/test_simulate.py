@@ -64,15 +64,17 @@ def test_a_slow_link_between_groups_is_paid_both_ways():
 
 def test_extra_warmup_hides_a_slow_link_and_takes_memory():
     slow = Link(latency_s=0.5, bytes_per_s=1e12)
-    plan = tiny_plans.plan(tiny_plans.pipeline([4, 8], "aa", 12))
-    cluster = tiny_plans.cluster(link=slow)
-    plain = simulate_plan(plan, tiny_plans.shape(6), cluster, tiny_plans.PROFILES).prediction
-    ahead = simulate_plan(
-        plan, tiny_plans.shape(6), cluster, tiny_plans.PROFILES, extra_warmup=(1, 0)
-    ).prediction
+    pipeline = tiny_plans.pipeline([4, 8], "aa", 12)
+    shape, cluster = tiny_plans.shape(6), tiny_plans.cluster(link=slow)
+    plan = tiny_plans.plan(pipeline)
+    early = tiny_plans.plan(replace(pipeline, extra_warmup=(1, 0)))
+    plain = simulate_plan(plan, shape, cluster, tiny_plans.PROFILES).prediction
+    ahead = simulate_plan(early, shape, cluster, tiny_plans.PROFILES).prediction
     assert ahead.pipeline_s < plain.pipeline_s - 2.0
     kept = 4 * 100.0 * tiny_plans.SEQ_TOKENS  # of one micro-batch in four layers
     assert ahead.stages[0].memory_bytes - plain.stages[0].memory_bytes == pytest.approx(kept)
+    closed = predict(early, shape, cluster, tiny_plans.PROFILES)
+    assert closed.stages[0].memory_bytes == pytest.approx(ahead.stages[0].memory_bytes)
 
 
 def test_the_faster_pipeline_waits_for_the_slower_before_the_gradient_sum():

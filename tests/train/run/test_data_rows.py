@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxn.errors import ConfigError, UserError
+from mxn.models.chat_template import ChatTemplates
 from mxn.models.tokenizer import Tokenizer
 from mxn.train.run.data import IGNORED, DataSettings, Rows, TokenCache, prepare
 from mxn.train.run.data import cache as caches
@@ -236,6 +237,17 @@ def test_a_cache_of_another_tokenizer_is_refused(data_file, tokenizer):
     other.special_tokens["eos_token"] = "x"
     with pytest.raises(UserError, match="the model has tokenizer"):
         cache.check_tokenizer(other)
+
+
+def test_a_cache_can_be_taken_elsewhere_by_models_with_the_same_tokenizer(data_file, tokenizer):
+    made = read(data_file, tokenizer)
+    folder = made.folder.rename(data_file.parent / "moved")
+    settings = DataSettings(paths=(folder,))
+    assert np.array_equal(prepare(settings, tokenizer, 1024).tokens, made.tokens)
+    templates = tokenizer.templates.sources
+    tokenizer.templates = ChatTemplates({"default": templates["default"] + " "})
+    with pytest.raises(UserError, match=r"tokenizer \w{12}, the model has tokenizer \w{12}"):
+        prepare(settings, tokenizer, 1024)
 
 
 def test_data_with_nothing_to_learn_is_an_error_that_says_why(tmp_path, tokenizer):

@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from mxn.errors import ConfigError, InternalError
+from mxn.train.plan.actions import Action, Order, split_backwards, stored_peak
 from mxn.train.plan.order_check import validate
-from mxn.train.plan.schedules import Action, Order, split_backwards, stored_peak
 from mxn.train.plan.times import Hop, PipelineTimes
 
 
@@ -73,7 +73,8 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Share of all stages' time that no pass fills, 0 to 1; blocking transfers are in it."""
-        return 1 - sum(self.busy_s) / (self.num_stages * self.makespan_s)
+        whole = self.num_stages * self.makespan_s
+        return 1 - sum(self.busy_s) / whole if whole else 0.0
 
     @cached_property
     def stored_peak(self) -> tuple[float, ...]:
@@ -232,7 +233,7 @@ def _seconds(row: Sequence[Action], stage: int, times: PipelineTimes) -> list[fl
     forward, backward = times.forward_s[stage], times.backward_s[stage]
     weight = times.weight_s[stage]
     whole = {"F": forward, "B": backward, "W": weight}
-    inputs = [both - half for both, half in zip(backward, weight, strict=True)]
+    inputs = [max(both - half, 0.0) for both, half in zip(backward, weight, strict=True)]
     try:
         return [
             inputs[chunk] if kind == "B" and (chunk, batch) in split else whole[kind][chunk]

@@ -20,25 +20,35 @@ def plan_svg(simulation: Simulation, *, width: int = 1200, max_kinds: int = MAX_
     Pipelines that are alike are drawn once, and of more than `max_kinds` kinds the first ones.
     """
     lanes = plan_lanes(simulation, max_kinds=max_kinds)
-    return svg(lanes, title=title(simulation), subtitle=numbers(simulation, max_kinds), width=width)
+    lines = [devices(simulation), numbers(simulation, max_kinds)]
+    return svg(lanes, title=title(simulation), subtitle=lines, width=width)
 
 
 def plan_text(simulation: Simulation, *, columns: int = 100, max_kinds: int = MAX_KINDS) -> str:
     """Return the timeline of a step for a terminal of so many columns."""
     drawn = text(plan_lanes(simulation, max_kinds=max_kinds), columns=columns)
-    return "\n".join([title(simulation), numbers(simulation, max_kinds), "", drawn])
+    head = [title(simulation), devices(simulation), numbers(simulation, max_kinds)]
+    return "\n".join([*head, "", drawn])
 
 
 def title(simulation: Simulation) -> str:
-    """Return what runs where: model, devices by chip, schedule, micro-batches."""
+    """Return what runs: model, schedule, micro-batches, pipelines."""
     plan = simulation.plan
-    devices: dict[str, int] = {}
+    count = len(plan.pipelines)
+    pipelines = "1 pipeline" if count == 1 else f"{count} pipelines"
+    return f"{plan.model}: {plan.schedule}, {plan.micro_batches} micro-batches, {pipelines}"
+
+
+def devices(simulation: Simulation) -> str:
+    """Return on how many devices of which chips it runs."""
+    plan = simulation.plan
+    counts: dict[str, int] = {}
     for pipeline in plan.pipelines:
         for stage in pipeline.stages:
             chip = simulation.chips[stage.group]
-            devices[chip] = devices.get(chip, 0) + stage.tp
-    where = " + ".join(f"{count} {chip}" for chip, count in devices.items())
-    return f"{plan.model} on {where}: {plan.schedule}, {plan.micro_batches} micro-batches"
+            counts[chip] = counts.get(chip, 0) + stage.tp
+    where = " + ".join(f"{count} {chip}" for chip, count in counts.items())
+    return f"{plan.num_devices} devices: {where}" if len(counts) > 1 else where
 
 
 def numbers(simulation: Simulation, max_kinds: int = MAX_KINDS) -> str:
@@ -56,7 +66,8 @@ def numbers(simulation: Simulation, max_kinds: int = MAX_KINDS) -> str:
     kinds = len(simulation.timelines)
     if kinds > max_kinds:
         parts.append(f"{max_kinds} of {kinds} kinds of pipelines drawn")
-    return " · ".join([*parts, f"simulated from {made.basis} figures"])
+    origin = "" if made.basis == "simulated" else f" from {made.basis} figures"
+    return " · ".join([*parts, f"simulated{origin}"])
 
 
 def plan_lanes(simulation: Simulation, *, max_kinds: int = MAX_KINDS) -> list[Lane]:

@@ -3,14 +3,14 @@
 `predict(plan, shape, cluster, profiles, memory=MemoryModel()) -> Prediction` is the one call that
 planner, commands and tests share. It adds up profiled layer times for each different pipeline once,
 so a plan over a thousand devices takes milliseconds. It does not know contention between transfers
-that share a wire, nor noise; the event simulator (`simulate`) replaces its closed form of a
-pipeline where schedules are uneven.
+that share a wire, nor noise, nor what extra warm-up hides (only what it stores); the event
+simulator (`simulate`) replaces its closed form of a pipeline where schedules are uneven.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,8 +25,7 @@ from mxn.train.plan.prediction import Prediction, StagePrediction
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.reduction import Member, Reduction, reductions
 from mxn.train.plan.shape import ModelShape
-
-_BASES = ("measured", "datasheet", "derived", "assumed", "simulated")  # strongest first
+from mxn.train.plan.totals import basis, cost_micro, energy_j, mfu
 
 
 class Timer(Protocol):
@@ -116,19 +115,11 @@ def predict(
         tokens_per_s=plan.tokens_per_step / iteration_s,
         bubble=_bubble(plan, solved, pipeline_s),
         stages=_stages(plan, cluster, solved, sums, shards),
-        mfu=_mfu(plan, shape, cluster, iteration_s),
-        energy_j=_energy_j(plan, cluster, iteration_s),
-        cost_micro=_cost_micro(plan, cluster, iteration_s),
-        basis=_basis(plan, cluster, profiles),
+        mfu=mfu(plan, shape, cluster, iteration_s),
+        energy_j=energy_j(plan, cluster, iteration_s),
+        cost_micro=cost_micro(plan, cluster, iteration_s),
+        basis=basis(plan, cluster, profiles),
     )
-
-
-def weakest(bases: Sequence[str]) -> str:
-    """Return the weakest of `bases`. Raises: UserError for a word that is no basis."""
-    for basis in bases:
-        if basis not in _BASES:
-            raise UserError(f"{basis!r} is no basis", hint=f"one of: {', '.join(_BASES)}")
-    return max(bases, key=_BASES.index)
 
 
 def _check_shape(plan: TrainPlan, shape: ModelShape) -> None:
@@ -175,7 +166,7 @@ def _likeness(
         group = groups.get(a.group) or cluster.group(a.group)
         same = a.group == b.group
         near.append(same and group.node_of(a.first_device) == group.node_of(b.first_device))
-    return stages, tuple(near), pipeline.micro_batches
+    return stages, tuple(near), pipeline.micro_batches, pipeline.extra_warmup
 
 
 def _solve(
@@ -213,7 +204,9 @@ def _solve(
             params=cost.params,
             kept_per_micro_batch=cost.kept_bytes,
             working_bytes=cost.working_bytes,
-            micro_batches_kept=in_flight(plan.schedule, s, size, pipeline.micro_batches, chunks),
+            micro_batches_kept=in_flight(
+                plan.schedule, s, size, pipeline.micro_batches, chunks, pipeline.extra_warmup
+            ),
             model=memory,
             framework_bytes=profiles[chips[s]].framework_bytes,
             optimizer_shards=shards,
@@ -323,43 +316,3 @@ def _stages(
                 )
             )
     return tuple(found)
-
-
-def _mfu(plan: TrainPlan, shape: ModelShape, cluster: Cluster, seconds: float) -> float | None:
-    peak = _over_devices(plan, {g.name: g.peak_flop_per_s for g in cluster.groups})
-    return None if not peak else shape.flop_per_token * plan.tokens_per_step / (seconds * peak)
-
-
-def _energy_j(plan: TrainPlan, cluster: Cluster, seconds: float) -> float | None:
-    watts = _over_devices(plan, {g.name: g.watts for g in cluster.groups})
-    return None if watts is None else watts * seconds
-
-
-def _cost_micro(plan: TrainPlan, cluster: Cluster, seconds: float) -> float | None:
-    prices = {g.name: g.price_micro_per_hour for g in cluster.groups}
-    price = _over_devices(plan, prices)
-    return None if price is None else price * seconds / 3600
-
-
-def _over_devices(plan: TrainPlan, value: Mapping[str, float | int | None]) -> float | None:
-    """Return the sum of a group's `value` over the plan's devices; None when one is unknown."""
-    total = 0.0
-    for pipeline in plan.pipelines:
-        for stage in pipeline.stages:
-            one = value[stage.group]
-            if one is None:
-                return None
-            total += one * stage.tp
-    return total
-
-
-def _basis(plan: TrainPlan, cluster: Cluster, profiles: Profiles) -> str:
-    """Return the weakest basis of the profiles, and of the links where there are any to cross."""
-    names = sorted({stage.group for pipeline in plan.pipelines for stage in pipeline.stages})
-    groups = [cluster.group(name) for name in names]
-    bases = [profiles[group.chip].basis for group in groups]
-    if plan.num_devices > 1:
-        bases += [group.node_link.basis for group in groups if group.devices_per_node > 1]
-        bases += [group.group_link.basis for group in groups if group.num_nodes > 1]
-        bases += [link.basis for (a, b), link in cluster.links.items() if a in names and b in names]
-    return weakest(bases)

@@ -2,13 +2,14 @@
 
 One lane per stage: its passes with their micro-batches, below them the messages that it sends,
 beside it how much of the step it stands idle. Colours follow the viewer's light or dark scheme.
-Where passes are too narrow to see, a lane shows which share of each moment they fill. Numbers to
+Where passes are too narrow to see, lanes show which share of each moment they fill. Numbers to
 text; no I/O.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -45,8 +46,10 @@ text { font-family: system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-se
 _IDLE_PX, _MARGIN_PX = 84, 16
 _LEAST_LABEL_PX, _LABEL_DIGIT_PX = 90, 7.2
 _MANY_LANES = 24  # from here on lanes are low and have no second line of words
-_TOP_PX, _FOOT_PX = 64, 62
-_NARROW_PX = 4.0  # passes narrower than this on average are drawn as shares
+_TOP_PX, _LINE_PX, _FOOT_PX = 46, 15, 62
+_LETTER_PX = 6.3  # of a subtitle, on average
+_NARROW_PX = 4.0  # passes narrower than this on average have no number and no note
+_INVISIBLE_PX = 1.2  # narrower than this, lanes show shares
 _BIN_PX = 4.0
 _DIGIT_PX = 6.5
 _AXIS_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
@@ -63,36 +66,49 @@ class _Sizes(NamedTuple):
 _ROOMY, _LOW = _Sizes(36, 22, 4), _Sizes(20, 12, 2)
 
 
-def svg(lanes: Sequence[Lane], *, title: str, subtitle: str = "", width: int = 1200) -> str:
-    """Return the picture as one SVG document of `width` pixels.
+def svg(
+    lanes: Sequence[Lane], *, title: str, subtitle: Sequence[str] = (), width: int = 1200
+) -> str:
+    """Return the picture as one SVG document of `width` pixels; `subtitle` is lines of words.
 
     Raises: ConfigError when no lane has a span with a length, or `width` leaves no room.
     """
     length = length_of(lanes)
     sizes = _LOW if len(lanes) >= _MANY_LANES else _ROOMY
-    height = _TOP_PX + sizes.lane * len(lanes) + _FOOT_PX
+    lines = [line for words in subtitle for line in _wrapped(words, width)]
+    first = _TOP_PX + _LINE_PX * len(lines)
+    bottom = first + sizes.lane * len(lanes)
+    height = bottom + _FOOT_PX
     left = _MARGIN_PX + _label_px(lanes)
     room = width - left - _IDLE_PX - _MARGIN_PX
     if room < _LEAST_LABEL_PX:
         raise ConfigError(f"{width} pixels leave {room:.0f} for the lanes", hint="draw it wider")
-    bottom = _TOP_PX + sizes.lane * len(lanes)
+    tops = [first + number * sizes.lane for number in range(len(lanes))]
+    mean_px = _mean_span_s(lanes) * room / length
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>',
         _text(_MARGIN_PX, 28, title, "title"),
-        _text(_MARGIN_PX, 48, subtitle, "soft"),
-        *(_lane_paper(number, left, room, sizes) for number in range(len(lanes))),
-        *_axis(length, left, room, bottom),
         *(
-            _lane(lane, sizes, _TOP_PX + number * sizes.lane, left, room / length, length, width)
-            for number, lane in enumerate(lanes)
+            _text(_MARGIN_PX, 46 + number * _LINE_PX, line, "soft")
+            for number, line in enumerate(lines)
+        ),
+        *(_rect(left, top + 3, room, sizes.bar, "lane") for top in tops),
+        *_axis(length, left, room, first, bottom),
+        *(
+            _lane(lane, sizes, top, left, room / length, length, width, mean_px)
+            for lane, top in zip(lanes, tops, strict=True)
         ),
         *_legend(lanes, left, bottom + 44),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _wrapped(words: str, width: int) -> list[str]:
+    return textwrap.wrap(words, max(20, int((width - 2 * _MARGIN_PX) / _LETTER_PX)))
 
 
 def _label_px(lanes: Sequence[Lane]) -> float:
@@ -115,8 +131,9 @@ def _rect(x: float, y: float, width: float, height: float, classes: str, note: s
     return f'<rect class="{classes}" {size} rx="1.5"><title>{escape(note)}</title></rect>'
 
 
-def _lane_paper(number: int, left: float, room: float, sizes: _Sizes) -> str:
-    return _rect(left, _TOP_PX + number * sizes.lane + 3, room, sizes.bar, "lane")
+def _mean_span_s(lanes: Sequence[Lane]) -> float:
+    spans = [span.end_s - span.start_s for lane in lanes for span in lane.spans]
+    return sum(spans) / len(spans)
 
 
 def _lane(
@@ -127,6 +144,7 @@ def _lane(
     px_per_s: float,
     length: float,
     width: int,
+    mean_px: float,
 ) -> str:
     """Return one lane: names, passes, messages, idle share."""
     middle = top + 3 + sizes.bar / 2 + 4
@@ -137,16 +155,33 @@ def _lane(
     ]
     if has_detail:
         parts.append(_text(_MARGIN_PX, top + 26, lane.detail, "soft"))
-    drawn = sum(span.end_s - span.start_s for span in lane.spans) * px_per_s
-    if drawn < _NARROW_PX * len(lane.spans):
+    if mean_px < _INVISIBLE_PX:
         parts += _as_shares(lane, top + 3, sizes.bar, left, px_per_s, length)
+    elif mean_px < _NARROW_PX:
+        parts += _as_bars(lane, top + 3, sizes.bar, left, px_per_s)
     else:
-        parts += [_span(span, top + 3, sizes.bar, left, px_per_s) for span in lane.spans]
+        numbered = _numbered(lane, px_per_s)
+        parts += [
+            _span(span, top + 3, sizes.bar, left, px_per_s, span.kind in numbered)
+            for span in lane.spans
+        ]
     parts.append(_wires(lane, top + 4 + sizes.bar + sizes.wire / 4, sizes.wire, left, px_per_s))
     return "\n".join(part for part in parts if part)
 
 
-def _span(span: Span, top: float, tall: int, left: float, px_per_s: float) -> str:
+def _numbered(lane: Lane, px_per_s: float) -> set[SpanKind]:
+    """Return the kinds of passes of which each has room for its number: all of them or none."""
+    tight = {
+        span.kind
+        for span in lane.spans
+        if (span.end_s - span.start_s) * px_per_s < _DIGIT_PX * len(span.text) + 3
+    }
+    return set(_CLASSES) - tight
+
+
+def _span(
+    span: Span, top: float, tall: int, left: float, px_per_s: float, is_numbered: bool
+) -> str:
     x, wide = left + span.start_s * px_per_s, (span.end_s - span.start_s) * px_per_s
     classes = _CLASSES[span.kind][0] + (f" k{min(span.chunk, 3)}" if span.chunk else "")
     note = (
@@ -154,9 +189,19 @@ def _span(span: Span, top: float, tall: int, left: float, px_per_s: float) -> st
     )
     gap = 0.6 if wide > 3 else 0.0  # a hair between two passes, so that they can be counted
     drawn = _rect(x, top, wide - gap, tall, classes, note)
-    if span.text and wide >= _DIGIT_PX * len(span.text) + 3:
+    if span.text and is_numbered:
         drawn += _text(x + (wide - gap) / 2, top + tall / 2 + 4, span.text, "num")
     return drawn
+
+
+def _as_bars(lane: Lane, top: float, tall: int, left: float, px_per_s: float) -> list[str]:
+    """Return one path for each kind of pass."""
+    paths: dict[SpanKind, list[str]] = {}
+    for span in lane.spans:
+        wide = _px((span.end_s - span.start_s) * px_per_s)
+        shape = f"M{_px(left + span.start_s * px_per_s)} {_px(top)}h{wide}v{tall}h-{wide}z"
+        paths.setdefault(span.kind, []).append(shape)
+    return [f'<path class="{_CLASSES[kind][0]}" d="{"".join(d)}"/>' for kind, d in paths.items()]
 
 
 def _as_shares(
@@ -200,7 +245,7 @@ def _wires(lane: Lane, top: float, tall: int, left: float, px_per_s: float) -> s
     return f'<path class="t" d="{"".join(shapes)}"/>'
 
 
-def _axis(length: float, left: float, room: float, bottom: float) -> list[str]:
+def _axis(length: float, left: float, room: float, top: float, bottom: float) -> list[str]:
     """Return grid lines and their times, at steps of 1, 2 or 5 times a power of ten."""
     rough = length / 8
     power = 10.0 ** math.floor(math.log10(rough))
@@ -209,7 +254,7 @@ def _axis(length: float, left: float, room: float, bottom: float) -> list[str]:
     parts = []
     for number in range(int(length / step + 1e-9) + 1):
         x = _px(left + number * step / length * room)
-        ends = f'y1="{_TOP_PX - 4}" y2="{_px(bottom)}"'
+        ends = f'y1="{_px(top - 4)}" y2="{_px(bottom)}"'
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" {ends}/>')
         words = f"{number * step / unit_s:.6g} {unit}"
         parts.append(_text(left + number * step / length * room, bottom + 15, words, "soft mid"))

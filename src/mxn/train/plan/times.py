@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from mxn.errors import ConfigError
 
+# Of sums of layers: where a backward is all weights, both seconds are equal but for this.
+_ROUNDING_S = 1e-9
+
 
 class Hop(NamedTuple):
     """One message over one boundary, in one direction, in seconds.
@@ -56,6 +59,21 @@ class PipelineTimes:
                 f"{len(self.forward_hops)} forward and {len(self.backward_hops)} backward hops "
                 f"for {borders} boundaries"
             )
+        self._check_seconds()
+
+    def _check_seconds(self) -> None:
+        """A weight half is a part of its backward, and nothing ends before it begins."""
+        rows = zip(self.forward_s, self.backward_s, self.weight_s, strict=True)
+        for stage, (forward, backward, weight) in enumerate(rows):
+            for f, b, w in zip(forward, backward, weight, strict=True):
+                if not (f >= 0 and 0 <= w <= b + _ROUNDING_S):
+                    raise ConfigError(
+                        f"stage {stage} has forward {f!r} s, backward {b!r} s, weight half {w!r} s",
+                        hint="seconds are at least 0, and the weight half is part of the backward",
+                    )
+        for hop in (*self.forward_hops, *self.backward_hops):
+            if not min(hop) >= 0:
+                raise ConfigError(f"a hop takes {tuple(hop)!r} s, seconds are at least 0")
 
     @property
     def num_stages(self) -> int:

@@ -86,7 +86,12 @@ class Bridge:
         self.world: dist.ProcessGroup = world
         names = [member.name for member in members]
         self.wire = Wire(
-            world, device, timeout_s=options.timeout_s, names=names, limit=self._limit_to
+            world,
+            device,
+            timeout_s=options.timeout_s,
+            names=names,
+            limit=self._limit_to,
+            is_plain=self._is_plain_to,
         )
         self._island_group: dist.ProcessGroup | None = None
         self._island_ranks: list[int] = []
@@ -207,8 +212,10 @@ class Bridge:
             if key not in self._sums:
                 self._sums[key] = SumGroup(self, key, number=len(self._sums))
 
-    def sum_(self, tensor: Tensor, ranks: Sequence[int]) -> Handle:
+    def sum_(self, tensor: Tensor, ranks: Sequence[int], *, is_exact: bool = False) -> Handle:
         """Start to sum a contiguous tensor over `ranks` in place; bitwise equal on all of them.
+
+        `is_exact`: in its own dtype on the wire, whatever the options say.
 
         Raises: UserError for a set that `open_sums` was not told of. Every rank of the set must
         call it for the same tensors in the same order.
@@ -216,7 +223,7 @@ class Bridge:
         key = tuple(sorted(set(ranks)))
         if key not in self._sums:
             raise UserError(f"no group for a sum over ranks {list(key)}; see `open_sums`")
-        return self._sums[key].start(tensor)
+        return self._sums[key].start(tensor, is_exact=is_exact)
 
     def open_channels(self, channels: Sequence[Channel]) -> None:
         """Name the channels of the job, the same on every rank; makes communicators as needed."""
@@ -305,6 +312,12 @@ class Bridge:
         self.wire.note(peer, tensor.numel() * tensor.element_size(), is_sent=is_sent)
         what = f"it to take {what}" if is_sent else what
         return _NativeHandle(self.wire, work, tensor, peer, what, is_sent)
+
+    def _is_plain_to(self, peer: int) -> bool:
+        """Return whether messages of both sides lie in host memory as they are."""
+        ours, theirs = self.members[self.rank], self.members[peer]
+        is_host = ours.device.startswith("cpu") and theirs.device.startswith("cpu")
+        return is_host and self._limit_to(peer) is None
 
     def _limit_to(self, peer: int) -> LinkLimit | None:
         limits = [self.members[rank].limit for rank in (self.rank, peer)]

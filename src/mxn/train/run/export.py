@@ -52,7 +52,7 @@ def export_model(
     `lora`: adapters among the state are added to their matrices. `dtype`: by default that of the
     checkpoint. Raises: ConfigError when `out` exists.
     """
-    dtype = dtype or getattr(torch, source.stored_dtype)
+    stored: torch.dtype = dtype or getattr(torch, source.stored_dtype)
     with new_folder(out) as folder:
         shards = _Shards(folder, shard_bytes)
         for layer in range(source.num_layers):
@@ -60,9 +60,9 @@ def export_model(
             state = merged(state, lora) if lora else dict(state)
             for name, tensor in _wanted(source, layer, state):
                 keeps = name.endswith(_FLOAT32)
-                shards.add(name, _on_host(tensor, torch.float32 if keeps else dtype))
+                shards.add(name, _on_host(tensor, torch.float32 if keeps else stored))
         shards.close()
-        _write_config(source, dtype, folder)
+        _write_config(source, stored, folder)
         _copy_companions(source.folder, folder)
         return shards.num_bytes
 

@@ -99,6 +99,31 @@ class Gradients:
         if tied is not None:
             tied()
 
+    @torch.no_grad()
+    def share_weights(self, is_owned: Callable[[Key], bool]) -> None:
+        """Give the weights of owned layers to their other holders, and take theirs.
+
+        Uses the memory of the gradients, which are lost: a sum with zeros everywhere else.
+        """
+        handles = []
+        for ranks, queue in self._queues.items():
+            for bucket in queue:
+                bucket.memory.zero_()
+                for chunk, key in self._in(bucket):
+                    if is_owned(key):
+                        self._sums[chunk][key].copy_(self._parameter(chunk, key))
+                handles.append((bucket, self._bridge.sum_(bucket.memory, ranks, is_exact=True)))
+        for bucket, handle in handles:
+            handle.wait()
+            for chunk, key in self._in(bucket):
+                if not is_owned(key):
+                    self._parameter(chunk, key).copy_(self._sums[chunk][key])
+
+    @property
+    def tied_keys(self) -> set[Key]:
+        """Return the keys of this rank's copies of the tied matrix."""
+        return {key for _, key in self._tied}
+
     def square_norm(self) -> float:
         """Return this rank's part of the squared global norm; each parameter counts on one rank."""
         total = 0.0
@@ -158,6 +183,9 @@ class Gradients:
             for key in sums
             if key[0] == layer and (chunk, key) not in self._tied
         )
+
+    def _in(self, bucket: _Bucket) -> Iterator[tuple[int, Key]]:
+        return (where for layer in bucket.layers for where in self._of_layer(layer))
 
     def _arrived(self, chunk: int, layer: int, _: Tensor) -> None:
         """A parameter's gradient was added to; called by autograd."""

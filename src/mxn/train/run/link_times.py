@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 """Bytes. From a message that is all latency to one that is all rate."""
 _BLOCKS = 5
-_BLOCK_S = 0.1  # many periods of a quota, as for layers
 _SLOW_S = 1.0  # of one round: larger messages are then left out
 
 
@@ -41,8 +40,12 @@ def time_links(
     *,
     basis: Callable[[int, int], str],
     synchronize: Callable[[], object],
+    block_s: float = 0.1,
 ) -> list[LinkTimes]:
-    """Return a link for each pair whose first rank this is. Every rank calls it with all pairs."""
+    """Return a link for each pair whose first rank this is. Every rank calls it with all pairs.
+
+    `block_s`: of one block of rounds; many periods of a quota, as for layers.
+    """
     channels = [(a, b, "time") for a, b in pairs] + [(b, a, "time") for a, b in pairs]
     bridge.open_channels(channels)
     found: list[LinkTimes] = []
@@ -50,7 +53,7 @@ def time_links(
         points: list[tuple[float, float]] = []
         noise = 0.0
         for size in SIZES:
-            blocks = _time_size(bridge, pair, size, synchronize)
+            blocks = _time_size(bridge, pair, size, synchronize, block_s)
             points.append((float(size), statistics.median(blocks)))
             noise = spread(blocks) if len(blocks) > 1 else 0.0
             if 2 * points[-1][1] > _SLOW_S:
@@ -74,11 +77,15 @@ def link_of(points: Sequence[tuple[float, float]], basis: str) -> Link:
 
 
 def _time_size(
-    bridge: Bridge, pair: tuple[int, int], size: int, synchronize: Callable[[], object]
+    bridge: Bridge,
+    pair: tuple[int, int],
+    size: int,
+    synchronize: Callable[[], object],
+    block_s: float,
 ) -> list[float]:
     """Return seconds of a message in each block, the same numbers on every rank."""
     probe_s = _seconds(bridge, pair, size, 2, synchronize)
-    rounds = max(1, min(1000, round(_BLOCK_S / max(probe_s, 1e-6))))
+    rounds = max(1, min(1000, round(block_s / max(probe_s, 1e-6))))
     blocks = 1 if probe_s > _SLOW_S else _BLOCKS
     return [_seconds(bridge, pair, size, rounds, synchronize) / 2 for _ in range(blocks)]
 

@@ -24,6 +24,8 @@ from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.shape import ModelShape
 
 if TYPE_CHECKING:
+    from mxn.train.plan.bounds import Bounds
+    from mxn.train.plan.explain import Explanation
     from mxn.train.plan.simulate import Simulation
     from mxn.train.run.job import Job
     from mxn.train.run.measure import Measured
@@ -57,6 +59,21 @@ class Task:
 
     def predict(self, plan: TrainPlan) -> Prediction:
         return predict(plan, self.shape, self.cluster, self.profiles, memory=self.memory)
+
+    def bounds(self) -> Bounds:
+        """Return how fast this pool could be at most."""
+        from mxn.train.plan.bounds import bounds
+
+        return bounds(
+            self.shape, self.rows, self.cluster, self.profiles, memory=self.memory,
+            limits=self.limits,
+        )  # fmt: skip
+
+    def explain(self, found: Found, bounds: Bounds) -> Explanation:
+        """Return why the best plan is the best."""
+        from mxn.train.plan.explain import explain
+
+        return explain(found, self.shape, self.cluster, self.profiles, bounds, memory=self.memory)
 
     def simulate(self, plan: TrainPlan) -> Simulation:
         """Return a step of `plan`, pass by pass."""

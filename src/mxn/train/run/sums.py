@@ -43,9 +43,13 @@ class SumGroup:
             made = bridge.new_group(group)
             self._native = made or self._native
         self._worker: Worker | None = None
+        self._is_exact = False
 
-    def start(self, tensor: Tensor) -> Handle:
-        """Begin to sum `tensor` in place. Raises: InternalError for what no sum can be made of."""
+    def start(self, tensor: Tensor, *, is_exact: bool = False) -> Handle:
+        """Begin to sum `tensor` in place; `is_exact`: in its own dtype also on the wire.
+
+        Raises: InternalError for what no sum can be made of.
+        """
         if not self._is_member:
             raise InternalError(f"rank {self._bridge.rank} is not in this sum")
         if not tensor.is_contiguous():
@@ -59,7 +63,7 @@ class SumGroup:
         stream = None
         if tensor.device.type != "cpu":
             stream = torch.accelerator.current_stream(tensor.device).record_event()
-        return background(self._worker.submit(lambda: self._across(tensor, stream)))
+        return background(self._worker.submit(lambda: self._across(tensor, stream, is_exact)))
 
     def close(self) -> None:
         if self._worker is not None:
@@ -71,7 +75,7 @@ class SumGroup:
         work = dist.all_reduce(tensor, group=self._native, async_op=True)
         return _Native(self._bridge, work, tensor)
 
-    def _across(self, tensor: Tensor, ready: torch.Event | None) -> Tensor:
+    def _across(self, tensor: Tensor, ready: torch.Event | None, is_exact: bool) -> Tensor:
         """In the group's thread: reduce to the leader, sum over leaders, give it to the island."""
         bridge, begin_s = self._bridge, time.monotonic()
         if ready is not None:
@@ -82,6 +86,7 @@ class SumGroup:
             if self._native is not None:
                 dist.reduce(tensor, dst=leader, group=self._native)
             if bridge.rank == leader:
+                self._is_exact = is_exact  # sums of a group run one after another
                 self._exchange(tensor.view(-1))
             if self._native is not None:
                 dist.broadcast(tensor, src=leader, group=self._native)
@@ -133,7 +138,7 @@ class SumGroup:
         return self._bridge.wire.recv(shape, like.dtype, peer, tag, _WHAT, narrow, f"sum-{tag}")
 
     def _narrow(self, tensor: Tensor, peer: int) -> torch.dtype | None:
-        return self._bridge.wire_dtype(tensor.dtype, peer)
+        return None if self._is_exact else self._bridge.wire_dtype(tensor.dtype, peer)
 
 
 class _Native:

@@ -22,9 +22,10 @@ from mxn.train.run.deferred import Add, DeferredWeights
 from mxn.train.run.executor import Executor, StepWork
 from mxn.train.run.gradients import Gradients
 from mxn.train.run.net import StageModule
-from mxn.train.run.optim import AdamW, GradientSums, clip_factor
+from mxn.train.run.optim import AdamW, GradientSums, Key, clip_factor
 from mxn.train.run.placement import Placement
 from mxn.train.run.schedule import learning_rate
+from mxn.train.run.sharded import ShardedAdamW, owner_of
 from mxn.train.run.single import RunSettings, StepLog
 from mxn.train.run.weights import ModelSource
 
@@ -85,7 +86,8 @@ class RankTrainer:
             self.chunks.append(module)
         self.sums = [GradientSums(module) for module in self.chunks]
         self.gradients = Gradients(placement, bridge, self.chunks, self.sums)
-        self.optimizers = [AdamW(module, settings.adam) for module in self.chunks]
+        self._holders = placement.holders()
+        self.optimizers = [self._optimizer(module) for module in self.chunks]
         self.step = 0  # the next one
         bridge.open_channels(list(placement.channels()))
         number = self.place.pipeline
@@ -140,6 +142,8 @@ class RankTrainer:
         scale = share * clip_factor(norm, self.settings.clip_norm)
         for optimizer, sums in zip(self.optimizers, self.sums, strict=True):
             optimizer.step(sums, rate, scale=scale)
+        if self.placement.plan.shards_optimizer:
+            self.gradients.share_weights(self._owns)
         end_s = time.perf_counter()
         log = StepLog(
             step=self.step,
@@ -155,6 +159,20 @@ class RankTrainer:
             flags=said,
             times=times,
             optimizer_s=end_s - told_s,
+        )
+
+    def _owns(self, key: Key) -> bool:
+        return owner_of(self._holders, key[0]) == self.bridge.rank
+
+    def _optimizer(self, module: StageModule) -> AdamW:
+        if not self.placement.plan.shards_optimizer:
+            return AdamW(module, self.settings.adam)
+        return ShardedAdamW(
+            module,
+            self.settings.adam,
+            rank=self.bridge.rank,
+            holders=self._holders,
+            undivided=self.gradients.tied_keys,
         )
 
     def _exchange(
@@ -189,6 +207,7 @@ def _order(placement: Placement, number: int) -> Order:
         len(pipeline.stages),
         len(pipeline.stages[0].chunks),
         pipeline.micro_batches,
+        extra_warmup=pipeline.extra_warmup or 0,
     )
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from mxn.errors import PeerError, UserError
 
 CHUNK_BYTES = 1 << 20
-"""Of a message between makers. Large enough for the link's rate, small enough to overlap a copy."""
+"""Of a message that one side stages. Large enough for the link's rate, small enough to overlap the
+copies; a message from host memory to host memory goes whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,10 +164,13 @@ class Wire:
         timeout_s: float,
         names: list[str],
         limit: Callable[[int], LinkLimit | None] = lambda peer: None,
+        is_plain: Callable[[int], bool] = lambda peer: False,
     ) -> None:
+        """`is_plain`: neither this rank nor the peer stages its messages; both must say the same"""
         self.device = device
         self.counts: dict[int, PeerCount] = {}
-        self._group, self._timeout_s, self._names, self._limit = group, timeout_s, names, limit
+        self._group, self._timeout_s, self._names = group, timeout_s, names
+        self._limit, self._is_plain = limit, is_plain
         self._buckets: dict[int, TokenBucket | None] = {}
         self._workers: dict[str, Worker] = {}
         self._buffers = HostBuffers(device)
@@ -188,7 +192,7 @@ class Wire:
         self.note(to, tensor.numel() * sent_dtype.itemsize, is_sent=True)
         if tensor.device.type == "cpu" and bucket is None:
             host = _bytes(tensor.to(sent_dtype))
-            works = [self._isend(chunk, to, tag) for chunk in _chunks(host)]
+            works = [self._isend(chunk, to, tag) for chunk in self._chunks(host, to)]
             return _Background(self._finish(works, tensor, to, what))
         ready = _record(tensor)
         job = self._worker(f"mxn-send-{to}").submit(
@@ -217,10 +221,12 @@ class Wire:
         self.note(from_, num_bytes, is_sent=False)
         if device.type == "cpu":
             landing = target if sent_dtype == dtype else target.new_empty(shape, dtype=sent_dtype)
-            works = [self._irecv(chunk, from_, tag) for chunk in _chunks(_bytes(landing))]
+            works = [
+                self._irecv(chunk, from_, tag) for chunk in self._chunks(_bytes(landing), from_)
+            ]
             return _Posted(self, works, target, from_, what, landing)
         host = self._buffers.take(num_bytes)
-        works = [self._irecv(chunk, from_, tag) for chunk in _chunks(host)]
+        works = [self._irecv(chunk, from_, tag) for chunk in self._chunks(host, from_)]
         ready = _record(target)
         job = self._worker(f"mxn-receive-{from_}-{lane}").submit(
             lambda: self._land(works, host, target, sent_dtype, ready, from_, what)
@@ -271,6 +277,9 @@ class Wire:
     def _irecv(self, host: Tensor, from_: int, tag: int) -> Any:
         with self._post:
             return self._group.recv([host], from_, tag)
+
+    def _chunks(self, host: Tensor, peer: int) -> tuple[Tensor, ...]:
+        return (host,) if self._is_plain(peer) and host.numel() else _chunks(host)
 
     def _bucket(self, peer: int) -> TokenBucket | None:
         if peer not in self._buckets:

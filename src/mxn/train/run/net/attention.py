@@ -42,20 +42,31 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, context: Context
 ) -> Tensor:
     """Shapes: q [R, N, T, H], k [R, G, T, H], v [R, G, T, J]; result [R, N, T, J]."""
-    groups = k.shape[1]
+    shares = q.shape[1] // k.shape[1]
+    if shares > 1 and not _fused_kernel_shares_heads(q, mask, spec):
+        k, v = (t.repeat_interleave(shares, dim=1) for t in (k, v))
     if spec.softcap is None:
         return nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.scale,
-            enable_gqa=groups != q.shape[1],
+            enable_gqa=k.shape[1] != q.shape[1],
         )  # fmt: skip
-    if groups != q.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // groups, dim=1) for t in (k, v))
     scores = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
     scores = torch.tanh(scores / spec.softcap) * spec.softcap
     if mask is None:
         mask = context.mask(spec.window)
     scores = scores.masked_fill(~mask, float("-inf"))
     return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(q.dtype), v)
+
+
+def _fused_kernel_shares_heads(q: Tensor, mask: Tensor | None, spec: AttentionSpec) -> bool:
+    """Whether torch has a kernel here that lets heads share keys and keeps no T × T matrix.
+
+    On GPUs that is flash attention, which takes neither masks nor float32; the next best kernel
+    wants as many keys as queries.
+    """
+    if spec.softcap is not None:
+        return False
+    return q.device.type == "cpu" or (mask is None and q.dtype != torch.float32)
 
 
 class GroupedAttention(Attention):

@@ -1,4 +1,4 @@
-"""Carries out what `decide.py` decides: the thin shell with processes, files, signals and the clock.
+"""Carries out what `decide.py` decides: the thin shell with processes, files, signals, the clock.
 
 Planner, gate, launcher and probe are handed in, so that it knows no planner and no devices. Start
 at `Supervisor.run`. One supervisor holds a job's folder at a time.
@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,10 +158,8 @@ class Supervisor:
                     self.say(text)
 
     def say(self, text: str) -> None:
-        log.warning("%s", text)
         self.said.append(text)
-        if self._on_say:
-            self._on_say(text)
+        (self._on_say or log.warning)(text)
 
     def _plan(self, groups: tuple[str, ...]) -> w.Event:
         self._write_status()
@@ -188,8 +187,13 @@ class Supervisor:
         assert self.plan is not None
         # Broken ones: passed over only where the job says so, also in the middle of a run.
         chosen = "intact" if self.job.checkpoint.resume == "intact" else "newest"
-        stored = find(self._checkpoints, chosen)
+        try:
+            stored = find(self._checkpoints, chosen)
+        except UserError as error:
+            self._events.append(w.RankDied(None, str(error), is_users=True))
+            return
         step = stored.manifest.position.step if stored else None
+        self.state = replace(self.state, checkpoint_step=-1 if step is None else step)
         log_folder = self.out / "log" / f"launch-{number}"
         log_folder.mkdir(parents=True, exist_ok=True)
         self._first_death_s = None
@@ -220,9 +224,8 @@ class Supervisor:
         if self.ranks is not None:
             self._watch(self.ranks)
         self._probe_dropped()
-        if self.state.phase == "backing_off":
+        if self.state.phase == "backing_off" and time.monotonic() >= self.state.resume_at_s:
             self._events.append(w.Tick())
-            time.sleep(_POLL_S)
 
     def _hear(self) -> None:
         assert self._asked is not None
@@ -251,10 +254,10 @@ class Supervisor:
             self._events.append(w.RankDied(None, text))
 
     def _is_stalled(self) -> bool:
-        path = metrics_path(self.job)
-        changed = path.stat().st_mtime if path.is_file() else 0.0
-        before, seen = self._sign_of_life
-        if changed != before:
+        logs = (self.out / "log" / f"launch-{self.state.launch}").glob("*")
+        paths = [metrics_path(self.job), *logs]
+        changed = max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+        if changed != self._sign_of_life[0]:
             self._sign_of_life = (changed, time.monotonic())
         return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
 

@@ -1,0 +1,176 @@
+"""A job on many ranks is the job on one device: the same losses, the same weights on all holders.
+
+The differences allowed are those of float32 sums in another order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from mxn.chips.sim.testing import skip_reason
+from mxn.train.plan.plan import TrainPlan
+from support import parity_cases
+from support.parity_cases import plan_of
+from support.ranks import run_ranks
+
+STEPS = 20
+CASE = "support.parity_cases:train"
+LOSS_NOISE = 2e-5  # relative, after 20 steps; doubling the batch's order gives as much
+WHOLE = [(0, 6)]
+
+needs_sim = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
+
+PLANS = {
+    "two uneven stages": plan_of((8, [[(0, 2)], [(2, 6)]])),
+    "three uneven stages": plan_of((8, [[(0, 1)], [(1, 5)], [(5, 6)]])),
+    "gpipe": plan_of((8, [[(0, 4)], [(4, 6)]]), schedule="gpipe"),
+    "data-parallel 5:2:1": plan_of((5, [WHOLE]), (2, [WHOLE]), (1, [WHOLE])),
+    "pipelines cut differently": plan_of((5, [[(0, 2)], [(2, 6)]]), (3, [[(0, 5)], [(5, 6)]])),
+    "a pipeline beside a single": plan_of((3, [[(0, 3)], [(3, 6)]]), (5, [WHOLE])),
+    "interleaved": plan_of((8, [[(0, 2), (3, 4)], [(2, 3), (4, 6)]]), schedule="interleaved"),
+    "zero-bubble": plan_of((8, [[(0, 2)], [(2, 4)], [(4, 6)]]), schedule="zero-bubble"),
+    "zero-bubble with chunks beside another": plan_of(
+        (6, [[(0, 2), (3, 4)], [(2, 3), (4, 6)]]),
+        (2, [[(0, 3), (3, 6)]]),
+        schedule="zero-bubble",
+    ),
+    "recompute full": plan_of((8, [[(0, 3)], [(3, 6)]]), recompute="full"),
+    "recompute selective": plan_of((8, [[(0, 3)], [(3, 6)]]), recompute="selective"),
+    "recompute full, zero-bubble": plan_of(
+        (8, [[(0, 3)], [(3, 6)]]), recompute="full", schedule="zero-bubble"
+    ),
+}
+
+
+@cache
+def reference(steps: int, micro_batches: int, lora: bool = False) -> dict[str, Any]:
+    return parity_cases.single(steps, micro_batches, **({"lora": True} if lora else {}))
+
+
+@cache
+def model() -> str:
+    return str(parity_cases.small_model())
+
+
+def run(plan: TrainPlan, steps: int = STEPS, devices: list[str] | None = None, **more: Any):
+    options = more.pop("options", None)
+    islands = more.pop("islands", None)
+    return run_ranks(
+        CASE,
+        devices or ["cpu"] * plan.num_devices,
+        {"plan": plan.to_json(), "steps": steps, "model": model(), **more},
+        options=options,
+        islands=islands,
+    )
+
+
+def check(ranks: list[dict[str, Any]], want: dict[str, Any], noise: float = LOSS_NOISE) -> None:
+    for rank in ranks:
+        assert rank["loss"] == ranks[0]["loss"]
+        assert rank["norm"] == ranks[0]["norm"]
+        assert rank["loss"] == pytest.approx(want["loss"], rel=noise)
+        assert rank["norm"] == pytest.approx(want["norm"], rel=100 * noise)
+    assert want["loss"][-1] < want["loss"][0] - 0.5  # it learns, or equal would mean little
+    seen: dict[str, str] = {}
+    for rank in ranks:
+        for name, digest in rank["digests"].items():
+            assert seen.setdefault(name, digest) == digest, f"{name} differs between its holders"
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_trains_as_one_device_does(name):
+    check(run(PLANS[name]), reference(STEPS, 8))
+
+
+def test_tied_copies_stay_equal():
+    ranks = run(PLANS["three uneven stages"], steps=5)
+    digests = {name: digest for rank in ranks for name, digest in rank["digests"].items()}
+    copies = [digest for name, digest in digests.items() if "embed" in name or "lm_head" in name]
+    assert len(copies) == 2
+    assert copies[0] == copies[1]
+
+
+def test_lora_trains_as_on_one_device():
+    plan = plan_of((5, [[(0, 1)], [(1, 6)]]), (3, [WHOLE]))
+    ranks = run(plan, lora=True)
+    want = reference(STEPS, 8, lora=True)
+    for rank in ranks:
+        assert rank["loss"] == pytest.approx(want["loss"], rel=LOSS_NOISE)
+
+
+@needs_sim
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("data-parallel 5:2:1", {}),
+        ("pipelines cut differently", {}),
+        ("a pipeline beside a single", {"wire_dtype": "bfloat16"}),
+    ],
+)
+def test_divided_optimizer_state_changes_nothing_but_memory(name, options):
+    plan = PLANS[name]
+    devices = ["cpu", "sim:0", "cpu", "sim:1"][: plan.num_devices]
+    whole = run(plan, devices=devices, options=options)
+    divided = run(replace(plan, shards_optimizer=True), devices=devices, options=options)
+    check(divided, reference(STEPS, 8), noise=5e-3 if options else LOSS_NOISE)
+    assert [rank["loss"] for rank in divided] == [rank["loss"] for rank in whole]
+    assert sum(rank["slots"] for rank in divided) < 0.8 * sum(rank["slots"] for rank in whole)
+
+
+@needs_sim
+@pytest.mark.parametrize(
+    "name",
+    ["two uneven stages", "data-parallel 5:2:1", "a pipeline beside a single", "zero-bubble"],
+)
+def test_two_makers_train_as_one_device_does(name):
+    devices = ["cpu", "sim:0", "cpu"][: PLANS[name].num_devices]
+    check(run(PLANS[name], devices=devices), reference(STEPS, 8))
+
+
+@needs_sim
+def test_two_runs_of_two_makers_have_the_same_bits():
+    plan, devices = PLANS["pipelines cut differently"], ["cpu", "sim:0", "sim:0", "cpu"]
+    first, again = (run(plan, steps=4, devices=devices) for _ in range(2))
+    assert [rank["digests"] for rank in first] == [rank["digests"] for rank in again]
+    assert first[0]["loss"] == again[0]["loss"]
+
+
+@needs_sim
+def test_bf16_between_makers_stays_near_and_in_step_and_halves_the_bytes():
+    plan, devices = PLANS["a pipeline beside a single"], ["cpu", "sim:0", "sim:0"]
+    wide = run(plan, devices=devices)
+    ranks = run(plan, devices=devices, options={"wire_dtype": "bfloat16"})
+    want = reference(STEPS, 8)
+    assert ranks[0]["loss"] == pytest.approx(want["loss"], rel=5e-3)
+    assert ranks[0]["loss"] != want["loss"]
+    check(ranks, want, noise=5e-3)
+    assert ranks[0]["sent_bytes"]["1"] == wide[0]["sent_bytes"]["1"] / 2
+
+
+def test_stages_of_different_dtypes_train_together():
+    plan = PLANS["three uneven stages"]
+    ranks = run(plan, dtypes=["float32", "bfloat16", "float32"])
+    want = reference(STEPS, 8)
+    assert ranks[0]["loss"] == pytest.approx(want["loss"], rel=2e-2)
+    assert ranks[0]["loss"][-1] < ranks[0]["loss"][0] - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["two uneven stages", "data-parallel 5:2:1", "pipelines cut differently"]
+)
+def test_two_hundred_steps_stay_together(name):
+    plan = PLANS[name]
+    check(run(plan, steps=200), reference(200, 8), noise=1e-3)
+
+
+@needs_sim
+@pytest.mark.slow
+def test_two_hundred_steps_of_two_makers_stay_together():
+    devices = ["cpu", "sim:0", "cpu"]
+    plan = PLANS["a pipeline beside a single"]
+    check(run(plan, steps=200, devices=devices), reference(200, 8), noise=1e-3)

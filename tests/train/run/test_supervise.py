@@ -1,0 +1,286 @@
+"""A supervisor with real processes: they are killed, stopped, restarted and dropped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mxn.errors import CapacityError, UserError
+from mxn.train.run.control import ask
+from mxn.train.run.job import CheckpointSettings, FaultSettings, Job
+from mxn.train.run.job_file import read_job
+from mxn.train.run.supervise import status
+from mxn.train.run.supervise.ranks import Death, Launching, culprit
+from mxn.train.run.supervise.shell import GateError, SpeedError, Supervisor
+from mxn.train.run.track import read_metrics
+from support import one_rank
+from support.one_rank import Kill
+
+TEXT = Path(__file__).parents[3] / "recipes" / "data" / "tinyshakespeare.txt"
+NUM_LAYERS = 6
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(TEXT.read_text()[:20_000])
+    return path
+
+
+@pytest.fixture
+def job(tmp_path, data):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"""
+model: mxn-shakespeare-llama
+data: {{files: {data}}}
+seq_tokens: 16
+micro_batch: 1
+global_batch: 2
+steps: {STEPS}
+devices: [{{name: a, device: cpu}}, {{name: b, device: cpu}}]
+checkpoint: {{every_steps: 3}}
+faults: {{backoff_s: 0.01, stall_s: 60, grow_every_s: 0.1, max_restarts: 5}}
+seed: 3
+""")
+    return read_job(path, out=tmp_path / "out")
+
+
+class OneRank:
+    """The `Ranks` of a launch with one process."""
+
+    def __init__(self, launching: Launching, kill: Kill | None) -> None:
+        self.group = launching.plan.pipelines[0].stages[0].group
+        self.resume_step = launching.resume_step
+        self.process = one_rank.start(
+            launching.job, launching.launch, launching.resume_step,
+            launching.log_folder / "rank-0.log", kill,
+        )  # fmt: skip
+
+    def deaths(self) -> list[Death]:
+        code = self.process.exitcode
+        return [Death(rank=0, group=self.group, code=code)] if code else []
+
+    def have_ended(self) -> bool:
+        return self.process.exitcode is not None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+class Harness:
+    """A supervisor whose planner puts everything on the first group that is left."""
+
+    def __init__(self, job: Job, kill: Kill | None = None, **parts) -> None:
+        self.launches: list[OneRank] = []
+        self.plans: list[tuple[str, ...]] = []
+
+        def make_plan(job, groups):
+            self.plans.append(groups)
+            return one_rank.one_stage_plan(job, NUM_LAYERS, groups[0])
+
+        def launch(launching):
+            self.launches.append(OneRank(launching, kill))
+            return self.launches[-1]
+
+        collaborators = {"make_plan": make_plan, "run_gate": lambda job, plan: None,
+                         "launch": launch} | parts  # fmt: skip
+        self.supervisor = Supervisor(job, ("a", "b"), **collaborators)
+        self.out = Path(job.out)
+
+    def run(self):
+        return self.supervisor.run()
+
+    def losses(self) -> list[float]:
+        rows = read_metrics(self.out / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(len(rows)))
+        return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """Filled by the first test that asks for the losses of a job that nothing happens to."""
+    return {}
+
+
+def run_undisturbed(job: Job, cache: dict) -> list[float]:
+    if "losses" not in cache:
+        calm = Harness(replace(job, out=job.out + "-calm", checkpoint=CheckpointSettings(
+            folder=job.out + "-calm/checkpoints", every_steps=None)))  # fmt: skip
+        assert calm.run().phase == "done"
+        cache["losses"] = calm.losses()
+        assert len(cache["losses"]) == STEPS
+    return cache["losses"]
+
+
+def test_killed_behind_any_step_the_losses_are_those_of_the_undisturbed_run(job, undisturbed):
+    wanted = run_undisturbed(job, undisturbed)
+    harness = Harness(job, Kill(1, 4))
+    state = harness.run()
+    assert (state.phase, state.launch, state.restarts) == ("done", 2, 0)
+    assert harness.launches[1].resume_step == 3  # one step is lost, which came behind it
+    assert harness.losses() == wanted  # bit for bit
+    assert "killed by signal 9" in harness.supervisor.said[0]
+
+
+def test_killed_before_the_first_checkpoint_it_begins_again(job, undisturbed):
+    harness = Harness(job, Kill(1, 0))
+    assert harness.run().phase == "done"
+    assert harness.launches[1].resume_step is None
+    assert harness.losses() == run_undisturbed(job, undisturbed)
+
+
+def test_a_group_that_dies_again_and_again_is_dropped(job, undisturbed):
+    job = replace(job, faults=replace(job.faults, drop_after=1, grow=False))
+    harness = Harness(job, Kill(1, 4))
+    state = harness.run()
+    assert state.phase == "done"
+    assert list(state.dropped) == ["a"]
+    assert harness.plans == [("a", "b"), ("b",)]
+    assert harness.losses() == run_undisturbed(job, undisturbed)
+    told = status.read(harness.out)
+    assert (told.phase, told.groups) == ("done", ("b",))
+    assert "killed by signal 9" in told.dropped["a"]
+    assert told.last["step"] == STEPS - 1
+    assert not told.is_alive
+
+
+class Fine:
+    def answer(self) -> bool:
+        return True
+
+
+def test_a_dropped_group_comes_back_when_it_answers(job, undisturbed):
+    job = replace(job, steps=40, faults=replace(job.faults, drop_after=1))
+    harness = Harness(job, Kill(1, 4), start_probe=lambda job, group: Fine())
+    state = harness.run()
+    assert state.phase == "done"
+    assert harness.plans == [("a", "b"), ("b",), ("a", "b")]
+    assert state.dropped == {}
+    assert len(harness.losses()) == 40
+
+
+def test_a_user_drops_a_group_and_takes_it_back(job):
+    job = replace(job, steps=4000)
+    harness = Harness(job)
+    thread = threading.Thread(target=harness.run)
+    thread.start()
+    try:
+        wait_for(lambda: read_metrics(harness.out / "metrics.jsonl"))
+        ask(harness.out, "drop", "a")
+        wait_for(lambda: len(harness.launches) == 2)
+        ask(harness.out, "grow", "a")
+        wait_for(lambda: len(harness.launches) == 3)
+        assert harness.launches[2].resume_step > 0
+        ask(harness.out, "stop")
+    finally:
+        thread.join(60)
+    assert harness.plans == [("a", "b"), ("b",), ("a", "b")]
+    assert harness.supervisor.state.phase == "stopped"
+    stopped_at = harness.supervisor.state.checkpoint_step
+    assert len(harness.losses()) == stopped_at  # nothing that was learnt is lost
+
+
+def test_ctrl_c_writes_a_last_checkpoint(job):
+    job = replace(job, steps=4000, checkpoint=replace(job.checkpoint, every_steps=None))
+    harness = Harness(job)
+
+    def press() -> None:
+        wait_for(lambda: len(read_metrics(harness.out / "metrics.jsonl")) > 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    state = harness.run()
+    thread.join()
+    assert state.phase == "stopped"
+    assert state.checkpoint_step == len(harness.losses()) > 2
+    again = Harness(replace(job, steps=state.checkpoint_step + 1))
+    assert again.run().phase == "done"
+    assert again.launches[0].resume_step == state.checkpoint_step
+
+
+def test_a_second_supervisor_stays_out(job):
+    harness = Harness(job)
+    with harness.supervisor._held(), pytest.raises(UserError, match="another `mxn train run`"):
+        Harness(job).run()
+
+
+def test_another_job_does_not_go_on_in_the_folder(job):
+    Harness(job).run()
+    state = Harness(replace(job, seed=4, steps=STEPS + 1)).run()
+    assert state.phase == "failed"
+    assert "seed: 3 then, 4 now" in state.reason
+
+
+def test_a_broken_checkpoint_stops_the_job_and_says_which_file(job):
+    Harness(job).run()
+    path = next((Path(job.checkpoint.folder) / f"step-{STEPS:08d}").glob("layer-00002*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=path.name):
+        Harness(replace(job, steps=STEPS + 1)).run()
+    intact = replace(job, steps=STEPS + 1, checkpoint=replace(job.checkpoint, resume="intact"))
+    harness = Harness(intact)
+    assert harness.run().phase == "done"
+    assert harness.launches[0].resume_step == 6
+
+
+def test_a_rank_that_hangs_is_stopped(job):
+    job = replace(job, faults=FaultSettings(stall_s=0.02, max_restarts=0))
+    state = Harness(job).run()  # it takes longer than that to begin
+    assert state.phase == "failed"
+    assert "no other sign of life" in state.reason
+
+
+def test_the_gate_may_refuse_and_nothing_is_started(job):
+    def refuse(job, plan):
+        raise GateError("operator silu on sim:0: RMS ratio 3e-1 over 6e-3")
+
+    harness = Harness(job, run_gate=refuse)
+    state = harness.run()
+    assert (state.phase, harness.launches) == ("failed", [])
+    assert "silu" in state.reason
+
+
+def test_a_chip_that_lies_is_planned_for_again(job):
+    seen = []
+
+    def measure(job, plan):
+        seen.append(plan)
+        if len(seen) == 1:
+            raise SpeedError("chip x takes 3 times as long as its profile says", chip="x")
+
+    harness = Harness(replace(job, steps=1), run_gate=measure)
+    assert harness.run().phase == "done"
+    assert len(harness.plans) == 2
+    assert "planning again" in harness.supervisor.said[0]
+
+
+def test_no_room_is_said(job):
+    def refuse(job, groups):
+        raise CapacityError("needs 3 GiB, device cpu has 2 GiB")
+
+    assert "needs 3 GiB" in Harness(job, make_plan=refuse).run().reason
+
+
+def test_blame_goes_to_who_went_first():
+    from mxn.train.run.control import LastWords
+
+    lost = LastWords(kind="peer", message="lost rank 1")
+    deaths = [Death(rank=0, group="a", code=1, words=lost), Death(rank=1, group="b", code=-9)]
+    assert culprit(deaths).group == "b"
+    assert culprit(deaths[:1]).group is None
+
+
+def wait_for(condition, timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
