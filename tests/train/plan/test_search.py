@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,3 +230,21 @@ def test_a_thousand_devices_of_six_chips_are_planned_in_seconds():
     assert time.process_time() - began < 30
     assert found.best.prediction.fits
     assert found.best.plan.num_devices > 900
+
+
+def test_experts_are_shared_out_over_pipelines_where_one_cannot_hold_them():
+    """A model whose experts are most of its weights, in devices that hold a quarter of it."""
+    shape = model(4)
+    moe = replace(
+        shape.layers[1], kind="block.moe", params=40_000, active_params=4_000, routed_to=2
+    )
+    shape = replace(shape, layers=(shape.layers[0], *[moe] * 4, shape.layers[-1]))
+    profiles = {"a": chip("a", 1.0, shape)}
+    limits = Limits(schedules=("1f1b",), may_shard_optimizer=False)
+    cluster = pool({"a": 8}, memory=230_000)
+    found = find(shape, 32, cluster, profiles, limits)
+    assert found.best.plan.expert_parallel > 1
+    assert found.best.prediction.fits
+    without = find(shape, 32, cluster, profiles, replace(limits, max_expert_parallel=1))
+    assert without.best.plan.expert_parallel == 1
+    assert found.best.prediction.iteration_s < without.best.prediction.iteration_s

@@ -20,10 +20,14 @@ def plan_of(
 ) -> TrainPlan | None:
     """Return the draft as a plan over `rows` rows per step.
 
-    None when a stage has too few layers for the chunks of the draft's schedule.
+    None when a stage has too few layers for the chunks of the draft's schedule, or pipelines were
+    left out that should share experts.
     """
     working = _with_shares(draft, rows // draft.micro_batch)
-    tables = book.at(draft.micro_batch, len(working) if draft.shards_optimizer else 1)
+    if len(working) % draft.experts:
+        return None
+    shards = len(working) if draft.shards_optimizer else 1
+    tables = book.at(draft.micro_batch, shards, draft.experts)
     shape = book.job.shape
     plan = TrainPlan(
         model=shape.name,
@@ -32,6 +36,7 @@ def plan_of(
         micro_batch=draft.micro_batch,
         pipelines=_placed(tables, working, by_stage, draft.style),
         shards_optimizer=draft.shards_optimizer and len(working) > 1,
+        expert_parallel=draft.experts,
     )
     return with_schedule(plan, draft.style)
 

@@ -88,9 +88,10 @@ class Judge:
         if not self._limits.num_simulated:
             return list(allowed)
         for number, candidate in enumerate(allowed):
-            best = min((c.prediction.iteration_s for c in found), default=float("inf"))
-            enough = number >= self._limits.num_simulated
-            if enough and (candidate.prediction.iteration_s >= best or number >= _MOST_SIMULATED):
+            fits = [c.prediction.iteration_s for c in found if c.prediction.fits]
+            enough = number >= self._limits.num_simulated and fits
+            hopeless = fits and candidate.prediction.iteration_s >= min(fits)
+            if enough and (hopeless or number >= _MOST_SIMULATED):
                 break
             found.append(self._simulate(candidate))
         fits = [c for c in found if c.prediction.fits]
