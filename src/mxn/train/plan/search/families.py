@@ -60,17 +60,25 @@ class Rough:
     def exact(self, ways_of: WaysOf, styles: Sequence[Style]) -> list[Draft]:
         """Cut these pipelines for each schedule, with as much memory as that one leaves.
 
+        Once as if stages waited for what they hand over, once as if it were hidden: the truth
+        depends on how many micro-batches are under way, and the judge knows.
+
         With as many optimizer shards as there are pipelines, if it has any.
         """
         num = sum(num for _, num in self.sets)
         ways = ways_of(num if self.ways.tables.shards > 1 else 1, self.ways.tables.experts)
-        drafts = (self._cut(ways, style, ways.micro_batches // num) for style in styles)
-        return [draft for draft in drafts if draft]
+        drafts = {
+            (draft.lines, style): draft
+            for style in styles
+            for waits in (True, False)
+            if (draft := self._cut(ways, style, max(ways.micro_batches // num, 1), waits))
+        }
+        return list(drafts.values())
 
-    def _cut(self, ways: Ways, style: Style, micro_batches: int) -> Draft | None:
+    def _cut(self, ways: Ways, style: Style, micro_batches: int, waits: bool) -> Draft | None:
         crossing, fill = len(self.sets) > 1, style.fill
         found = [
-            (ways.exact(way.row, style, max(micro_batches, 1), crossing=crossing), num)
+            (ways.exact(way.row, style, micro_batches, crossing=crossing, waits=waits), num)
             for way, num in self.sets
         ]
         cuts = [(of, num) for of, num in found if of]
