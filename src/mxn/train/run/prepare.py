@@ -121,6 +121,7 @@ def limits_of(job: Job) -> Limits:
         recompute=(plan.recompute,) if plan.recompute else free.recompute,
         max_stages=plan.max_depth,
         may_shard_optimizer=False,
+        max_expert_parallel=1,
     )
 
 
