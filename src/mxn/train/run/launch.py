@@ -143,12 +143,11 @@ class LocalRanks:
     def _start(self, spec: RankSpec, group: DeviceSettings) -> None:
         path = Path(self._folder.name) / f"rank-{spec.rank}.json"
         path.write_text(spec.to_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "mxn.train.run.rank", str(path)]
         share = None
         if group.cpu_share is not None:
             share = CpuShare.create(group.cpu_share, f"rank-{spec.rank}")
             self._shares.append(share)
-        process = start_process(command, log_path(self.logs, spec.rank), group)
+        process = start_process(rank_command(path), log_path(self.logs, spec.rank), group)
         self._processes.append(process)
         if share is not None:
             share.take_in(process.pid)
@@ -237,6 +236,10 @@ def start_process(
             stderr=out,
             start_new_session=True,
         )
+
+
+def rank_command(spec_file: Path) -> list[str]:
+    return [sys.executable, "-m", "mxn.train.run.rank", str(spec_file)]
 
 
 def log_path(folder: Path, rank: int) -> Path:
