@@ -139,6 +139,7 @@ def limits_of(job: Job) -> Limits:
         schedules=(plan.schedule,) if plan.schedule else free.schedules,
         recompute=(plan.recompute,) if plan.recompute else free.recompute,
         max_stages=plan.max_depth,
+        max_expert_parallel=1,
     )
 
 
