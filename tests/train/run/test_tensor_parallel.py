@@ -19,7 +19,7 @@ from support.launches import group, on_one_device, small_job
 from support.parity_cases import plan_of
 from support.ranks import run_ranks
 
-STEPS = 5
+STEPS = 8
 MICRO_BATCHES = 3
 LOSS_NOISE = 2e-5
 WHOLE = [(0, 6)]
@@ -74,8 +74,9 @@ def check(ranks: list[dict[str, Any]], want: dict[str, Any], noise: float = LOSS
 
 
 def test_the_reference_learns():
+    """Otherwise equal losses would mean little."""
     losses = reference(STEPS, MICRO_BATCHES)["loss"]
-    assert abs(losses[0] - losses[-1]) > 1000 * LOSS_NOISE * losses[0]
+    assert losses[0] - losses[-1] > 100 * LOSS_NOISE * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +159,6 @@ def test_a_team_over_two_makers_is_refused_by_name():
         run_ranks(
             "support.parity_cases:train",
             ["cpu", "cpu"],
-            {"plan": PLANS["one stage of two"].to_json(), "steps": 1, "model": model()},
+            {"plan": PLANS["one stage of two"].to_json(), "steps": 4, "model": model()},
             islands=["a", "b"],
         )
