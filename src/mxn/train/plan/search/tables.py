@@ -106,10 +106,11 @@ class Tables:
 
     def recompute(self, kind: Kind, in_flight: float, first: int, end: int) -> Recompute:
         """Return the cheapest recomputation under which these layers fit."""
-        options = {
-            how: self._fitting(kind, how, in_flight)[first, end] for how in self.job.recompute
-        }
-        return min(options, key=lambda how: options[how])
+
+        def seconds(how: Recompute) -> float:
+            return float(self._fitting(kind, how, in_flight)[first, end])
+
+        return min(self.job.recompute, key=seconds)
 
     def bytes(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         """Return the bytes on one device."""
