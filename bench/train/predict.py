@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from mxn.train.plan.sets.published import CASES, Published
 from mxn.train.plan.sets.sailor import SAILOR_MEMORY, SailorCase
 
 Row = dict[str, Any]
+VTRAIN_COLUMNS = "hidden blocks tp dp pp micro_batch micro_batches measured_s profiles_s roofline_s"
 
 
 def main() -> None:
@@ -92,8 +93,31 @@ def sailor_part() -> Row:
         "derived GPT-Neo profiles": _scores(
             [_sailor_row(c, sailor_seconds(c, tuning)) for c in apart if "26 layers" not in c.fault]
         ),
+        "choices": _sailor_choices(
+            sailor_cases(), [sailor_seconds(case, tuning) for case in sailor_cases()]
+        ),
         "memory": _memory_scores(valid),
     }
+
+
+def _sailor_choices(rows: Sequence[SailorCase], predicted: Sequence[float]) -> Row:
+    """Return the regret of choosing among plans for the same nodes, model and batch."""
+    groups: dict[tuple[str, str, int], list[int]] = {}
+    for at, case in enumerate(rows):
+        batch = case.plan.micro_batches * case.plan.micro_batch
+        groups.setdefault((case.name.rpartition("/")[0], case.shape.name, batch), []).append(at)
+    return _regrets(groups.values(), predicted, [case.measured_s for case in rows])
+
+
+def _regrets(
+    groups: Iterable[Sequence[int]], predicted: Sequence[float], measured: Sequence[float]
+) -> Row:
+    found = [
+        regret([predicted[at] for at in group], [measured[at] for at in group])
+        for group in groups
+        if len(group) > 1
+    ]
+    return {"choices": len(found), "mean_regret": sum(found) / len(found), "worst": max(found)}
 
 
 def _sailor_row(case: SailorCase, seconds: float) -> Row:
@@ -135,19 +159,11 @@ def vtrain_part() -> Row:
     result: Row = {
         "is_composed": vtrain.is_composed(rows),
         "split": f"fitted on {FIT_BLOCKS} blocks, tested on 20 and 24",
+        "columns": VTRAIN_COLUMNS,
         "rows": [
-            {
-                "hidden": case.hidden,
-                "blocks": case.num_blocks,
-                "tp": case.tp,
-                "dp": case.dp,
-                "pp": case.pp,
-                "micro_batch": case.plan.micro_batch,
-                "micro_batches": case.plan.pipelines[0].micro_batches,
-                "measured_s": case.measured_s,
-                "profiles_s": round(a, 6),
-                "roofline_s": round(b, 6),
-            }
+            f"{case.hidden} {case.num_blocks} {case.tp} {case.dp} {case.pp} "
+            f"{case.plan.micro_batch} {case.plan.pipelines[0].micro_batches} "
+            f"{case.measured_s:.5f} {a:.5f} {b:.5f}"
             for case, a, b in zip(rows, by_profile, by_roofline, strict=True)
         ],
     }
@@ -170,12 +186,7 @@ def _choices(rows: Sequence[vtrain.VtrainCase], predicted: Sequence[float]) -> R
         batch = case.plan.micro_batches * case.plan.micro_batch
         key = (case.hidden, case.num_blocks, case.tp * case.dp * case.pp, batch)
         groups.setdefault(key, []).append(at)
-    found = [
-        regret([predicted[at] for at in group], [rows[at].measured_s for at in group])
-        for group in groups.values()
-        if len(group) > 1
-    ]
-    return {"choices": len(found), "mean_regret": sum(found) / len(found), "worst": max(found)}
+    return _regrets(groups.values(), predicted, [case.measured_s for case in rows])
 
 
 def published_part() -> Row:
@@ -219,29 +230,41 @@ def _scores(rows: Sequence[Row]) -> Row:
 
 def show(result: Row, all_rows: bool) -> None:
     sailor, runs, published = result["sailor"], result["vtrain"], result["published"]
-    print(f"Sailor, measured plans; one constant: {sailor['flow_bytes_per_s'] / 1e9:.2f} GB/s flow")
+    print("Sailor, measured plans")
+    _show_fit("one constant", "sailor")
     _show_rows(sailor["rows"])
     _show_scores(sailor)
+    _show_choices("plans for the same nodes", sailor["choices"])
     print("\nnot scored")
     _show_rows(sailor["rows_not_scored"])
     for name, found in sailor["memory"].items():
         print(f"  memory, {name}: MAPE {found['mape']:.1%}, worst {found['worst']:.1%}")
     print(f"\nvTrain, 1,440 runs; {runs['split']}")
+    _show_fit("profiles", "vtrain-profiles")
+    _show_fit("roofline", "roofline")
     if runs["is_composed"]:
         print("  times are exactly linear in micro-batches: composed, not measured one by one")
     _show_scores(runs)
     for name in ("profiles", "roofline"):
-        found = runs[f"{name}, choice of parallelism"]
-        print(
-            f"  {name}: {found['choices']} choices of parallelism, mean regret "
-            f"{found['mean_regret']:.2%}, worst {found['worst']:.1%}"
-        )
+        _show_choices(f"{name}, parallelism", runs[f"{name}, choice of parallelism"])
     if all_rows:
+        print("  " + runs["columns"])
         for row in runs["rows"]:
-            print("  " + " ".join(f"{key}={value}" for key, value in row.items()))
+            print("  " + row)
     print("\npublished homogeneous runs, profiles derived from data sheets")
     _show_rows(published["rows"])
     _show_scores(published)
+
+
+def _show_fit(title: str, name: str) -> None:
+    fit = fits.load(name)
+    fitted_on = fit["fitted_on"]
+    if isinstance(fitted_on, list):
+        fitted_on = f"{len(fitted_on)} rows: {', '.join(map(str, fitted_on))}"
+    values = fit.get("constants")
+    if values is None:
+        values = f"{len(fit['profiles'])} of {len(fit['values_s'])} times each"
+    print(f"  {title}: {values}; fitted on {fitted_on}; tested on {fit['tested_on']}")
 
 
 def _show_rows(rows: Sequence[Row]) -> None:
@@ -254,6 +277,13 @@ def _show_rows(rows: Sequence[Row]) -> None:
             f"  {row['name']:36s} {row['measured_s']:9.3f}s {row['predicted_s']:9.3f}s "
             f"{row['error']:+8.1%}  {row['note']}"
         )
+
+
+def _show_choices(name: str, found: Row) -> None:
+    print(
+        f"  {name}: {found['choices']} choices, mean regret of the best predicted "
+        f"{found['mean_regret']:.2%}, worst {found['worst']:.1%}"
+    )
 
 
 def _show_scores(part: Row) -> None:

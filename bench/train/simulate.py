@@ -21,13 +21,14 @@ from typing import Any
 
 from mxn.train.plan.automatic import best_order
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
-from mxn.train.plan.events import Hop, PipelineTimes, simulate
+from mxn.train.plan.events import simulate
+from mxn.train.plan.picture import plan_svg
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.schedules import order
 from mxn.train.plan.shape import LayerShape, ModelShape
 from mxn.train.plan.simulate import Simulation, simulate_plan
-from mxn.train.plan.timeline_svg import svg
+from mxn.train.plan.times import Hop, PipelineTimes
 
 _BLOCKS = 80
 _SEQ = 4096
@@ -47,7 +48,8 @@ def main() -> None:
     for name, actions, run in cases():
         run()  # warm-up: orders are kept between runs, as a planner would
         seconds = [cpu_s(run) for _ in range(options.repeats)]
-        low, _, middle, _, high = statistics.quantiles(seconds, n=6)
+        cuts = statistics.quantiles(seconds, n=10)
+        low, middle, high = cuts[1], cuts[4], cuts[7]
         metrics[name] = {
             "p20": round(low, 4), "p50": round(middle, 4), "p80": round(high, 4), "unit": "s",
             "actions": actions,
@@ -111,7 +113,7 @@ def cases() -> list[tuple[str, int, Callable[[], object]]]:
             0,
             lambda: best_order(small, 64, [24] * 16, splits_weights=True),
         ),
-        ("picture of 2 pipelines of 10 stages", 0, lambda: svg(drawn.lanes(), title="drawn")),
+        ("picture of 2 pipelines of 10 stages", 0, lambda: plan_svg(drawn)),
     ]
 
 

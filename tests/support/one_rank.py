@@ -45,6 +45,9 @@ def start(
     job: Job, launch: int, resume: int | None, log: Path, kill: Kill | None
 ) -> multiprocessing.Process:
     """Return the running process. `exitcode` is below 0 for a signal."""
+    tests = str(Path(__file__).parents[1])
+    if tests not in os.environ.get("PYTHONPATH", ""):  # the server sees no other path of ours
+        os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=_main, args=(job, launch, resume, str(log), kill), daemon=True)

@@ -99,6 +99,9 @@ def plan(
         Path | None, typer.Option("--out", help="Write the plan here, for a job's `plan:`.")
     ] = None,
     timeline: Timeline = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say why: what is lost where, what would help.")
+    ] = False,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -116,10 +119,14 @@ def plan(
         _say(f"plan written to {out}")
     if timeline is not None:
         _draw(task, best.plan, timeline)
+    bounds = task.bounds()
+    why = task.explain(found, bounds) if explain else None
     if as_json:
-        typer.echo(json.dumps(found_json(found), indent=2))
+        typer.echo(json.dumps(found_json(found, bounds, why), indent=2))
         return
-    for line in (*plan_lines(best.plan, best.prediction, task), *others_lines(found)):
+    for line in plan_lines(best.plan, best.prediction, task):
+        typer.echo(line)
+    for line in why.lines() if why else others_lines(found, bounds):
         typer.echo(line)
 
 
@@ -137,7 +144,7 @@ def simulate(
 ) -> None:
     """Simulate a step of PLAN pass by pass, on the devices of JOB or on a cluster file's."""
     from mxn.cli.train_show import plan_lines, simulation_json
-    from mxn.train.plan.timeline import text
+    from mxn.train.plan.picture import plan_text
     from mxn.train.run.prepare import read_plan
 
     chosen = read_plan(plan_file)
@@ -151,25 +158,18 @@ def simulate(
         return
     for line in plan_lines(chosen, found.prediction, task):
         typer.echo(line)
-    typer.echo(text(found.lanes()))
+    typer.echo("")
+    typer.echo(plan_text(found))
 
 
 def _draw(task: Task, plan: TrainPlan, path: Path) -> None:
     """Write the picture of a simulated step."""
     from mxn.errors import ConfigError
-    from mxn.train.plan.timeline_svg import svg
-    from mxn.units import format_seconds
+    from mxn.train.plan.picture import plan_svg
 
     if path.suffix != ".svg":
         raise ConfigError(f"--timeline {str(path)!r} does not end in .svg")
-    found = task.simulate(plan)
-    prediction = found.prediction
-    title = f"{plan.model}: a step of {format_seconds(prediction.iteration_s)}"
-    below = (
-        f"{plan.schedule}, {plan.num_devices} devices, {plan.micro_batches} micro-batches; "
-        f"idle {prediction.bubble:.1%}; {prediction.basis}"
-    )
-    path.write_text(svg(found.lanes(), title=title, subtitle=below), encoding="utf-8")
+    path.write_text(plan_svg(task.simulate(plan)), encoding="utf-8")
     _say(f"picture written to {path}")
 
 

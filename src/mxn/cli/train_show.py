@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mxn.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
+    from mxn.train.plan.bounds import Bounds
+    from mxn.train.plan.explain import Explanation
     from mxn.train.plan.plan import Pipeline, TrainPlan
     from mxn.train.plan.prediction import Prediction
     from mxn.train.plan.search.choices import Candidate, Found
@@ -36,7 +38,7 @@ def profile_lines(measured: Measured) -> Iterator[str]:
 
 def _layer_table(profile: StoredProfile) -> Iterator[str]:
     head = ("kind", "rows", "forward", "backward", "weights", "optimizer", "keeps", "noise")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for reading in profile.readings:
         cost = reading.cost
         rows.append((
@@ -125,7 +127,8 @@ def prediction_lines(found: Prediction) -> Iterator[str]:
 def _stage_table(plan: TrainPlan, found: Prediction) -> Iterator[str]:
     """One row for each different stage."""
     head = ("stage", "on", "layers", "busy", "sends", "sums", "memory", "of")
-    rows, seen = [head], set()
+    rows: list[tuple[str, ...]] = [head]
+    seen: set[tuple[int, tuple[str, ...]]] = set()
     for stage in found.stages:
         planned = plan.pipelines[stage.pipeline].stages[stage.stage]
         row = (
@@ -139,8 +142,18 @@ def _stage_table(plan: TrainPlan, found: Prediction) -> Iterator[str]:
     yield from columns(rows)
 
 
-def others_lines(found: Found) -> Iterator[str]:
-    """Say what else was looked at."""
+def others_lines(found: Found, bounds: Bounds) -> Iterator[str]:
+    """Say how far the plan is from the upper bounds, and what else was looked at."""
+    ratio, strict = bounds.ratios(found.best.prediction.tokens_per_s)
+    if bounds.tokens_per_s is not None:
+        yield (
+            f"upper bound: {bounds.tokens_per_s:,.0f} tokens/s, each group alone at its best and "
+            f"added up: the plan reaches {_or_unknown(ratio, '.1%')}"
+        )
+    yield (
+        f"compute alone: {bounds.compute_tokens_per_s:,.0f} tokens/s, without bubbles and links: "
+        f"the plan reaches {strict:.1%}"
+    )
     best = found.best.prediction.iteration_s
     for candidate in found.runners_up:
         slower = candidate.prediction.iteration_s / best - 1
@@ -160,8 +173,23 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def found_json(found: Found) -> dict[str, Any]:
-    return {
+def found_json(found: Found, bounds: Bounds, why: Explanation | None) -> dict[str, Any]:
+    ratio, strict = bounds.ratios(found.best.prediction.tokens_per_s)
+    told = {
+        "bounds": {
+            "tokens_per_s": bounds.tokens_per_s,
+            "compute_tokens_per_s": bounds.compute_tokens_per_s,
+            "ratio": ratio,
+            "strict_ratio": strict,
+            "groups": [
+                {"group": g.group, "num_devices": g.num_devices, "alone": g.alone,
+                 "compute": g.compute, "times": g.times}
+                for g in bounds.groups
+            ],
+        },
+        "explanation": why.to_dict() if why else None,
+    }  # fmt: skip
+    return told | {
         "best": candidate_json(found.best),
         "runners_up": [candidate_json(candidate) for candidate in found.runners_up],
         "rejected": [
@@ -174,6 +202,8 @@ def found_json(found: Found) -> dict[str, Any]:
 
 
 def simulation_json(found: Simulation) -> dict[str, Any]:
+    from mxn.train.plan.picture import plan_lanes
+
     return {
         "plan": asdict(found.plan),
         "prediction": asdict(found.prediction),
@@ -184,7 +214,7 @@ def simulation_json(found: Simulation) -> dict[str, Any]:
                 "idle": lane.idle,
                 "spans": [list(span) for span in lane.spans],
             }
-            for lane in found.lanes()
+            for lane in plan_lanes(found)
         ],
     }
 

@@ -179,6 +179,7 @@ def _block(
         activation_bytes=float(kept.block(layer)),
         output_bytes=float(spec.hidden * kept.size),
         active_params=params - inactive if inactive else None,
+        routed_to=layer.ffn.router.top_k if isinstance(layer.ffn, MoeSpec) else 1,
     )
 
 

@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from mxn.errors import CapacityError, UnsupportedError
 from mxn.train.plan.automatic import automatic_order, best_order, extra_for_links
-from mxn.train.plan.events import Hop, PipelineTimes, simulate
+from mxn.train.plan.events import simulate
 from mxn.train.plan.order_check import validate
 from mxn.train.plan.schedules import order, stored_peak
+from mxn.train.plan.times import Hop, PipelineTimes
 
 
 @st.composite

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxn.errors import ConfigError
-from mxn.train.plan.events import Hop, PipelineTimes, simulate
+from mxn.train.plan.events import simulate
 from mxn.train.plan.schedules import Action, order, split_backwards
+from mxn.train.plan.times import Hop, PipelineTimes
 
 
 def naive_times(rows, times):
@@ -265,3 +266,29 @@ def test_an_order_that_does_not_fit_is_refused():
     rows = order("1f1b", 2, 1, 2)
     with pytest.raises(ConfigError, match="stage 1 lacks B1"):
         simulate((rows[0], rows[1][:-1]), times)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ({"forward_s": -1.0, "backward_s": 2.0}, "forward -1.0 s"),
+        ({"forward_s": 1.0, "backward_s": 2.0, "weight_s": 2.5}, "weight half 2.5 s"),
+        ({"forward_s": float("nan"), "backward_s": 2.0}, "forward nan s"),
+        ({"forward_s": 1.0, "backward_s": 2.0, "hop": Hop(-0.5)}, "a hop takes"),
+    ],
+)
+def test_seconds_that_cannot_be_are_refused(seconds, message):
+    with pytest.raises(ConfigError, match=message):
+        PipelineTimes.even(2, **seconds)
+
+
+def test_a_pipeline_of_no_time_has_no_bubble():
+    times = PipelineTimes.even(2, forward_s=0.0, backward_s=0.0)
+    assert simulate(order("1f1b", 2, 1, 2), times).bubble == 0.0
+
+
+def test_a_backward_of_weights_only_may_be_rounded():
+    times = PipelineTimes.even(2, forward_s=1.0, backward_s=2.0, weight_s=2.0 + 1e-12)
+    line = simulate(order("zero-bubble", 2, 1, 3), times)
+    for starts, ends in zip(line.starts_s, line.ends_s, strict=True):
+        assert all(start <= end for start, end in zip(starts, ends, strict=True))

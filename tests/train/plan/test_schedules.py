@@ -69,6 +69,11 @@ def test_the_predictors_closed_form_of_what_is_stored_is_that_of_the_order(case)
     stored = [stored_peak(row) / chunks for row in order(*case)]
     closed = [in_flight(schedule, stage, stages, batches, chunks) for stage in range(stages)]
     assert closed == stored
+    ahead = (2,) * stages
+    stored = [stored_peak(row) / chunks for row in order(*case, extra_warmup=ahead)]
+    assert stored == [
+        in_flight(schedule, stage, stages, batches, chunks, ahead) for stage in range(stages)
+    ]
 
 
 def test_gpipe_stores_every_micro_batch():
@@ -84,6 +89,13 @@ def test_extra_warmup_is_stored_and_starts_backward_later():
 def test_extra_warmup_that_rises_is_refused():
     with pytest.raises(ConfigError, match=r"not rise along the stages, got \(0, 3\)"):
         order("1f1b", 2, 1, 8, extra_warmup=(0, 3))
+
+
+def test_extra_warmup_that_makes_chunks_wait_for_ever_is_refused():
+    with pytest.raises(ConfigError, match="never ends"):
+        order("interleaved", 4, 2, 16, extra_warmup=(9, 9, 0, 0))
+    for extra in ((2, 2, 0, 0), (1, 0, 0, 0), 3):
+        validate(order("interleaved", 4, 2, 16, extra_warmup=extra))
 
 
 def test_counts_and_names_that_no_order_has_are_refused():

@@ -6,10 +6,11 @@ from xml.etree import ElementTree
 import pytest
 
 from mxn.errors import ConfigError
-from mxn.train.plan.events import Hop, PipelineTimes, simulate
+from mxn.train.plan.events import simulate
 from mxn.train.plan.schedules import order
 from mxn.train.plan.timeline import Span, lanes_of, shares, text
 from mxn.train.plan.timeline_svg import svg
+from mxn.train.plan.times import Hop, PipelineTimes
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -69,6 +70,22 @@ def test_words_with_marks_of_xml_stay_words():
     assert '1 < 2 & "so"' in words
 
 
+def test_numbers_are_shown_of_all_passes_of_a_kind_or_of_none():
+    # Here the two figures of the last micro-batches have no room in a forward.
+    root = _picture(lanes_of(_line(batches=12, hop=Hop())), width=800)
+    numbers = [at.text for at in _class(root, "num")]
+    assert numbers.count("11") == numbers.count("3") == 3
+
+
+def test_long_subtitles_are_wrapped_and_make_room():
+    lanes = lanes_of(_line())
+    short, long = (_picture(lanes, subtitle=["some words " * n], width=800) for n in (1, 40))
+    lines = [at for at in _class(long, "soft") if (at.text or "").startswith("some words")]
+    assert len(lines) == 4
+    assert all(len(at.text) * 6.3 < 800 for at in lines)
+    assert float(long.get("height")) - float(short.get("height")) == 3 * 15
+
+
 def test_the_axis_says_times_with_units_up_to_the_end():
     root = _picture(lanes_of(_line()))
     ticks = [at.text for at in _class(root, "mid")]
@@ -82,6 +99,25 @@ def test_many_narrow_passes_become_shares_and_the_file_stays_small():
     ElementTree.fromstring(small)
     assert len(small) < 2_000_000
     assert 'class="num"' not in small
+
+
+def test_letters_of_passes_shorter_than_a_column_are_as_many_as_their_time():
+    line = _line("1f1b", 2, 1, 300, Hop(1.0))
+    drawn = text(lanes_of(line), columns=100).splitlines()[0].split("|")[1]
+    for letter, seconds in (("F", 300.0), ("B", 600.0)):
+        want = seconds / line.makespan_s * len(drawn)
+        assert drawn.count(letter) == pytest.approx(want, abs=2)
+
+
+@pytest.mark.parametrize("batches", [20, 150])
+def test_passes_without_numbers_are_drawn_at_their_times_too(batches):
+    root = _picture(lanes_of(_line("1f1b", 3, 1, batches)), width=900)
+    passes = sum(
+        (at.get("d") or "").count("M") if at.tag.endswith("path") else at[0:] != []
+        for name in "fb"
+        for at in _class(root, name)
+    )
+    assert passes == 3 * batches * 2
 
 
 def test_shares_add_up_to_the_busy_time():

@@ -8,9 +8,9 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mxn.train.plan.automatic import automatic_order
-from mxn.train.plan.events import Hop, PipelineTimes
 from mxn.train.plan.order_csv import from_csv, to_csv
 from mxn.train.plan.schedules import order, split_backwards
+from mxn.train.plan.times import Hop, PipelineTimes
 
 
 @pytest.fixture

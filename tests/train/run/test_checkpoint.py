@@ -66,7 +66,7 @@ def test_what_was_saved_is_read_back_and_the_position_too(tmp_path):
         torch.randn(3, 7).bfloat16(), torch.zeros(0, 4), torch.tensor(3.5),
         torch.arange(5), torch.tensor([True, False]), torch.randn(1000, 37).half(),
     ],
-    ids=str,
+    ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}",
 )  # fmt: skip
 def test_our_files_are_safetensors_to_their_own_library(tmp_path, tensor):
     write_tensors(tmp_path / "x", {"before": torch.ones(3, dtype=torch.uint8), "x": tensor})

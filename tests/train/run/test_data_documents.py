@@ -48,6 +48,7 @@ def test_each_shape_of_a_line_is_known():
         (b'{"text": 3}', "empty or odd text"),
         (b'{"prompt": "a", "completion": ""}', "odd prompt or completion"),
         (b'{"prompt": ["a"], "completion": "b"}', "odd prompt or completion"),
+        (b'{"text": "a\\ud800b"}', "half of a character"),
         (b'{"messages": []}', "no messages"),
         (b'{"messages": {"role": "user"}}', "no messages"),
         (b'{"messages": ["a"]}', "without a role"),
@@ -63,6 +64,10 @@ def test_each_shape_of_a_line_is_known():
 def test_a_broken_line_says_how(raw, reason):
     with pytest.raises(BadLineError, match=reason):
         parse_line(raw, PLACE)
+
+
+def test_a_whole_character_spelled_in_halves_is_one():
+    assert parse_line(b'{"text": "\\ud83d\\ude00"}', PLACE) == Text("\U0001f600", PLACE)
 
 
 def test_broken_lines_are_counted_and_the_first_are_named(tmp_path):

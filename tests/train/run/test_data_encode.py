@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mxn.errors import ConfigError, UserError
 from mxn.models.tokenizer import Tokenizer
-from mxn.train.run.data.documents import BadLineError, Chat, Completion, Place, Text
+from mxn.train.run.data.documents import (
+    BadLineError,
+    Chat,
+    Completion,
+    Place,
+    Text,
+    parse_line,
+)
 from mxn.train.run.data.encode import Encoder, check_vocabulary, tokenizer_fingerprint
 from support.training import LLAMA
 
@@ -29,6 +41,13 @@ INST = (
     "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
+# Phi's kind: the end of the text behind whatever comes last.
+ENDING = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+# GLM's kind: a turn ends where the next speaker is named.
+ENDLESS = (
+    "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}"
+    "\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
+)
 TALK = (
     {"role": "system", "content": "be kind"},
     {"role": "user", "content": "hello"},
@@ -38,12 +57,15 @@ TALK = (
 )
 
 
-def make_tokenizer(template: str | None = CHATML, *, bos: bool = False) -> Tokenizer:
+def make_tokenizer(
+    template: str | None = CHATML, *, bos: bool = False, extra: Sequence[str] = ()
+) -> Tokenizer:
     """Every byte is a token; the marks of the templates are special."""
     raw = tokenizers.Tokenizer(tokenizers.models.BPE(_byte_vocab(), []))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
     raw.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>", "</s>"])
+    raw.add_tokens(list(extra))
     if bos:
         raw.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
@@ -102,6 +124,44 @@ def test_a_template_without_headers_works_too():
     assert learned(make_tokenizer(INST), chat(*TALK[1:])) == [[" hi there</s>", " thought|bye</s>"]]
 
 
+def test_a_template_that_ends_each_rendering_is_one_sequence():
+    assert learned(make_tokenizer(ENDING), chat()) == [
+        ["hi there<|im_end|>", "thought|bye<|im_end|>\n</s>"]
+    ]
+
+
+def test_without_an_end_of_turn_the_next_speaker_or_the_end_of_text_stops_the_model():
+    assert learned(make_tokenizer(ENDLESS), chat(*TALK[1:])) == [
+        ["\nhi there<|im_start|>", "\nthought|bye</s>"]
+    ]
+
+
+def test_an_answer_that_begins_unlike_the_opened_thought_is_learned_from_its_first_token():
+    call = {"role": "assistant", "content": "<tool>x"}
+    tokenizer = make_tokenizer(THINKING, extra=["<think>", "<tool>"])
+    assert learned(tokenizer, chat(TALK[1], call)) == [["<tool>x<|im_end|>"]]
+    thought = {"role": "assistant", "content": "<think>\nso</think>x"}
+    assert learned(tokenizer, chat(TALK[1], thought)) == [["so</think>x<|im_end|>"]]
+
+
+class _Slow:
+    """The same tokenizer behind an interface that does not tell where tokens stand."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self.raw = tokenizer, None
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize("template", [CHATML, INST, ENDING, ENDLESS, FORGETFUL])
+def test_a_tokenizer_that_hides_places_gives_the_same(template):
+    tokenizer = make_tokenizer(template)
+    slow = _Slow(tokenizer)
+    for document in (chat(*TALK[1:]), Completion("a", "b", PLACE), Text("c", PLACE)):
+        assert learned(slow, document) == learned(tokenizer, document)
+
+
 def test_the_shipped_model_learns_its_role():
     tokenizer = Tokenizer.load(LLAMA)
     got = learned(tokenizer, chat(*TALK[1:3]))
@@ -154,6 +214,62 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
         encoder.encode(chat())
     with pytest.raises(ConfigError, match="neither"):
         Encoder(tokenizer, 300, learn="some")
+
+
+def test_documents_together_become_what_each_becomes_alone():
+    tokenizer = make_tokenizer(bos=True)
+    encoder = Encoder(tokenizer, tokenizer.vocab_size)
+    documents = [
+        Text("a", PLACE),
+        chat(),
+        Text("\u00e9t\u00e9", PLACE),
+        Completion("b", "c", PLACE),
+    ]
+    got = [sequences for _, sequences in encoder.encode_all(documents)]
+    assert got == [encoder.encode(document) for document in documents]
+    mute = chat(TALK[1], {**TALK[2], "weight": 0})
+    pairs = list(encoder.encode_all([Text("a", PLACE), mute, Text("b", PLACE)]))
+    assert [type(result) for _, result in pairs] == [list, BadLineError, list]
+    assert tokenizer.decode(pairs[2][1][0].ids) == "b"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "x"]), "content": JSON_VALUES}
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    line=st.fixed_dictionaries(
+        {},
+        optional={
+            "text": JSON_VALUES,
+            "messages": MESSAGES | JSON_VALUES,
+            "prompt": MESSAGES | JSON_VALUES,
+            "completion": MESSAGES | JSON_VALUES,
+            "tools": JSON_VALUES,
+        },
+    ),
+    template=st.sampled_from([CHATML, ENDLESS, INST]),
+)
+def test_whatever_a_line_holds_it_is_learned_or_refused(line, template):
+    tokenizer = make_tokenizer(template)
+    encoder = Encoder(tokenizer, tokenizer.vocab_size)
+    try:
+        sequences = encoder.encode(parse_line(json.dumps(line).encode(), PLACE))
+    except BadLineError:
+        return
+    for encoded in sequences:
+        assert len(encoded.ids) == len(encoded.targets)
+        assert any(encoded.targets[1:])
 
 
 def test_fingerprints_tell_tokenizers_apart():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxn.errors import ConfigError, UserError
+from mxn.models.chat_template import ChatTemplates
 from mxn.models.tokenizer import Tokenizer
 from mxn.train.run.data import IGNORED, DataSettings, Rows, TokenCache, prepare
 from mxn.train.run.data import cache as caches
@@ -148,11 +149,12 @@ def test_epochs_follow_each_other_without_a_gap():
     assert firsts[:5] != firsts[5:]
 
 
-def test_answers_behind_the_end_of_a_row_are_counted():
+def test_answers_behind_the_end_of_a_row_are_counted(caplog):
     targets = np.zeros(60, bool)
     targets[[5, 55]] = True
     rows = Rows(make_cache([10, 50], targets), seq_tokens=16, micro_batch=1)
     assert (rows.packing, rows.num_lost, rows.num_cut, rows.rows_per_epoch) == ("fit", 1, 1, 1)
+    assert "1 of 2 documents are longer than a row of 16 tokens" in caplog.text
     targets[5] = False
     with pytest.raises(UserError, match="first 16 tokens"):
         Rows(make_cache([60], targets), seq_tokens=16, micro_batch=1)
@@ -236,6 +238,17 @@ def test_a_cache_of_another_tokenizer_is_refused(data_file, tokenizer):
     other.special_tokens["eos_token"] = "x"
     with pytest.raises(UserError, match="the model has tokenizer"):
         cache.check_tokenizer(other)
+
+
+def test_a_cache_can_be_taken_elsewhere_by_models_with_the_same_tokenizer(data_file, tokenizer):
+    made = read(data_file, tokenizer)
+    folder = made.folder.rename(data_file.parent / "moved")
+    settings = DataSettings(paths=(folder,))
+    assert np.array_equal(prepare(settings, tokenizer, 1024).tokens, made.tokens)
+    templates = tokenizer.templates.sources
+    tokenizer.templates = ChatTemplates({"default": templates["default"] + " "})
+    with pytest.raises(UserError, match=r"tokenizer \w{12}, the model has tokenizer \w{12}"):
+        prepare(settings, tokenizer, 1024)
 
 
 def test_data_with_nothing_to_learn_is_an_error_that_says_why(tmp_path, tokenizer):

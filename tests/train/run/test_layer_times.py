@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -64,7 +66,7 @@ class Optimizer:
 
 
 class Batch:
-    __dataclass_fields__: dict = {}
+    __dataclass_fields__: ClassVar[dict] = {}
 
 
 @pytest.fixture

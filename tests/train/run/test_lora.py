@@ -138,6 +138,15 @@ def test_the_cut_does_not_decide_how_adapters_begin(source):
         assert torch.equal(tensor, want[name])
 
 
+def test_a_stage_with_nothing_to_learn_has_a_backward_pass(source):
+    stage = source.stage(0, 1)
+    assert attach(stage, SETTINGS, seed=1) == []
+    out = stage(None, random_batch())
+    out.backward(torch.ones_like(out))
+    assert list(GradientSums(stage)) == []
+    AdamW(stage, AdamSettings()).step(GradientSums(stage), 1e-2)
+
+
 def test_bfloat16_adapters_keep_float32_masters(source):
     stage = adapted(source, dtype=torch.bfloat16)
     optimizer = AdamW(stage, AdamSettings())

@@ -48,6 +48,7 @@ def test_experts_count_whole_in_params_and_chosen_in_active_params(tmp_path):
     assert block.kind == "block.moe"
     assert block.active_params is not None
     assert block.params - block.active_params == 3 * 3 * 48 * 80
+    assert block.routed_to == 2
 
 
 def test_kinds_name_what_costs_differently(tmp_path):

@@ -94,9 +94,10 @@ def test_the_curve_is_the_one_of_transformers(cache):
         assert log.num_tokens == num_tokens
 
 
-def test_bfloat16_follows_float32(cache):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_float32(cache, dtype):
     want = curve(make(cache))
-    assert curve(make(cache, dtype=torch.bfloat16)) == pytest.approx(want, abs=0.02)
+    assert curve(make(cache, dtype=dtype)) == pytest.approx(want, abs=0.02)
 
 
 def test_lora_learns_a_little(cache):

@@ -15,7 +15,7 @@ from mxn.errors import ConfigError, InternalError, NotFoundError, UnsupportedErr
 from mxn.models.load import load_model
 from mxn.train.run.export import export_model
 from mxn.train.run.weights import ModelSource
-from support import tiny
+from support import packers, tiny
 from support.paged import Session
 from support.training import LLAMA, random_batch, relative, whole_stage
 
@@ -148,3 +148,26 @@ def test_what_cannot_be_trained_says_why(tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(UnsupportedError, match=reason):
             ModelSource.open(folder, seq_tokens=8)
+
+
+def test_a_quantized_checkpoint_is_trained_and_exported_as_plain_numbers(tmp_path):
+    reference = tiny.write("llama2", tmp_path / "in")
+    stored = load_file(tmp_path / "in/model.safetensors")
+    weights = dict(reference.named_parameters())
+    for name in [key for key in stored if "_proj.weight" in key]:
+        rounded = packers.round_weight(stored.pop(name), 4, 16)
+        weights[name].data = rounded.weight
+        module = name.removesuffix(".weight")
+        stored |= {f"{module}.{part}": t for part, t in packers.awq(rounded).items()}
+    save_file(stored, tmp_path / "in/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 16}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+
+    source = ModelSource.open(tmp_path / "in", seq_tokens=32)
+    stage, batch = whole_stage(source), random_batch()
+    want = reference(batch.ids).logits.detach()
+    assert relative(stage.logits(None, batch).detach(), want) < 1e-5
+    export_model(source, stage.layer_state, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative(model(batch.ids).logits.detach(), want) < 1e-5

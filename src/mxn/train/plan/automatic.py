@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mxn.errors import CapacityError, ConfigError, UnsupportedError
-from mxn.train.plan.events import PipelineTimes, Timeline, simulate
-from mxn.train.plan.schedules import Action, Order, order
+from mxn.train.plan.actions import Action, Order
+from mxn.train.plan.events import Timeline, simulate
+from mxn.train.plan.schedules import order
+from mxn.train.plan.times import PipelineTimes
 
 
 def extra_for_links(times: PipelineTimes) -> tuple[int, ...]:
@@ -187,7 +189,7 @@ class _Greedy:
     def _backward(self, stage: int, state: _StageState, now: float) -> None:
         seconds = self._times.backward_s[stage][0]
         if self._splits:
-            seconds -= self._times.weight_s[stage][0]
+            seconds = max(seconds - self._times.weight_s[stage][0], 0.0)
         self._act(state, Action("B", 0, state.backwards), now, seconds)
         state.backwards += 1
         if stage > 0:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from mxn.errors import UserError
+from mxn.train.plan.experts import held_params
 from mxn.train.plan.memory import kept_bytes
 from mxn.train.plan.plan import Recompute, Stage
 from mxn.train.plan.profile import Profiles
@@ -51,10 +52,13 @@ def core_share(layer: LayerShape) -> float:
 class CostBook:
     """Costs of any run of layers on any chip of `profiles`, for one shape and micro-batch."""
 
-    def __init__(self, shape: ModelShape, profiles: Profiles, micro_batch: int) -> None:
+    def __init__(
+        self, shape: ModelShape, profiles: Profiles, micro_batch: int, *, expert_parallel: int = 1
+    ) -> None:
         self._shape = shape
         self._profiles = profiles
         self._micro_batch = micro_batch
+        self._expert_parallel = expert_parallel
         self._sums: dict[tuple[str, int, Recompute], tuple[list[float], ...]] = {}
 
     def stage(self, chip: str, stage: Stage) -> StageCost:
@@ -89,7 +93,10 @@ class CostBook:
     def _prefixes(self, chip: str, tp: int, recompute: Recompute) -> tuple[list[float], ...]:
         key = (chip, tp, recompute)
         if key not in self._sums:
-            rows = [self._row(chip, tp, recompute, layer) for layer in self._shape.layers]
+            layers = self._shape.layers
+            alike = {id(layer): layer for layer in layers}
+            row = {at: self._row(chip, tp, recompute, layer) for at, layer in alike.items()}
+            rows = [row[id(layer)] for layer in layers]
             self._sums[key] = tuple(
                 list(accumulate(column, initial=0.0)) for column in zip(*rows, strict=True)
             )
@@ -106,11 +113,12 @@ class CostBook:
         again = {"none": 0.0, "selective": core_share(layer), "full": 1.0}[recompute]
         weight_s = cost.backward_s / 2 if cost.weight_s is None else cost.weight_s
         tokens = self._micro_batch * self._shape.seq_tokens
+        held = held_params(layer, self._expert_parallel)
         return (
             cost.forward_s,
             cost.backward_s + again * cost.forward_s,
             weight_s,
-            cost.optimizer_s,
-            layer.params / tp,
+            cost.optimizer_s * (held / layer.params if layer.params else 1.0),
+            held / tp,
             kept_bytes(layer, tokens, tp, recompute, cost.activation_bytes),
         )

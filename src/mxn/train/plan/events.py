@@ -14,87 +14,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from mxn.errors import ConfigError, InternalError
+from mxn.train.plan.actions import Action, Order, split_backwards, stored_peak
 from mxn.train.plan.order_check import validate
-from mxn.train.plan.schedules import Action, Order, split_backwards, stored_peak
-
-
-class Hop(NamedTuple):
-    """One message over one boundary, in one direction, in seconds.
-
-    A message that flows beside the passes has `link_s` only. What holds up the sender's passes is
-    `send_s`: a send that blocks has its whole time there and no `link_s`. A receiver stands still
-    for at least `receive_s` before the pass that needs the message.
-    """
-
-    link_s: float = 0.0
-    send_s: float = 0.0
-    receive_s: float = 0.0
-
-    @classmethod
-    def blocking(cls, seconds: float) -> Hop:
-        """Return a hop for which both ends stand still while the message is under way."""
-        return cls(0.0, seconds, seconds)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineTimes:
-    """Seconds of one micro-batch. Rows are [stage][chunk]; part p is chunk p // S of stage p % S.
-
-    `backward_s` is both halves, `weight_s` the one of them that may wait. `forward_hops[p]` is from
-    part p to p + 1, `backward_hops[p]` from part p + 1 to p.
-    """
-
-    forward_s: tuple[tuple[float, ...], ...]
-    backward_s: tuple[tuple[float, ...], ...]
-    weight_s: tuple[tuple[float, ...], ...]
-    forward_hops: tuple[Hop, ...]
-    backward_hops: tuple[Hop, ...]
-
-    def __post_init__(self) -> None:
-        shape = [len(row) for row in self.forward_s]
-        if not shape or len(set(shape)) != 1 or not shape[0]:
-            raise ConfigError(f"stages have {shape} chunks, expected the same number, at least 1")
-        for name, rows in (("backward_s", self.backward_s), ("weight_s", self.weight_s)):
-            if [len(row) for row in rows] != shape:
-                raise ConfigError(f"{name} has another shape than forward_s")
-        borders = len(shape) * shape[0] - 1
-        if len(self.forward_hops) != borders or len(self.backward_hops) != borders:
-            raise ConfigError(
-                f"{len(self.forward_hops)} forward and {len(self.backward_hops)} backward hops "
-                f"for {borders} boundaries"
-            )
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.forward_s)
-
-    @property
-    def num_chunks(self) -> int:
-        return len(self.forward_s[0])
-
-    @classmethod
-    def even(
-        cls,
-        num_stages: int,
-        *,
-        forward_s: float,
-        backward_s: float,
-        weight_s: float | None = None,
-        num_chunks: int = 1,
-        hop: Hop = Hop(),
-    ) -> PipelineTimes:
-        """Return equal stages; seconds are of a chunk. `weight_s`: half of `backward_s`."""
-        weight = backward_s / 2 if weight_s is None else weight_s
-        hops = (hop,) * (num_stages * num_chunks - 1)
-        rows = ((second,) * num_chunks for second in (forward_s, backward_s, weight))
-        forward, backward, weights = ((row,) * num_stages for row in rows)
-        return cls(
-            forward_s=forward,
-            backward_s=backward,
-            weight_s=weights,
-            forward_hops=hops,
-            backward_hops=hops,
-        )
+from mxn.train.plan.times import Hop, PipelineTimes
 
 
 class Transfer(NamedTuple):
@@ -151,7 +73,8 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Share of all stages' time that no pass fills, 0 to 1; blocking transfers are in it."""
-        return 1 - sum(self.busy_s) / (self.num_stages * self.makespan_s)
+        whole = self.num_stages * self.makespan_s
+        return 1 - sum(self.busy_s) / whole if whole else 0.0
 
     @cached_property
     def stored_peak(self) -> tuple[float, ...]:
@@ -178,6 +101,8 @@ def simulate(order: Order, times: PipelineTimes, *, late_sends: bool = False) ->
     run.all()
     if any(at < len(row) for at, row in zip(run.at, order, strict=True)):
         validate(order, num_chunks=times.num_chunks)
+        if late_sends:
+            raise ConfigError("this order never ends when activations are sent late")
         raise InternalError("the simulator stopped in an order that has no deadlock")
     return Timeline(
         order=order,
@@ -208,6 +133,7 @@ class _Run:
         self.arrived: dict[tuple[str, int, int], float] = {}
         self.waiting: dict[tuple[str, int, int], int] = {}
         self.todo = list(range(num))
+        self.places: dict[int, dict[Action, int]] = {}
         self.held: list[tuple[int, Action, Hop] | None] = [None] * num
         self.seconds = [_seconds(order[stage], stage, times) for stage in range(num)]
 
@@ -245,7 +171,7 @@ class _Run:
             ends.append(clock)
             at += 1
             if kind == "F" and part < last:
-                if self.late_sends and self._gradient_is_next(stage, at, last, micro_batch):
+                if self.late_sends and self._gradient_goes_first(stage, at):
                     self.held[stage] = (part + 1, action, forward_hops[part])
                     continue
                 clock = self._send(stage, part + 1, action, forward_hops[part], clock)
@@ -253,12 +179,28 @@ class _Run:
                 clock = self._send(stage, part - 1, action, backward_hops[part - 1], clock)
         self.clock[stage], self.at[stage] = clock, at
 
-    def _gradient_is_next(self, stage: int, at: int, last: int, micro_batch: int) -> bool:
-        """Return whether the next pass waits for a gradient that is not of `micro_batch` itself."""
-        row = self.order[stage]
-        if at == len(row) or row[at].kind != "B" or row[at].micro_batch == micro_batch:
+    def _gradient_goes_first(self, stage: int, at: int) -> bool:
+        """Say if the backward at `at` needs a gradient that is made before the activation is used.
+
+        At the ends of a step there is none: the next stage needs the activation first.
+        """
+        row, num_stages = self.order[stage], len(self.order)
+        if at == len(row) or row[at].kind != "B":
             return False
-        return row[at].chunk * len(self.order) + stage < last
+        (_, made, batch), (_, chunk, due) = row[at - 1], row[at]
+        to_stage = (stage + 1) % num_stages
+        wraps = to_stage == 0
+        if wraps and chunk == self.times.num_chunks - 1:
+            return False
+        places = self._places(to_stage)
+        gradient, use = Action("B", chunk + wraps, due), Action("F", made + wraps, batch)
+        return places[gradient] < places[use]
+
+    def _places(self, stage: int) -> dict[Action, int]:
+        if stage not in self.places:
+            row = self.order[stage]
+            self.places[stage] = {action: place for place, action in enumerate(row)}
+        return self.places[stage]
 
     def _send_held(self, stage: int, clock: float) -> float:
         held = self.held[stage]
@@ -291,7 +233,7 @@ def _seconds(row: Sequence[Action], stage: int, times: PipelineTimes) -> list[fl
     forward, backward = times.forward_s[stage], times.backward_s[stage]
     weight = times.weight_s[stage]
     whole = {"F": forward, "B": backward, "W": weight}
-    inputs = [both - half for both, half in zip(backward, weight, strict=True)]
+    inputs = [max(both - half, 0.0) for both, half in zip(backward, weight, strict=True)]
     try:
         return [
             inputs[chunk] if kind == "B" and (chunk, batch) in split else whole[kind][chunk]

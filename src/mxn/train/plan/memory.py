@@ -6,6 +6,7 @@ know allocators: fragmentation belongs into `MemoryModel.headroom`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mxn.train.plan.plan import Recompute, Schedule
@@ -55,21 +56,25 @@ def kept_bytes(
 
 
 def in_flight(
-    schedule: Schedule, stage: int, num_stages: int, micro_batches: int, chunks: int = 1
+    schedule: Schedule,
+    stage: int,
+    num_stages: int,
+    micro_batches: int,
+    chunks: int = 1,
+    extra_warmup: Sequence[int] = (),
 ) -> float:
     """Return how many micro-batches of activations a stage keeps at its fullest, in whole stages.
 
     The closed form of `schedules.stored_peak`. GPipe keeps all, 1F1B min(m, S - s), zero-bubble
     (H1) min(m, S) on every stage, for late stages put off their weight halves. With v chunks,
-    each a v-th of the stage, a chunk's passes of a whole group are kept too.
+    each a v-th of the stage, a chunk's passes of a whole group are kept too. `extra_warmup` is
+    that of the pipeline's stages.
     """
     if schedule == "gpipe":
         return float(micro_batches)
     later = num_stages - 1 - stage
-    if schedule == "zero-bubble":
-        passes = num_stages
-    else:
-        passes = (2 * later if chunks > 1 else later) + 1
+    passes = num_stages if schedule == "zero-bubble" else (2 * later if chunks > 1 else later) + 1
+    passes += extra_warmup[stage] if extra_warmup else 0
     group = -(-micro_batches // max(1, micro_batches // num_stages))
     return min(passes + (chunks - 1) * group, micro_batches * chunks) / chunks
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import get_args
 
 from mxn.errors import ConfigError
-from mxn.train.plan.schedules import Action, Kind, Order, Row
+from mxn.train.plan.actions import Action, Kind, Order, Row
 
 _BEFORE: dict[str, Kind] = {"B": "F", "W": "B"}
 _NEEDED: tuple[Kind, ...] = ("F", "B")

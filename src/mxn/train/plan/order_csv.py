@@ -12,8 +12,8 @@ import io
 import re
 
 from mxn.errors import ConfigError, UnsupportedError
+from mxn.train.plan.actions import Action, Kind, Order, split_backwards
 from mxn.train.plan.order_check import validate
-from mxn.train.plan.schedules import Action, Kind, Order, split_backwards
 
 _CELL = re.compile(r"(\d+)([FIBW])(\d+)")
 # Cells that torch adds when it lowers an order. Here they follow from the actions.

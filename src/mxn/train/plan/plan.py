@@ -56,6 +56,8 @@ class Pipeline:
 
     stages: tuple[Stage, ...]
     micro_batches: int
+    # Forwards of each stage ahead of what the schedule needs, to hide slow links; () is none.
+    extra_warmup: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,12 @@ class TrainPlan:
         for number, pipeline in enumerate(self.pipelines):
             if pipeline.micro_batches < 1:
                 raise UserError(f"pipeline {number} has no micro-batch")
+            warmup = pipeline.extra_warmup
+            if warmup and len(warmup) != len(pipeline.stages):
+                raise UserError(
+                    f"pipeline {number} has {len(pipeline.stages)} stages and extra warm-up "
+                    f"for {len(warmup)}"
+                )
             depth = len(pipeline.stages[0].chunks)
             if any(len(stage.chunks) != depth for stage in pipeline.stages):
                 raise UserError(f"the stages of pipeline {number} have different numbers of chunks")
@@ -135,8 +143,10 @@ def _plan(data: dict[str, Any]) -> TrainPlan:
 
 
 def _pipeline(data: dict[str, Any]) -> Pipeline:
-    stages = tuple(map(_stage, data["stages"]))
-    return Pipeline(stages=stages, micro_batches=data["micro_batches"])
+    rest: dict[str, Any] = dict(data)
+    stages = tuple(map(_stage, rest.pop("stages")))
+    warmup = tuple(rest.pop("extra_warmup", ()))
+    return Pipeline(stages=stages, extra_warmup=warmup, **rest)
 
 
 def _stage(data: dict[str, Any]) -> Stage:

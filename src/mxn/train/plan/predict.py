@@ -3,14 +3,14 @@
 `predict(plan, shape, cluster, profiles, memory=MemoryModel()) -> Prediction` is the one call that
 planner, commands and tests share. It adds up profiled layer times for each different pipeline once,
 so a plan over a thousand devices takes milliseconds. It does not know contention between transfers
-that share a wire, nor noise; the event simulator (`simulate`) replaces its closed form of a
-pipeline where schedules are uneven.
+that share a wire, nor noise, nor what extra warm-up hides (only what it stores); the event
+simulator (`simulate`) replaces its closed form of a pipeline where schedules are uneven.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,14 +18,14 @@ from mxn.errors import UserError
 from mxn.train.plan.closed import PipelineTime, pipeline_time
 from mxn.train.plan.cluster import Cluster, DeviceGroup
 from mxn.train.plan.costs import CostBook, StageCost
+from mxn.train.plan.experts import exchange_s
 from mxn.train.plan.memory import MemoryModel, in_flight, stage_bytes
 from mxn.train.plan.plan import Pipeline, Schedule, TrainPlan
 from mxn.train.plan.prediction import Prediction, StagePrediction
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.reduction import Member, Reduction, reductions
 from mxn.train.plan.shape import ModelShape
-
-_BASES = ("measured", "datasheet", "derived", "assumed", "simulated")  # strongest first
+from mxn.train.plan.totals import basis, cost_micro, energy_j, mfu
 
 
 class Timer(Protocol):
@@ -115,19 +115,11 @@ def predict(
         tokens_per_s=plan.tokens_per_step / iteration_s,
         bubble=_bubble(plan, solved, pipeline_s),
         stages=_stages(plan, cluster, solved, sums, shards),
-        mfu=_mfu(plan, shape, cluster, iteration_s),
-        energy_j=_energy_j(plan, cluster, iteration_s),
-        cost_micro=_cost_micro(plan, cluster, iteration_s),
-        basis=_basis(plan, cluster, profiles),
+        mfu=mfu(plan, shape, cluster, iteration_s),
+        energy_j=energy_j(plan, cluster, iteration_s),
+        cost_micro=cost_micro(plan, cluster, iteration_s),
+        basis=basis(plan, cluster, profiles),
     )
-
-
-def weakest(bases: Sequence[str]) -> str:
-    """Return the weakest of `bases`. Raises: UserError for a word that is no basis."""
-    for basis in bases:
-        if basis not in _BASES:
-            raise UserError(f"{basis!r} is no basis", hint=f"one of: {', '.join(_BASES)}")
-    return max(bases, key=_BASES.index)
 
 
 def _check_shape(plan: TrainPlan, shape: ModelShape) -> None:
@@ -149,15 +141,16 @@ def _solve_all(
     timer: Timer,
 ) -> list[_Solved]:
     """Return one entry per pipeline; pipelines that are alike share it."""
-    book = CostBook(shape, profiles, plan.micro_batch)
+    book = CostBook(shape, profiles, plan.micro_batch, expert_parallel=plan.expert_parallel)
     groups = {group.name: group for group in cluster.groups}
     known: dict[Hashable, _Solved] = {}
     rows: list[_Solved] = []
-    for pipeline in plan.pipelines:
-        key = _likeness(pipeline, groups, cluster)
+    for number, pipeline in enumerate(plan.pipelines):
+        away = tuple(exchange_s(plan, number, s, shape, cluster) for s in pipeline.stages)
+        key = (_likeness(pipeline, groups, cluster), away)
         if key not in known:
             known[key] = _solve(
-                plan, pipeline, shape, cluster, book, profiles, memory, tuning, timer
+                plan, pipeline, away, shape, cluster, book, profiles, memory, tuning, timer
             )
         rows.append(known[key])
     return rows
@@ -173,12 +166,13 @@ def _likeness(
         group = groups.get(a.group) or cluster.group(a.group)
         same = a.group == b.group
         near.append(same and group.node_of(a.first_device) == group.node_of(b.first_device))
-    return stages, tuple(near), pipeline.micro_batches
+    return stages, tuple(near), pipeline.micro_batches, pipeline.extra_warmup
 
 
 def _solve(
     plan: TrainPlan,
     pipeline: Pipeline,
+    exchanges_s: Sequence[float],
     shape: ModelShape,
     cluster: Cluster,
     book: CostBook,
@@ -195,7 +189,7 @@ def _solve(
     hops = _hops(pipeline, hop_bytes, cluster, tuning)
     chunks = len(pipeline.stages[0].chunks)
     time = timer(
-        _with_held_time(costs, hop_bytes, chunks, tuning),
+        _with_held_time(costs, exchanges_s, hop_bytes, chunks, tuning),
         hops,
         pipeline.micro_batches,
         plan.schedule,
@@ -210,7 +204,9 @@ def _solve(
             params=cost.params,
             kept_per_micro_batch=cost.kept_bytes,
             working_bytes=cost.working_bytes,
-            micro_batches_kept=in_flight(plan.schedule, s, size, pipeline.micro_batches, chunks),
+            micro_batches_kept=in_flight(
+                plan.schedule, s, size, pipeline.micro_batches, chunks, pipeline.extra_warmup
+            ),
             model=memory,
             framework_bytes=profiles[chips[s]].framework_bytes,
             optimizer_shards=shards,
@@ -221,11 +217,15 @@ def _solve(
 
 
 def _with_held_time(
-    costs: Sequence[StageCost], hop_bytes: Sequence[float], chunks: int, tuning: Tuning
+    costs: Sequence[StageCost],
+    exchanges_s: Sequence[float],
+    hop_bytes: Sequence[float],
+    chunks: int,
+    tuning: Tuning,
 ) -> list[StageCost]:
-    """Return `costs` with the time that a stage's devices feed or drain their flows, each way."""
+    """Return `costs` with the time each way of expert exchanges and of flows that hold it."""
     held = [num_bytes * chunks / tuning.flow_bytes_per_s for num_bytes in hop_bytes]
-    near = [sum(held[max(s - 1, 0) : s + 1]) for s in range(len(costs))]
+    near = [sum(held[max(s - 1, 0) : s + 1]) + away for s, away in enumerate(exchanges_s)]
     return [
         replace(cost, forward_s=cost.forward_s + extra, backward_s=cost.backward_s + extra)
         for cost, extra in zip(costs, near, strict=True)
@@ -316,43 +316,3 @@ def _stages(
                 )
             )
     return tuple(found)
-
-
-def _mfu(plan: TrainPlan, shape: ModelShape, cluster: Cluster, seconds: float) -> float | None:
-    peak = _over_devices(plan, {g.name: g.peak_flop_per_s for g in cluster.groups})
-    return None if not peak else shape.flop_per_token * plan.tokens_per_step / (seconds * peak)
-
-
-def _energy_j(plan: TrainPlan, cluster: Cluster, seconds: float) -> float | None:
-    watts = _over_devices(plan, {g.name: g.watts for g in cluster.groups})
-    return None if watts is None else watts * seconds
-
-
-def _cost_micro(plan: TrainPlan, cluster: Cluster, seconds: float) -> float | None:
-    prices = {g.name: g.price_micro_per_hour for g in cluster.groups}
-    price = _over_devices(plan, prices)
-    return None if price is None else price * seconds / 3600
-
-
-def _over_devices(plan: TrainPlan, value: Mapping[str, float | int | None]) -> float | None:
-    """Return the sum of a group's `value` over the plan's devices; None when one is unknown."""
-    total = 0.0
-    for pipeline in plan.pipelines:
-        for stage in pipeline.stages:
-            one = value[stage.group]
-            if one is None:
-                return None
-            total += one * stage.tp
-    return total
-
-
-def _basis(plan: TrainPlan, cluster: Cluster, profiles: Profiles) -> str:
-    """Return the weakest basis of the profiles, and of the links where there are any to cross."""
-    names = sorted({stage.group for pipeline in plan.pipelines for stage in pipeline.stages})
-    groups = [cluster.group(name) for name in names]
-    bases = [profiles[group.chip].basis for group in groups]
-    if plan.num_devices > 1:
-        bases += [group.node_link.basis for group in groups if group.devices_per_node > 1]
-        bases += [group.group_link.basis for group in groups if group.num_nodes > 1]
-        bases += [link.basis for (a, b), link in cluster.links.items() if a in names and b in names]
-    return weakest(bases)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mxn.train.plan.cluster import Cluster, Link
+from mxn.train.plan.experts import held_params
 from mxn.train.plan.links import ring_s, slowest
-from mxn.train.plan.plan import Stage, TrainPlan
+from mxn.train.plan.plan import Chunk, Stage, TrainPlan
 from mxn.train.plan.shape import ModelShape
 
 Member = tuple[int, int]
@@ -55,12 +56,15 @@ def reductions(
 def _by_layers(
     plan: TrainPlan, shape: ModelShape, cluster: Cluster, reduce_bytes: float, flat: bool
 ) -> list[Reduction]:
-    holders = [_holder_of(pipeline.stages, plan.num_layers) for pipeline in plan.pipelines]
-    starts = sorted({0} | {at for row in holders for at in _changes(row)})
+    cuts = [tuple(stage.chunks for stage in pipeline.stages) for pipeline in plan.pipelines]
+    rows = {cut: _holder_of(cut, plan.num_layers) for cut in set(cuts)}
+    holders = [rows[cut] for cut in cuts]
+    starts = sorted({0} | {at for row in rows.values() for at in _changes(row)})
     known: dict[object, float] = {}
     found: list[Reduction] = []
     for first, end in pairwise([*starts, plan.num_layers]):
-        params = sum(layer.params for layer in shape.layers[first:end])
+        # Shared-out experts are summed over fewer pipelines; their part is taken as over all.
+        params = sum(held_params(layer, plan.expert_parallel) for layer in shape.layers[first:end])
         members = tuple((p, row[first]) for p, row in enumerate(holders))
         stages = [plan.pipelines[p].stages[s] for p, s in members]
         num_bytes = params * reduce_bytes / min(stage.tp for stage in stages)
@@ -71,10 +75,11 @@ def _by_layers(
     return found
 
 
-def _holder_of(stages: Sequence[Stage], num_layers: int) -> list[int]:
+def _holder_of(cut: Sequence[Sequence[Chunk]], num_layers: int) -> list[int]:
+    """Return the stage of each layer."""
     row = [0] * num_layers
-    for number, stage in enumerate(stages):
-        for chunk in stage.chunks:
+    for number, chunks in enumerate(cut):
+        for chunk in chunks:
             row[chunk.first : chunk.end] = [number] * chunk.num_layers
     return row
 
@@ -89,7 +94,7 @@ def _tied(
     """Return the exchange of a tied matrix's gradient between first and last stage."""
     found: list[Reduction] = []
     for number, pipeline in enumerate(plan.pipelines):
-        rows = _holder_of(pipeline.stages, plan.num_layers)
+        rows = _holder_of([stage.chunks for stage in pipeline.stages], plan.num_layers)
         if rows[0] == rows[-1]:
             continue
         pair = [pipeline.stages[rows[0]], pipeline.stages[rows[-1]]]

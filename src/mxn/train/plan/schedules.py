@@ -11,33 +11,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
 from mxn.errors import ConfigError, UnsupportedError
+from mxn.train.plan.actions import Action, Kind, Order, Row, split_backwards, stored_peak
+from mxn.train.plan.order_check import validate
 from mxn.train.plan.plan import Schedule
 
-Kind = Literal["F", "B", "W"]
-
-
-class Action(NamedTuple):
-    """One pass of one chunk over one micro-batch.
-
-    `F` forward, `B` backward, `W` weight gradients. A `B` makes both kinds of gradients, except
-    where its row has a `W` of the same chunk and micro-batch: then it makes those of the inputs.
-    """
-
-    kind: Kind
-    chunk: int
-    micro_batch: int
-
-    def __str__(self) -> str:
-        return f"{self.kind}{self.micro_batch}" + (f" of chunk {self.chunk}" if self.chunk else "")
-
-
-Row = tuple[Action, ...]
-"""Of one stage, first action first."""
-Order = tuple[Row, ...]
-"""By stage."""
+__all__ = ["Action", "Kind", "Order", "Row", "order", "split_backwards", "stored_peak"]
 
 
 def order(
@@ -52,40 +33,17 @@ def order(
 
     `extra_warmup` is how many forwards more than needed a stage does ahead of its first backward,
     one number or one per stage. They keep a stage busy while a slow link carries gradients back,
-    and each costs the memory of one more stored micro-batch. They may not rise along the stages.
+    and each costs the memory of one more stored micro-batch. They may not rise along the stages,
+    and with chunks not fall so far that the order would never end.
 
-    Raises: ConfigError for counts that no order has; UnsupportedError for chunks under a schedule
-    that has none.
+    Raises: ConfigError for counts and warm-ups that no order has; UnsupportedError for chunks
+    under a schedule that has none.
     Source: 1F1B Narayanan et al. 2021 (2104.04473), there also interleaved; zero-bubble Qi et al.
     2023 (2401.10241), ZB-H1; extra warm-up HAPT (2509.24859).
     """
     _check_counts(schedule, num_stages, num_chunks, num_micro_batches)
     extra = _extra_per_stage(extra_warmup, num_stages)
     return _order(schedule, num_stages, num_chunks, num_micro_batches, extra)
-
-
-def split_backwards(row: Row) -> frozenset[tuple[int, int]]:
-    """Return (chunk, micro-batch) of each backward that is split: its `B` is the input half."""
-    return frozenset((chunk, micro_batch) for kind, chunk, micro_batch in row if kind == "W")
-
-
-def stored_peak(row: Row, sizes: Sequence[float] | None = None) -> float:
-    """Return the most that a row stores at once of its passes' activations.
-
-    `sizes` is what one micro-batch keeps in each chunk, for example bytes; without it passes are
-    counted. Kept from the forward to the last backward action: what a split backward still needs
-    for its weight half is taken as all.
-    """
-    split = split_backwards(row)
-    stored = peak = 0.0
-    for kind, chunk, micro_batch in row:
-        size = 1 if sizes is None else sizes[chunk]
-        if kind == "F":
-            stored += size
-            peak = max(peak, stored)
-        elif kind == "W" or (chunk, micro_batch) not in split:
-            stored -= size
-    return peak
 
 
 def _check_counts(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
@@ -143,6 +101,9 @@ def _order(
         # ZB-H1: stage s owes s weight halves, so that each stage stores what the first one does.
         lag = stage if splits else None
         rows.append(_alternate(forwards, backwards, weights, warmup, lag))
+    if num_chunks > 1 and len(set(extra)) > 1:
+        # Between two chunks the first stage waits for the last, so it can be too far ahead of it.
+        validate(tuple(rows), num_chunks=num_chunks, num_micro_batches=num_micro_batches)
     return tuple(rows)
 
 

@@ -19,6 +19,7 @@ class LayerShape:
     activation_bytes: float  # kept until backward when nothing is recomputed
     output_bytes: float  # of what goes to the next layer
     active_params: int | None = None  # used per token, where experts make it fewer than `params`
+    routed_to: int = 1  # experts that a token is sent to, where there are some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

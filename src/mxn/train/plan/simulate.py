@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mxn.errors import ConfigError
+from mxn.train.plan.actions import Order, stored_peak
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.costs import CostBook, StageCost
-from mxn.train.plan.events import Hop, PipelineTimes, Timeline, simulate
+from mxn.train.plan.events import Timeline, simulate
+from mxn.train.plan.experts import exchange_s
 from mxn.train.plan.memory import MemoryModel, stage_bytes
 from mxn.train.plan.order_check import validate
 from mxn.train.plan.plan import Pipeline, TrainPlan
@@ -22,19 +24,21 @@ from mxn.train.plan.predict import Tuning, predict
 from mxn.train.plan.prediction import Prediction, StagePrediction
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.reduction import Member, Reduction, reductions
-from mxn.train.plan.schedules import Order, order, stored_peak
+from mxn.train.plan.schedules import order
 from mxn.train.plan.shape import ModelShape
-from mxn.train.plan.timeline import Lane, Span, lanes_of
+from mxn.train.plan.times import Hop, PipelineTimes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """One simulated step. `timelines` are of the different pipelines, `kinds` tells which is whose.
 
-    `sums` are the gradient sums of each (pipeline, stage), as (start, end) in seconds.
+    `sums` are the gradient sums of each (pipeline, stage), as (start, end) in seconds. `chips` are
+    those of the groups. `picture` draws it.
     """
 
     plan: TrainPlan
+    chips: Mapping[str, str]
     prediction: Prediction
     timelines: tuple[Timeline, ...]
     kinds: tuple[int, ...]
@@ -42,41 +46,6 @@ class Simulation:
 
     def timeline(self, pipeline: int) -> Timeline:
         return self.timelines[self.kinds[pipeline]]
-
-    def lanes(self, pipelines: Sequence[int] | None = None) -> list[Lane]:
-        """Return the stages of `pipelines` to draw, sums and optimizer included.
-
-        Without `pipelines`, the first one of each kind.
-        """
-        if pipelines is None:
-            pipelines = [self.kinds.index(kind) for kind in range(len(self.timelines))]
-        before = self.prediction.pipeline_s + self.prediction.reduce_s
-        after = before + self.prediction.optimizer_s
-        lanes = []
-        for number in pipelines:
-            stages = self.plan.pipelines[number].stages
-            rows = [
-                [
-                    *(Span("reduce", *span) for span in self.sums.get((number, stage), ())),
-                    Span("optimizer", before, after),
-                ]
-                for stage in range(len(stages))
-            ]
-            lanes += lanes_of(
-                self.timeline(number),
-                [self._label(number, stage) for stage in range(len(stages))],
-                after=rows,
-                until_s=self.prediction.iteration_s,
-            )
-        return lanes
-
-    def _label(self, pipeline: int, number: int) -> tuple[str, str]:
-        stage = self.plan.pipelines[pipeline].stages[number]
-        parts = ", ".join(f"{chunk.first}-{chunk.end - 1}" for chunk in stage.chunks)
-        times = f" x {stage.tp}" if stage.tp > 1 else ""
-        alike = self.kinds.count(self.kinds[pipeline])
-        copies = f", {alike} alike" if alike > 1 else ""
-        return f"{pipeline}.{number} {stage.group}{times}", f"layers {parts}{copies}"
 
 
 def simulate_plan(
@@ -87,25 +56,24 @@ def simulate_plan(
     *,
     memory: MemoryModel | None = None,
     tuning: Tuning | None = None,
-    extra_warmup: int | Sequence[int] = 0,
     orders: Mapping[int, Order] | None = None,
 ) -> Simulation:
     """Return one step of `plan`, simulated; the prediction is of the kind that `predict` gives.
 
-    `extra_warmup` is that of `schedules.order`, for every pipeline. `orders` are one's own, by the
-    number of the pipeline; they must fit its stages, chunks and micro-batches.
+    `orders` are one's own, by the number of the pipeline; they must fit its stages, chunks and
+    micro-batches.
 
     Raises: UserError as `predict` does; ConfigError for an order that does not fit or never ends.
     """
     memory, tuning = memory or MemoryModel(), tuning or Tuning()
     base = predict(plan, shape, cluster, profiles, memory=memory, tuning=tuning)
-    maker = _Maker(plan, shape, cluster, CostBook(shape, profiles, plan.micro_batch), tuning)
+    maker = _Maker(plan, shape, cluster, _book(plan, shape, profiles), tuning)
     known: dict[tuple[PipelineTimes, Order], int] = {}
     lines: list[Timeline] = []
     kinds: list[int] = []
     for number, pipeline in enumerate(plan.pipelines):
-        rows = _order_of(plan, pipeline, (orders or {}).get(number), extra_warmup)
-        key = (maker.times(pipeline), rows)
+        rows = _order_of(plan, pipeline, (orders or {}).get(number))
+        key = (maker.times(pipeline, number), rows)
         if key not in known:
             known[key] = len(lines)
             lines.append(simulate(rows, key[0], late_sends=tuning.late_sends))
@@ -116,6 +84,7 @@ def simulate_plan(
     )
     return Simulation(
         plan=plan,
+        chips={group.name: group.chip for group in cluster.groups},
         prediction=prediction,
         timelines=tuple(lines),
         kinds=tuple(kinds),
@@ -123,13 +92,31 @@ def simulate_plan(
     )
 
 
-def _order_of(
-    plan: TrainPlan, pipeline: Pipeline, own: Order | None, extra_warmup: int | Sequence[int]
-) -> Order:
+def pipeline_times(
+    plan: TrainPlan,
+    shape: ModelShape,
+    cluster: Cluster,
+    profiles: Profiles,
+    tuning: Tuning | None = None,
+) -> list[PipelineTimes]:
+    """Return the seconds of one micro-batch through each pipeline. Raises: as `simulate_plan`."""
+    maker = _Maker(plan, shape, cluster, _book(plan, shape, profiles), tuning or Tuning())
+    return [maker.times(pipeline, number) for number, pipeline in enumerate(plan.pipelines)]
+
+
+def _book(plan: TrainPlan, shape: ModelShape, profiles: Profiles) -> CostBook:
+    return CostBook(shape, profiles, plan.micro_batch, expert_parallel=plan.expert_parallel)
+
+
+def _order_of(plan: TrainPlan, pipeline: Pipeline, own: Order | None) -> Order:
     num_stages, num_chunks = len(pipeline.stages), len(pipeline.stages[0].chunks)
     if own is None:
         return order(
-            plan.schedule, num_stages, num_chunks, pipeline.micro_batches, extra_warmup=extra_warmup
+            plan.schedule,
+            num_stages,
+            num_chunks,
+            pipeline.micro_batches,
+            extra_warmup=pipeline.extra_warmup or 0,
         )
     if len(own) != num_stages:
         raise ConfigError(f"an order of {len(own)} stages for a pipeline of {num_stages}")
@@ -162,8 +149,8 @@ class _Maker:
             )
         return self._costs[key]
 
-    def times(self, pipeline: Pipeline) -> PipelineTimes:
-        """Return the seconds of one micro-batch through `pipeline`."""
+    def times(self, pipeline: Pipeline, index: int) -> PipelineTimes:
+        """Return the seconds of one micro-batch through `pipeline`, the plan's number `index`."""
         size = len(pipeline.stages)
         borders = size * len(pipeline.stages[0].chunks) - 1
         crossed = [self._hop_bytes(pipeline, part) for part in range(borders)]
@@ -171,7 +158,13 @@ class _Maker:
         forward, backward, weight = [], [], []
         for stage in range(size):
             costs = self.costs(pipeline, stage)
-            near = [held[c * size + stage] + held[c * size + stage + 1] for c in range(len(costs))]
+            away = exchange_s(
+                self._plan, index, pipeline.stages[stage], self._shape, self._cluster
+            ) / len(costs)
+            near = [
+                held[c * size + stage] + held[c * size + stage + 1] + away
+                for c in range(len(costs))
+            ]
             pairs = list(zip(costs, near, strict=True))
             forward.append(tuple(cost.forward_s + extra for cost, extra in pairs))
             backward.append(tuple(cost.backward_s + extra for cost, extra in pairs))

@@ -88,7 +88,7 @@ def _passes(timeline: Timeline, stage: int) -> list[Span]:
 def text(lanes: Sequence[Lane], *, columns: int = 100) -> str:
     """Return the lanes as one line of letters each, with a time axis and a legend.
 
-    A column shows what its lane does for most of it.
+    A column shows what its lane does for most of it; see `_letters`.
     Raises: ConfigError for no lanes, or columns that leave no room for a line of letters.
     """
     length = length_of(lanes)
@@ -135,9 +135,22 @@ def shares(lane: Lane, length_s: float, num_bins: int) -> list[dict[SpanKind, fl
 
 
 def _letters(lane: Lane, length: float, columns: int) -> str:
+    """Return one letter per column. What a column cannot show is owed to the next two.
+
+    So also passes much shorter than a column have as many letters as they have time.
+    """
+    owed: dict[str, float] = {}
+    seen: dict[str, int] = {}
     letters = []
-    for here in shares(lane, length, columns):
-        kind = max(here, key=lambda kind: here[kind], default=None)
-        busy = sum(here.values())
-        letters.append(_LETTERS[kind] if kind is not None and busy >= 0.5 else _IDLE)
+    for number, here in enumerate(shares(lane, length, columns)):
+        parts = {_LETTERS[kind]: share for kind, share in here.items()}
+        parts[_IDLE] = 1 - sum(here.values())
+        for letter, share in parts.items():
+            if share > 1e-9:
+                owed[letter] = owed.get(letter, 0.0) + share
+                seen[letter] = number
+        owed = {letter: share for letter, share in owed.items() if number - seen[letter] <= 2}
+        letter = max(owed, key=lambda letter: owed[letter])
+        owed[letter] -= 1
+        letters.append(letter)
     return "".join(letters)

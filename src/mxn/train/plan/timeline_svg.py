@@ -2,17 +2,20 @@
 
 One lane per stage: its passes with their micro-batches, below them the messages that it sends,
 beside it how much of the step it stands idle. Colours follow the viewer's light or dark scheme.
-Where passes are too narrow to see, a lane shows which share of each moment they fill. Numbers to
+Where passes are too narrow to see, lanes show which share of each moment they fill. Numbers to
 text; no I/O.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from mxn.errors import ConfigError
 from mxn.train.plan.timeline import Lane, Span, SpanKind, length_of, shares
 from mxn.units import format_seconds
 
@@ -40,42 +43,77 @@ text { font-family: system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-se
   .paper { fill: #14171d; } .lane { fill: #1c2028; } .grid { stroke: #2a2f39; }
 }
 """
-_LABEL_PX, _IDLE_PX, _MARGIN_PX = 170, 84, 16
-_LANE_PX, _BAR_PX, _WIRE_PX = 36, 22, 4
-_TOP_PX, _FOOT_PX = 64, 62
-_NARROW_PX = 4.0  # passes narrower than this on average are drawn as shares
+_IDLE_PX, _MARGIN_PX = 84, 16
+_LEAST_LABEL_PX, _LABEL_DIGIT_PX = 90, 7.2
+_MANY_LANES = 24  # from here on lanes are low and have no second line of words
+_TOP_PX, _LINE_PX, _FOOT_PX = 46, 15, 62
+_LETTER_PX = 6.3  # of a subtitle, on average
+_NARROW_PX = 4.0  # passes narrower than this on average have no number and no note
+_INVISIBLE_PX = 1.2  # narrower than this, lanes show shares
 _BIN_PX = 4.0
 _DIGIT_PX = 6.5
 _AXIS_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
-def svg(lanes: Sequence[Lane], *, title: str, subtitle: str = "", width: int = 1200) -> str:
-    """Return the picture as one SVG document of `width` pixels.
+class _Sizes(NamedTuple):
+    """Heights in pixels: of a lane, of its bar of passes, of its line of messages."""
 
-    Raises: ConfigError when no lane has a span with a length.
+    lane: int
+    bar: int
+    wire: int
+
+
+_ROOMY, _LOW = _Sizes(36, 22, 4), _Sizes(20, 12, 2)
+
+
+def svg(
+    lanes: Sequence[Lane], *, title: str, subtitle: Sequence[str] = (), width: int = 1200
+) -> str:
+    """Return the picture as one SVG document of `width` pixels; `subtitle` is lines of words.
+
+    Raises: ConfigError when no lane has a span with a length, or `width` leaves no room.
     """
     length = length_of(lanes)
-    height = _TOP_PX + _LANE_PX * len(lanes) + _FOOT_PX
-    room = width - _LABEL_PX - _IDLE_PX - 2 * _MARGIN_PX
-    left = _MARGIN_PX + _LABEL_PX
-    bottom = _TOP_PX + _LANE_PX * len(lanes)
+    sizes = _LOW if len(lanes) >= _MANY_LANES else _ROOMY
+    lines = [line for words in subtitle for line in _wrapped(words, width)]
+    first = _TOP_PX + _LINE_PX * len(lines)
+    bottom = first + sizes.lane * len(lanes)
+    height = bottom + _FOOT_PX
+    left = _MARGIN_PX + _label_px(lanes)
+    room = width - left - _IDLE_PX - _MARGIN_PX
+    if room < _LEAST_LABEL_PX:
+        raise ConfigError(f"{width} pixels leave {room:.0f} for the lanes", hint="draw it wider")
+    tops = [first + number * sizes.lane for number in range(len(lanes))]
+    mean_px = _mean_span_s(lanes) * room / length
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>',
         _text(_MARGIN_PX, 28, title, "title"),
-        _text(_MARGIN_PX, 48, subtitle, "soft"),
-        *(_lane_paper(number, left, room) for number in range(len(lanes))),
-        *_axis(length, left, room, bottom),
         *(
-            _lane(lane, _TOP_PX + number * _LANE_PX, left, room / length, length, width)
-            for number, lane in enumerate(lanes)
+            _text(_MARGIN_PX, 46 + number * _LINE_PX, line, "soft")
+            for number, line in enumerate(lines)
+        ),
+        *(_rect(left, top + 3, room, sizes.bar, "lane") for top in tops),
+        *_axis(length, left, room, first, bottom),
+        *(
+            _lane(lane, sizes, top, left, room / length, length, width, mean_px)
+            for lane, top in zip(lanes, tops, strict=True)
         ),
         *_legend(lanes, left, bottom + 44),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _wrapped(words: str, width: int) -> list[str]:
+    return textwrap.wrap(words, max(20, int((width - 2 * _MARGIN_PX) / _LETTER_PX)))
+
+
+def _label_px(lanes: Sequence[Lane]) -> float:
+    letters = max(max(len(lane.label), 0.92 * len(lane.detail)) for lane in lanes)
+    return max(_LEAST_LABEL_PX, letters * _LABEL_DIGIT_PX + 8)
 
 
 def _text(x: float, y: float, words: str, classes: str = "") -> str:
@@ -93,62 +131,104 @@ def _rect(x: float, y: float, width: float, height: float, classes: str, note: s
     return f'<rect class="{classes}" {size} rx="1.5"><title>{escape(note)}</title></rect>'
 
 
-def _lane_paper(number: int, left: float, room: float) -> str:
-    return _rect(left, _TOP_PX + number * _LANE_PX + 3, room, _BAR_PX, "lane")
+def _mean_span_s(lanes: Sequence[Lane]) -> float:
+    spans = [span.end_s - span.start_s for lane in lanes for span in lane.spans]
+    return sum(spans) / len(spans)
 
 
-def _lane(lane: Lane, top: float, left: float, px_per_s: float, length: float, width: int) -> str:
+def _lane(
+    lane: Lane,
+    sizes: _Sizes,
+    top: float,
+    left: float,
+    px_per_s: float,
+    length: float,
+    width: int,
+    mean_px: float,
+) -> str:
     """Return one lane: names, passes, messages, idle share."""
+    middle = top + 3 + sizes.bar / 2 + 4
+    has_detail = bool(lane.detail) and sizes is _ROOMY
     parts = [
-        _text(_MARGIN_PX, top + (13 if lane.detail else 18), lane.label),
-        _text(_MARGIN_PX, top + 26, lane.detail, "soft") if lane.detail else "",
-        _text(width - _MARGIN_PX, top + 18, f"idle {lane.idle * 100:.1f} %", "end"),
+        _text(_MARGIN_PX, top + 13 if has_detail else middle, lane.label),
+        _text(width - _MARGIN_PX, middle, f"idle {lane.idle * 100:.1f} %", "end"),
     ]
-    drawn = sum(span.end_s - span.start_s for span in lane.spans) * px_per_s
-    if drawn < _NARROW_PX * len(lane.spans):
-        parts += _as_shares(lane, top + 3, left, px_per_s, length)
+    if has_detail:
+        parts.append(_text(_MARGIN_PX, top + 26, lane.detail, "soft"))
+    if mean_px < _INVISIBLE_PX:
+        parts += _as_shares(lane, top + 3, sizes.bar, left, px_per_s, length)
+    elif mean_px < _NARROW_PX:
+        parts += _as_bars(lane, top + 3, sizes.bar, left, px_per_s)
     else:
-        parts += [_span(span, top + 3, left, px_per_s) for span in lane.spans]
-    parts.append(_wires(lane, top + 3 + _BAR_PX + 2, left, px_per_s))
+        numbered = _numbered(lane, px_per_s)
+        parts += [
+            _span(span, top + 3, sizes.bar, left, px_per_s, span.kind in numbered)
+            for span in lane.spans
+        ]
+    parts.append(_wires(lane, top + 4 + sizes.bar + sizes.wire / 4, sizes.wire, left, px_per_s))
     return "\n".join(part for part in parts if part)
 
 
-def _span(span: Span, top: float, left: float, px_per_s: float) -> str:
+def _numbered(lane: Lane, px_per_s: float) -> set[SpanKind]:
+    """Return the kinds of passes of which each has room for its number: all of them or none."""
+    tight = {
+        span.kind
+        for span in lane.spans
+        if (span.end_s - span.start_s) * px_per_s < _DIGIT_PX * len(span.text) + 3
+    }
+    return set(_CLASSES) - tight
+
+
+def _span(
+    span: Span, top: float, tall: int, left: float, px_per_s: float, is_numbered: bool
+) -> str:
     x, wide = left + span.start_s * px_per_s, (span.end_s - span.start_s) * px_per_s
     classes = _CLASSES[span.kind][0] + (f" k{min(span.chunk, 3)}" if span.chunk else "")
     note = (
         f"{span.note or span.kind}: {format_seconds(span.start_s)} to {format_seconds(span.end_s)}"
     )
     gap = 0.6 if wide > 3 else 0.0  # a hair between two passes, so that they can be counted
-    drawn = _rect(x, top, wide - gap, _BAR_PX, classes, note)
-    if span.text and wide >= _DIGIT_PX * len(span.text) + 3:
-        drawn += _text(x + (wide - gap) / 2, top + 15, span.text, "num")
+    drawn = _rect(x, top, wide - gap, tall, classes, note)
+    if span.text and is_numbered:
+        drawn += _text(x + (wide - gap) / 2, top + tall / 2 + 4, span.text, "num")
     return drawn
 
 
-def _as_shares(lane: Lane, top: float, left: float, px_per_s: float, length: float) -> list[str]:
+def _as_bars(lane: Lane, top: float, tall: int, left: float, px_per_s: float) -> list[str]:
+    """Return one path for each kind of pass."""
+    paths: dict[SpanKind, list[str]] = {}
+    for span in lane.spans:
+        wide = _px((span.end_s - span.start_s) * px_per_s)
+        shape = f"M{_px(left + span.start_s * px_per_s)} {_px(top)}h{wide}v{tall}h-{wide}z"
+        paths.setdefault(span.kind, []).append(shape)
+    return [f'<path class="{_CLASSES[kind][0]}" d="{"".join(d)}"/>' for kind, d in paths.items()]
+
+
+def _as_shares(
+    lane: Lane, top: float, tall: int, left: float, px_per_s: float, length: float
+) -> list[str]:
     """Return stacked columns: the height of a colour is the share of that moment it fills."""
     num_bins = max(1, round(length * px_per_s / _BIN_PX))
     step = length * px_per_s / num_bins
     columns = []
     for here in shares(lane, length, num_bins):
-        columns.append(tuple((kind, round(here.get(kind, 0.0) * _BAR_PX, 1)) for kind in _CLASSES))
+        columns.append(tuple((kind, round(here.get(kind, 0.0) * tall, 1)) for kind in _CLASSES))
     paths: dict[SpanKind, list[str]] = {}
     number = 0
     for column, same in groupby(columns):
         count = len(list(same))
-        base = top + _BAR_PX
-        for kind, tall in column:
-            if tall > 0:
-                base -= tall
+        base = top + tall
+        for kind, height in column:
+            if height > 0:
+                base -= height
                 x = _px(left + number * step)
-                shape = f"M{x} {_px(base)}h{_px(count * step)}v{_px(tall)}h-{_px(count * step)}z"
+                shape = f"M{x} {_px(base)}h{_px(count * step)}v{_px(height)}h-{_px(count * step)}z"
                 paths.setdefault(kind, []).append(shape)
         number += count
     return [f'<path class="{_CLASSES[kind][0]}" d="{"".join(d)}"/>' for kind, d in paths.items()]
 
 
-def _wires(lane: Lane, top: float, left: float, px_per_s: float) -> str:
+def _wires(lane: Lane, top: float, tall: int, left: float, px_per_s: float) -> str:
     """Return the messages as one path; those that touch within a pixel are one piece."""
     pieces: list[list[float]] = []
     for start, end in sorted(lane.messages):
@@ -161,11 +241,11 @@ def _wires(lane: Lane, top: float, left: float, px_per_s: float) -> str:
     shapes = []
     for start, end in pieces:
         wide = _px(max((end - start) * px_per_s, 0.5))
-        shapes.append(f"M{_px(left + start * px_per_s)} {_px(top)}h{wide}v{_WIRE_PX}h-{wide}z")
+        shapes.append(f"M{_px(left + start * px_per_s)} {_px(top)}h{wide}v{tall}h-{wide}z")
     return f'<path class="t" d="{"".join(shapes)}"/>'
 
 
-def _axis(length: float, left: float, room: float, bottom: float) -> list[str]:
+def _axis(length: float, left: float, room: float, top: float, bottom: float) -> list[str]:
     """Return grid lines and their times, at steps of 1, 2 or 5 times a power of ten."""
     rough = length / 8
     power = 10.0 ** math.floor(math.log10(rough))
@@ -174,7 +254,7 @@ def _axis(length: float, left: float, room: float, bottom: float) -> list[str]:
     parts = []
     for number in range(int(length / step + 1e-9) + 1):
         x = _px(left + number * step / length * room)
-        ends = f'y1="{_TOP_PX - 4}" y2="{_px(bottom)}"'
+        ends = f'y1="{_px(top - 4)}" y2="{_px(bottom)}"'
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" {ends}/>')
         words = f"{number * step / unit_s:.6g} {unit}"
         parts.append(_text(left + number * step / length * room, bottom + 15, words, "soft mid"))

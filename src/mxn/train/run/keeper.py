@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mxn.errors import MxnError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.checkpoint import Checkpointer, Position, Stored
 from mxn.train.run.checkpoint import manifest as manifests
@@ -132,21 +131,3 @@ class Keeper:
         """Seconds that checkpoints took so far, for the metrics of a step."""
         costs = self.writer.costs
         return {"checkpoint_stall_s": costs.copy_s + costs.wait_s}
-
-
-def holders_of(plan: TrainPlan) -> dict[int, list[int]]:
-    """Return the ranks that hold each layer, ranks counted over pipelines and their stages.
-
-    Raises: MxnError for a plan with tensor parallelism, whose layers are in pieces.
-    """
-    holders: dict[int, list[int]] = {layer: [] for layer in range(plan.num_layers)}
-    rank = 0
-    for pipeline in plan.pipelines:
-        for stage in pipeline.stages:
-            if stage.tp != 1:
-                raise MxnError(f"checkpoints know whole layers, and a stage has tp {stage.tp}")
-            for chunk in stage.chunks:
-                for layer in range(chunk.first, chunk.end):
-                    holders[layer].append(rank)
-            rank += 1
-    return holders

@@ -23,6 +23,7 @@ from mxn.train.run.measure_start import ask_ranks
 from mxn.train.run.measured import (
     Answer,
     Member,
+    Model,
     Request,
     basis_of,
     chip_label,
@@ -33,7 +34,7 @@ from mxn.train.run.stored import Reading, StoredLink, StoredProfile
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
-    from mxn.models.spec import DecoderSpec
+    from mxn.train.run.weights import ModelSource
 
 log = logging.getLogger("mxn.train")
 
@@ -99,7 +100,8 @@ class _Bench:
 
         self.job = job
         self.micro_batches = micro_batches
-        self.spec, self.shape, self.is_packed = look_at(job)
+        self.model, self.shape, self.is_packed, self.trainable_share = look_at(job)
+        self.spec = self.model.spec
         self.members = tuple(_members(job))
         self.devices = {m.rank: find_device(m.device) for m in self.members}
         self.first_rank = {m.group: m.rank for m in reversed(self.members)}
@@ -173,7 +175,7 @@ class _Bench:
             pairs=tuple(self._ranks(pair) for pair in pairs), blocks=quality.blocks,
             block_s=quality.block_s, is_packed=self.is_packed, has_layers=has_layers,
         )  # fmt: skip
-        answers = ask_ranks(self.job, request)
+        answers = ask_ranks(self.job, request, self.model)
         if has_layers:
             profiles = {**profiles, **self._keep_profiles(answers, profiles)}
         return profiles, {**links, **self._keep_links(answers, pairs)}
@@ -236,14 +238,15 @@ class _Bench:
             profiles={label: profile.to_chip_profile() for label, profile in profiles.items()},
             stored=profiles,
             links=links,
-            memory=memory_of(self.job),
+            memory=memory_of(self.job, trainable_share=self.trainable_share),
             is_reused=is_reused,
         )
 
     def _group(self, group: DeviceSettings, links: dict[Pair, StoredLink]) -> DeviceGroup:
         device = self.device(group)
         near = links.get((group.name, group.name))
-        alone = Link(latency_s=0.0, bytes_per_s=1.0, basis="assumed")  # one device sends nothing
+        # One device sends itself nothing; a slow link here would be taken for the slowest of all.
+        alone = Link(latency_s=0.0, bytes_per_s=1e15, basis="assumed")
         link = near.link if near else alone
         return DeviceGroup(
             name=group.name,
@@ -264,8 +267,10 @@ class _Bench:
         return device.memory_bytes // sharing
 
 
-def look_at(job: Job) -> tuple[DecoderSpec, ModelShape, bool]:
-    """Return the model of a job as trainer and planner see it, and whether its rows are packed."""
+def look_at(job: Job) -> tuple[Model, ModelShape, bool, float]:
+    """Return the model of a job as trainer and planner see it, whether its rows are packed, and
+    the share of its weights that is trained.
+    """
     from types import SimpleNamespace
 
     from mxn.train.run.from_job import open_rows, open_source
@@ -280,7 +285,27 @@ def look_at(job: Job) -> tuple[DecoderSpec, ModelShape, bool]:
         source.spec, name=source.folder.name, seq_tokens=job.seq_tokens, dtype=job.dtype,
         biases=biases, is_packed=is_packed,
     )  # fmt: skip
-    return source.spec, shape, is_packed
+    share = 1.0 if job.lora is None else trainable_params(job, source) / shape.params
+    model = Model(spec=source.spec, names=source.family.names, biases=source.biases)
+    return model, shape, is_packed, share
+
+
+def trainable_params(job: Job, source: ModelSource) -> int:
+    """Return how many weights a LoRA job trains. Takes no memory."""
+    from mxn.train.run.lora import LoraSettings, attach
+    from mxn.train.run.optim import trainable
+    from mxn.train.shapes import layer_kinds
+
+    assert job.lora is not None
+    lora = LoraSettings(rank=job.lora.rank, alpha=job.lora.alpha, targets=tuple(job.lora.targets))
+    kinds = layer_kinds(source.spec)
+    total = 0
+    for kind in set(kinds):
+        layer = kinds.index(kind)
+        stage = source.empty_stage(layer, layer + 1, device="meta")
+        attach(stage, lora, seed=job.seed)
+        total += kinds.count(kind) * sum(p.numel() for p in trainable(stage).values())
+    return total
 
 
 def memory_of(job: Job, *, trainable_share: float = 1.0) -> MemoryModel:
@@ -359,3 +384,17 @@ def _notes(group: DeviceSettings, num_devices: int) -> tuple[str, ...]:
     if group.cpu_share is not None:
         notes.append(f"a rank limited to {group.cpu_share:g} of a core by cgroup quota")
     return tuple(notes)
+
+
+def measure_layers(job: Job, *, quality: Quality | None = None) -> Measured:
+    """Measure the layers of a job's devices again and store them; links are taken as stored.
+
+    By default quick: the speed check of a job that starts.
+    """
+    bench = _Bench(job, (job.micro_batch,))
+    links = bench.stored_links()
+    profiles, links = bench.run(
+        {}, links, has_layers=True, quality=quality or Quality(blocks=3, block_s=0.1),
+        on_progress=log.info,
+    )  # fmt: skip
+    return bench.measured(profiles, links, is_reused=False)

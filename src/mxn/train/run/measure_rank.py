@@ -7,7 +7,9 @@ beside the request. Start at `main`.
 
 from __future__ import annotations
 
+import pickle
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +20,14 @@ import torch
 from mxn.train.run.chains import Workload, chains_of, make_chain
 from mxn.train.run.job import Job
 from mxn.train.run.layer_times import Effort, time_chain
-from mxn.train.run.measured import Answer, Member, Request, basis_of
+from mxn.train.run.measured import MODEL_FILE, Answer, Member, Model, Request, basis_of
+from mxn.train.run.rank import leave
 from mxn.train.run.stored import Reading
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
     from mxn.train.run.bridge import Bridge
     from mxn.train.run.net import StageModule
-    from mxn.train.run.weights import ModelSource
 
 
 def main(request_file: Path, rank: int, store_address: str) -> None:
@@ -36,21 +38,37 @@ def main(request_file: Path, rank: int, store_address: str) -> None:
     job, me = Job.from_json(request.job), request.members[rank]
     torch.set_num_threads(job.group(me.group).threads)
     device = find_device(me.device)
+    target = torch.device(device.torch_device)
+    if target.type != "cpu":
+        torch.accelerator.set_device_index(target.index or 0)
     bridge = _connect(job, request, rank, store_address, device)
+    folder = request_file.parent
     try:
-        wait = synchronizer(torch.device(device.torch_device))
+        wait_for_share(folder, rank)
+        wait = synchronizer(target)
         taken = framework_bytes(device)
         readings: tuple[Reading, ...] = ()
         if request.has_layers:
-            readings = tuple(_layers(request, job, me, device, bridge, wait))
+            models = pickle.loads((folder / MODEL_FILE).read_bytes())  # our own parent wrote it
+            readings = tuple(_layers(request, job, me, models, device, bridge, wait))
         links = _links(request, job, bridge, wait)
     finally:
         bridge.close()
     answer = Answer(rank=rank, framework_bytes=taken, readings=readings, links=links)
-    path = request_file.parent / f"answer-{rank}.json"
+    path = folder / f"answer-{rank}.json"
     part = path.with_suffix(".part")
     part.write_text(answer.to_json())
     part.replace(path)
+
+
+def wait_for_share(folder: Path, rank: int) -> None:
+    """Say that all is imported, and wait until this process has its share of the processor.
+
+    Imports take seconds of a whole core, and say nothing about the layers.
+    """
+    (folder / f"ready-{rank}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
 
 
 def _connect(job: Job, request: Request, rank: int, address: str, device: Device) -> Bridge:
@@ -74,44 +92,36 @@ def _layers(
     request: Request,
     job: Job,
     me: Member,
+    model: Model,
     device: Device,
     bridge: Bridge,
     wait: Callable[[], object],
 ) -> list[Reading]:
-    from mxn.train.run.from_job import open_source
-
-    source = open_source(job)
+    work = Workload(
+        spec=model.spec, names=model.names, biases=model.biases, seq_tokens=job.seq_tokens,
+        dtype=job.dtype_of(me.group), is_packed=request.is_packed,
+    )  # fmt: skip
     effort = Effort(blocks=request.blocks, block_s=request.block_s, warmup_s=request.block_s)
     found: list[Reading] = []
     for micro_batch in request.micro_batches:
-        for kind, layers in chains_of(source.spec).items():
+        for kind, layers in chains_of(model.spec).items():
             bridge.barrier(f"the measurement of {kind}")
-            reading = measure_kind(
-                source, job, me.group, kind, layers, micro_batch, device, effort, wait,
-                is_packed=request.is_packed,
-            )  # fmt: skip
+            reading = measure_kind(work, job, kind, layers, micro_batch, device, effort, wait)
             found.append(reading)
     return found
 
 
 def measure_kind(
-    source: ModelSource,
+    work: Workload,
     job: Job,
-    group: str,
     kind: str,
     layers: tuple[int, int],
     micro_batch: int,
     device: Device,
     effort: Effort,
     wait: Callable[[], object],
-    *,
-    is_packed: bool,
 ) -> Reading:
     """Return what one kind of layer costs on this device, in this process."""
-    work = Workload(
-        spec=source.spec, names=source.family.names, biases=source.biases,
-        seq_tokens=job.seq_tokens, dtype=job.dtype_of(group), is_packed=is_packed,
-    )  # fmt: skip
     torch_device = torch.device(device.torch_device)
     chain = make_chain(work, layers, micro_batch, torch_device, lambda stage: updates(stage, job))
     times = time_chain(chain, effort, synchronize=wait)
@@ -203,3 +213,4 @@ def framework_bytes(device: Device) -> float:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    leave(0)

@@ -5,23 +5,25 @@ Knows no profiles. Start at `ask_ranks`.
 
 from __future__ import annotations
 
+import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mxn.errors import ChipError
 from mxn.train.run.cpu_share import CpuShare
-from mxn.train.run.job import Job
-from mxn.train.run.launch import log_path, start_process, tail_of
-from mxn.train.run.measured import Answer, Request
+from mxn.train.run.job import DeviceSettings, Job
+from mxn.train.run.launch import cores_of, log_path, start_process, tail_of
+from mxn.train.run.measured import MODEL_FILE, Answer, Model, Request
 
 _LONGEST_S = 3600.0
 
 
-def ask_ranks(job: Job, request: Request) -> list[Answer]:
+def ask_ranks(job: Job, request: Request, model: Model) -> list[Answer]:
     """Run one process for each member of `request` and return their answers, by rank.
 
     Raises: ChipError with the end of its log for a process that failed; UnsupportedError where
@@ -33,14 +35,25 @@ def ask_ranks(job: Job, request: Request) -> list[Answer]:
     with tempfile.TemporaryDirectory(prefix="mxn-profile-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(request.to_json())
+        (folder / MODEL_FILE).write_bytes(pickle.dumps(model))
         processes: list[subprocess.Popen[bytes]] = []
-        shares: list[CpuShare] = []
+        shares: dict[int, CpuShare] = {}
         try:
-            for member in request.members:
-                _start(job, member.rank, member.group, folder, address, processes, shares)
+            groups = [job.group(member.group) for member in request.members]
+            for member, group, cores in zip(request.members, groups, cores_of(groups), strict=True):
+                if group.cpu_share is not None:
+                    name = f"measure-{member.rank}"
+                    shares[member.rank] = CpuShare.create(group.cpu_share, name)
+                processes.append(_start(member.rank, group, folder, address))
+                if cores is not None:
+                    os.sched_setaffinity(processes[-1].pid, cores)
+            _wait(processes, request, folder, lambda: _are_ready(folder, len(processes)))
+            for rank, share in shares.items():
+                share.take_in(processes[rank].pid)
+            (folder / "go").touch()
             _wait(processes, request, folder)
         finally:
-            _end(processes, shares)
+            _end(processes, shares.values())
         answers = [
             Answer.from_json((folder / f"answer-{rank}.json").read_text())
             for rank in range(len(processes))
@@ -49,30 +62,28 @@ def ask_ranks(job: Job, request: Request) -> list[Answer]:
     return answers
 
 
-def _start(
-    job: Job,
-    rank: int,
-    group_name: str,
-    folder: Path,
-    address: str,
-    processes: list[subprocess.Popen[bytes]],
-    shares: list[CpuShare],
-) -> None:
-    group = job.group(group_name)
-    if group.cpu_share is not None:
-        shares.append(CpuShare.create(group.cpu_share, f"measure-{rank}"))
+def _start(rank: int, group: DeviceSettings, folder: Path, address: str) -> subprocess.Popen[bytes]:
     request = str(folder / "request.json")
     command = [sys.executable, "-m", "mxn.train.run.measure_rank", request, str(rank), address]
-    processes.append(start_process(command, log_path(folder, rank), group))
-    if group.cpu_share is not None:
-        shares[-1].take_in(processes[-1].pid)
+    return start_process(command, log_path(folder, rank), group)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], request: Request, folder: Path) -> None:
-    """Wait for all to end well. Raises: ChipError for the first that does not."""
+def _are_ready(folder: Path, num_ranks: int) -> bool:
+    return all((folder / f"ready-{rank}").exists() for rank in range(num_ranks))
+
+
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]],
+    request: Request,
+    folder: Path,
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Wait for all to end well, or for `is_over`. Raises: ChipError for the first that fails."""
     deadline_s = time.monotonic() + _LONGEST_S
     while any(process.poll() is None for process in processes):
         _check(processes, request, folder)
+        if is_over():
+            return
         if time.monotonic() > deadline_s:
             raise ChipError(f"no measurement in {_LONGEST_S:g} s", device=request.members[0].device)
         time.sleep(0.05)
@@ -93,7 +104,7 @@ def _check(processes: Sequence[subprocess.Popen[bytes]], request: Request, folde
     )
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], shares: Sequence[CpuShare]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]], shares: Iterable[CpuShare]) -> None:
     for process in processes:
         process.kill()
     for process in processes:

@@ -18,6 +18,7 @@ from typing import Any
 import mxn
 from mxn.chips.chip import Device
 from mxn.chips.registry import chip_of
+from mxn.models.names import Names
 from mxn.models.spec import DecoderSpec
 from mxn.train.plan.profile import LayerCost
 from mxn.train.run.job import DeviceSettings, Job
@@ -39,6 +40,18 @@ class Member:
     rank: int
     group: str
     device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What a rank needs of the model. Pickled beside the request: reading configs takes seconds."""
+
+    spec: DecoderSpec
+    names: Names
+    biases: frozenset[str]
+
+
+MODEL_FILE = "model.pickle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +141,7 @@ def layers_key(
         "driver": driver_of(device.vendor),
         "torch": _version("torch"),
         "threads": group.threads,
+        "pin": group.pin,
         "cpu_share": group.cpu_share,
         "dtype": job.dtype_of(group.name),
         "model": _digest(asdict(spec)),

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from mxn.errors import ConfigError, NotFoundError, UserError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.control import write_whole
 from mxn.train.run.job import Job
-from mxn.train.run.prepare import plan_of_job, task_of_job, with_devices
+from mxn.train.run.prepare import Task, plan_of_job, task_of_job, with_devices
 
 if TYPE_CHECKING:
+    from mxn.train.run.measure import Measured
     from mxn.train.run.supervise.words import State
 
 log = logging.getLogger("mxn.train")
@@ -27,34 +29,84 @@ log = logging.getLogger("mxn.train")
 Say = Callable[[str], None]
 
 
-def run_job(job: Job, *, on_say: Say = log.info) -> State:
+def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> State:
     """Plan, check and run a job to its end, through faults; return its last state.
 
-    A checkpoint in the job's folder is gone on from, as the job's `resume` says.
+    A checkpoint in the job's folder is gone on from, as the job's `resume` says. `ray`: address of
+    a Ray cluster whose machines the ranks run on; devices are measured and checked on this one.
     Raises: UserError when another command runs the job, or a checkpoint is broken.
     """
     from mxn.train.run.launch import launch
+    from mxn.train.run.launch_ray import launch_on_ray
+    from mxn.train.run.probe import start_probe
     from mxn.train.run.supervise.shell import Supervisor
+    from mxn.train.run.supervise.words import State
 
     job = with_devices(job)
     keep_job(job)
+    if (steps := _steps_done(job)) is not None:
+        on_say(f"all {steps} steps are done")
+        return State(groups=tuple(g.name for g in job.devices), phase="done", checkpoint_step=steps)
+    checks = Checks(on_say)
     supervisor = Supervisor(
         job,
         tuple(group.name for group in job.devices),
-        make_plan=lambda told, groups: make_plan(told, groups, on_say=on_say),
-        run_gate=_run_gate,
-        launch=launch,
+        make_plan=checks.make_plan,
+        run_gate=checks.run_gate,
+        launch=launch if ray is None else partial(launch_on_ray, address=ray),
+        start_probe=start_probe,
         on_say=on_say,
     )
     return supervisor.run()
 
 
-def make_plan(job: Job, groups: tuple[str, ...], *, on_say: Say = log.info) -> TrainPlan:
+class Checks:
+    """Plans of a job and the checks before it starts, which ask what a plan was made from."""
+
+    def __init__(self, on_say: Say) -> None:
+        from mxn.train.run.gate.process import Gate
+
+        self._on_say = on_say
+        self._parity = Gate(on_say=on_say)
+        self._planned: tuple[tuple[str, ...], Task] | None = None
+        self._is_fresh = False  # the profiles were measured a moment ago, by the speed check
+
+    def make_plan(self, job: Job, groups: tuple[str, ...]) -> TrainPlan:
+        """As `session.make_plan`."""
+        task = task_of_job(job, groups=groups, on_progress=self._on_say)
+        self._planned = groups, task
+        return make_plan(job, groups, task=task, on_say=self._on_say)
+
+    def run_gate(self, job: Job, plan: TrainPlan) -> None:
+        """Raises: GateError, SpeedError."""
+        self._parity(job, plan)
+        if self._is_fresh or job.gate.speed == "ignore" or self._planned is None:
+            self._is_fresh = False
+            return
+        groups, task = self._planned
+        if task.measured is not None:
+            self._check_speed(job, groups, task.measured)
+
+    def _check_speed(self, job: Job, groups: tuple[str, ...], measured: Measured) -> None:
+        from mxn.train.run.gate.speed import check_speed
+        from mxn.train.run.measure import measure_layers
+        from mxn.train.run.supervise.shell import SpeedError
+
+        try:
+            check_speed(job, groups, measured, measure_layers)
+        except SpeedError:
+            self._is_fresh = True
+            raise
+
+
+def make_plan(
+    job: Job, groups: tuple[str, ...], *, task: Task | None = None, on_say: Say = log.info
+) -> TrainPlan:
     """Return the plan for the groups that are left, and keep what it is predicted to do.
 
     Raises: CapacityError when they cannot hold the job.
     """
-    task = task_of_job(job, groups=groups, on_progress=on_say)
+    task = task or task_of_job(job, groups=groups, on_progress=on_say)
     if len(groups) < len(job.devices) and job.plan.file is not None:
         on_say(f"{job.plan.file} is for all groups: searching a plan for {', '.join(groups)}")
         found = task.search()
@@ -73,8 +125,13 @@ def make_plan(job: Job, groups: tuple[str, ...], *, on_say: Say = log.info) -> T
     return plan
 
 
-def _run_gate(job: Job, plan: TrainPlan) -> None:
-    """Nothing is checked yet."""
+def _steps_done(job: Job) -> int | None:
+    """Return the steps of a job whose last one is in a checkpoint already, else None."""
+    from mxn.train.run.checkpoint import manifest as manifests
+
+    newest = max((step for step, _ in manifests.complete(Path(job.checkpoint.folder))), default=-1)
+    is_done = job.steps is not None and newest >= job.steps and job.checkpoint.resume != "never"
+    return job.steps if is_done else None
 
 
 def keep_job(job: Job) -> None:

@@ -207,6 +207,7 @@ def _order(placement: Placement, number: int) -> Order:
         len(pipeline.stages),
         len(pipeline.stages[0].chunks),
         pipeline.micro_batches,
+        extra_warmup=pipeline.extra_warmup or 0,
     )
 
 

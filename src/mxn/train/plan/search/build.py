@@ -1,52 +1,66 @@
 """Drafts become plans: devices get numbers, pipelines their micro-batches, stages recomputation.
 
-Start at `plans_of`. Slots fill the nodes of a group in order, either pipeline by pipeline (its
+Start at `plan_of`. Slots fill the nodes of a group in order, either pipeline by pipeline (its
 stages are neighbours) or stage by stage (those that sum gradients are neighbours).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 
-from mxn.train.plan.plan import Chunk, Pipeline, Schedule, Stage, TrainPlan
-from mxn.train.plan.search.draft import Draft, Template
+from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.plan.search.draft import Draft, Style, Template
 from mxn.train.plan.search.shares import split
 from mxn.train.plan.search.tables import Job, Kind, TableBook, Tables
 
 
-def plans_of(book: TableBook, draft: Draft, rows: int) -> Iterator[TrainPlan]:
-    """Return the draft as 1F1B plans over `rows` rows per step, one for each way to place it."""
+def plan_of(
+    book: TableBook, draft: Draft, rows: int, *, by_stage: bool = False
+) -> TrainPlan | None:
+    """Return the draft as a plan over `rows` rows per step.
+
+    None when a stage has too few layers for the chunks of the draft's schedule, or pipelines were
+    left out that should share experts.
+    """
     working = _with_shares(draft, rows // draft.micro_batch)
-    tables = book.at(draft.micro_batch, len(working) if draft.shards_optimizer else 1)
+    if len(working) % draft.experts:
+        return None
+    shards = len(working) if draft.shards_optimizer else 1
+    tables = book.at(draft.micro_batch, shards, draft.experts)
     shape = book.job.shape
-    seen: set[tuple[Pipeline, ...]] = set()
-    for by_stage in (False, True):
-        pipelines = _placed(tables, working, by_stage)
-        if pipelines in seen:
-            continue
-        seen.add(pipelines)
-        yield TrainPlan(
-            model=shape.name,
-            num_layers=shape.num_layers,
-            seq_tokens=shape.seq_tokens,
-            micro_batch=draft.micro_batch,
-            pipelines=pipelines,
-            shards_optimizer=draft.shards_optimizer and len(pipelines) > 1,
-        )
+    plan = TrainPlan(
+        model=shape.name,
+        num_layers=shape.num_layers,
+        seq_tokens=shape.seq_tokens,
+        micro_batch=draft.micro_batch,
+        pipelines=_placed(tables, working, by_stage, draft.style),
+        shards_optimizer=draft.shards_optimizer and len(working) > 1,
+        expert_parallel=draft.experts,
+    )
+    return with_schedule(plan, draft.style)
 
 
-def with_schedule(plan: TrainPlan, schedule: Schedule, num_chunks: int = 1) -> TrainPlan | None:
-    """Return `plan` under another schedule; None when a stage has too few layers for the chunks."""
-    if num_chunks == 1:
-        return replace(plan, schedule=schedule)
+def settled(draft: Draft, rows: int) -> Draft:
+    """Return the draft with its shares fixed, and without pipelines that get none."""
+    working = _with_shares(draft, rows // draft.micro_batch)
+    return replace(
+        draft,
+        lines=tuple((line, 1) for line, _ in working),
+        shares=tuple(count for _, count in working),
+    )
+
+
+def with_schedule(plan: TrainPlan, style: Style) -> TrainPlan | None:
+    """Return a 1F1B plan under another schedule; None when a stage has too few layers for it."""
+    if style.chunks == 1:
+        return replace(plan, schedule=style.schedule)
     pipelines: list[Pipeline] = []
     for pipeline in plan.pipelines:
-        if min(stage.num_layers for stage in pipeline.stages) < num_chunks:
+        if min(stage.num_layers for stage in pipeline.stages) < style.chunks:
             return None
-        pipelines.append(replace(pipeline, stages=_chunked(pipeline.stages, num_chunks)))
-    return replace(plan, schedule=schedule, pipelines=tuple(pipelines))
+        pipelines.append(replace(pipeline, stages=_chunked(pipeline.stages, style.chunks)))
+    return replace(plan, schedule=style.schedule, pipelines=tuple(pipelines))
 
 
 def _chunked(stages: tuple[Stage, ...], num_chunks: int) -> tuple[Stage, ...]:
@@ -65,12 +79,12 @@ def _chunked(stages: tuple[Stage, ...], num_chunks: int) -> tuple[Stage, ...]:
 def _with_shares(draft: Draft, micro_batches: int) -> list[tuple[Template, int]]:
     """Return each pipeline with its micro-batches; one that would get none is left out."""
     templates = [line for line, count in draft.lines for _ in range(count)]
-    shares = split([line.pace for line in templates], micro_batches)
+    shares = draft.shares or split([t.pace(draft.style.fill) for t in templates], micro_batches)
     return [(line, n) for line, n in zip(templates, shares, strict=True) if n]
 
 
 def _placed(
-    tables: Tables, working: list[tuple[Template, int]], by_stage: bool
+    tables: Tables, working: list[tuple[Template, int]], by_stage: bool, style: Style
 ) -> tuple[Pipeline, ...]:
     wanted = [(p, s) for p, (line, _) in enumerate(working) for s in range(line.num_stages)]
     if by_stage:
@@ -83,7 +97,7 @@ def _placed(
         first[p, s] = _first_device(tables.job, kind, taken[kind.group])
         taken[kind.group] += 1
     return tuple(
-        Pipeline(stages=_stages(tables, line, count, p, first), micro_batches=count)
+        Pipeline(stages=_stages(tables, line, count, style, p, first), micro_batches=count)
         for p, (line, count) in enumerate(working)
     )
 
@@ -95,12 +109,17 @@ def _first_device(job: Job, kind: Kind, slot: int) -> int:
 
 
 def _stages(
-    tables: Tables, line: Template, count: int, number: int, first: dict[tuple[int, int], int]
+    tables: Tables,
+    line: Template,
+    count: int,
+    style: Style,
+    number: int,
+    first: dict[tuple[int, int], int],
 ) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     for s, kind in enumerate(line.kinds):
         run = (line.bounds[s], line.bounds[s + 1])
-        in_flight = min(count, line.num_stages - s)
+        in_flight = style.in_flight(s, line.num_stages, count)
         stages.append(
             Stage(
                 group=kind.group,

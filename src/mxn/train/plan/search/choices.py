@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mxn.train.plan.plan import Recompute, Schedule, TrainPlan
 from mxn.train.plan.prediction import Prediction
+from mxn.train.plan.search.draft import Style
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,18 @@ class Limits:
     max_stages: int | None = None
     max_chunks: int = 4  # of a stage under an interleaved schedule
     may_shard_optimizer: bool = True
+    max_expert_parallel: int = 64  # pipelines that share out the experts of a layer
     num_simulated: int = 6  # of the best by prediction
     num_kept: int = 5  # runners-up that are returned
+
+    @property
+    def styles(self) -> tuple[Style, ...]:
+        """The schedules to look at, 1F1B first if it is allowed."""
+        found: list[Style] = []
+        for schedule in self.schedules:
+            counts = (2, 4) if schedule == "interleaved" else (1,)
+            found += [Style(schedule, chunks) for chunks in counts if chunks <= self.max_chunks]
+        return tuple(sorted(found, key=lambda style: style.schedule != "1f1b"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,14 +37,15 @@ class Cut:
         return self.sum_s + (micro_batches - 1) * self.max_s
 
 
-def slowest_in_order(busy: Sequence[Table], hops: Sequence[Table]) -> float:
-    """Return the least slowest stage of any cut over `busy` in this order; infinite if none fits.
+def slowest_in_order(steps: Sequence[Table], last: Table) -> float:
+    """Return the least slowest stage of any cut in this order; infinite if none fits.
 
-    A stage's time includes handing over to the next: `hops[s]` is between s and s + 1.
+    `steps` are the tables of all stages but the last, with their hops added.
     """
-    rest = busy[-1][:, -1]
-    for table, hop in zip(busy[-2::-1], hops[::-1], strict=True):
-        rest = np.maximum(table + hop, rest).min(axis=1)
+    rest = last[:, -1]
+    room = np.empty_like(last)
+    for step in reversed(steps):
+        rest = np.maximum(step, rest, out=room).min(axis=1)
     return float(rest[0])
 
 
@@ -80,7 +81,8 @@ def best_in_order(
 
     The first is exact in its slowest stage and, among those, in its sum.
     """
-    least = slowest_in_order(busy, hops)
+    steps = [table + hop for table, hop in zip(busy, hops, strict=False)]
+    least = slowest_in_order(steps, busy[-1])
     if not np.isfinite(least):
         return []
     found: list[Cut] = []

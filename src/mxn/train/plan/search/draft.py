@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mxn.train.plan.memory import in_flight
+from mxn.train.plan.plan import Schedule
 from mxn.train.plan.search.cuts import Cut
 from mxn.train.plan.search.shares import Pace
 from mxn.train.plan.search.tables import Kind
@@ -20,13 +22,33 @@ class Template:
     max_s: float
     after_s: float = 0.0  # gradient sums and optimizer, an estimate
 
-    @property
-    def pace(self) -> Pace:
-        return Pace(self.sum_s - self.max_s + self.after_s, self.max_s)
+    def pace(self, fill: float = 1.0) -> Pace:
+        """Return its pace where a schedule leaves `fill` of 1F1B's filling and draining."""
+        return Pace((self.sum_s - self.max_s) * fill + self.after_s, self.max_s)
 
     @property
     def num_stages(self) -> int:
         return len(self.kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """A schedule, and under the interleaved one the chunks of a stage."""
+
+    schedule: Schedule = "1f1b"
+    chunks: int = 1
+
+    @property
+    def fill(self) -> float:
+        """Which part of 1F1B's filling and draining it leaves, about.
+
+        Zero-bubble leaves forward + backward - 2·weight, which is a third; interleaving a v-th.
+        """
+        return 1 / 3 if self.schedule == "zero-bubble" else 1 / self.chunks
+
+    def in_flight(self, stage: int, num_stages: int, micro_batches: int) -> float:
+        """Return the micro-batches of activations that a stage keeps."""
+        return in_flight(self.schedule, stage, num_stages, micro_batches, self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +60,9 @@ class Draft:
     estimate_s: float
     origin: str
     shards_optimizer: bool = False
+    style: Style = Style()
+    experts: int = 1  # pipelines that share out the experts of a layer
+    shares: tuple[int, ...] | None = None  # micro-batches, line by line; None: by the paces
 
     @property
     def num_pipelines(self) -> int:

@@ -6,22 +6,30 @@ Exact in the time of the pipelines (sum + (m - 1)·slowest) plus an estimate of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from math import prod
 
 from mxn.train.plan.cluster import Cluster, Link
 from mxn.train.plan.search.cuts import Counts, Cut, fronts
-from mxn.train.plan.search.draft import Draft, Template, template
+from mxn.train.plan.search.draft import Draft, Style, Template, template
 from mxn.train.plan.search.packing import Option, pack, soonest
 from mxn.train.plan.search.tables import Kind, Tables
 
-MAX_STATES = 400  # of the program over slots used, times kinds
+_SMALL = 1000  # a millisecond each, about
+_MOST_SETS = 250  # of pipelines that are estimated
+_NUM_SETS = 16  # of them, the quickest, that are judged
+
+
+def effort_of(num_slots: Counts, num_layers: int) -> float:
+    """Return how much work it is to try everything: states of the program, kinds squared."""
+    return prod(n + 1 for n in num_slots) * len(num_slots) ** 2 * (num_layers / 26) ** 2
 
 
 def is_small(num_slots: Counts, num_layers: int) -> bool:
-    """Return whether trying everything takes well under a second."""
-    states = prod(n + 1 for n in num_slots) * len(num_slots) ** 2
-    return states * (num_layers / 26) ** 2 <= MAX_STATES
+    """Return whether trying everything for one choice of widths takes about a second at most."""
+    return effort_of(num_slots, num_layers) <= _SMALL
 
 
 def exact_drafts(
@@ -32,10 +40,12 @@ def exact_drafts(
     *,
     max_stages: int | None = None,
     worth_s: float = float("inf"),
+    styles: Sequence[Style] = (Style(),),
 ) -> list[Draft]:
     """Return the best sets of pipelines: one alone, copies of one, any mix, by depth.
 
-    What would take more than `worth_s` is left out.
+    What would take more than `worth_s` is left out. Drafts are for the first of `styles` and for
+    the one that fills its pipelines best.
     """
     found = fronts(
         num_slots,
@@ -44,15 +54,19 @@ def exact_drafts(
         max_stages=max_stages,
         limit_s=worth_s,
     )
-    args = (tables, kinds, num_slots, micro_batches, found)
-    drafts = [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
+    drafts: list[Draft] = []
+    for style in dict.fromkeys((styles[0], min(styles, key=lambda style: style.fill))):
+        args = (tables, kinds, num_slots, micro_batches, found, style)
+        drafts += [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
+        if style is styles[0] and tables.shards == 1:
+            drafts += _sets(*args)
     # Each pipeline keeps a shard, so fewer pipelines would not fit as the tables say.
     return [draft for draft in drafts if draft.num_pipelines >= tables.shards]
 
 
 def _alone(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]],
+    found: dict[Counts, list[Cut]], style: Style,
 ) -> Iterator[Draft]:  # fmt: skip
     """One pipeline: no gradients are summed."""
     lines = [
@@ -60,14 +74,16 @@ def _alone(
         for cuts in found.values()
         for cut in cuts
     ]
-    lines.sort(key=lambda line: line.pace.time_s(count))
+    lines.sort(key=lambda line: line.pace(style.fill).time_s(count))
     for line in lines[:4]:
-        yield _draft(tables, [(line, 1)], line.pace.time_s(count), "one pipeline")
+        yield _draft(
+            tables, [(line, 1)], line.pace(style.fill).time_s(count), "one pipeline", style
+        )
 
 
 def _copies(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]],
+    found: dict[Counts, list[Cut]], style: Style,
 ) -> Iterator[Draft]:  # fmt: skip
     """Copies of one pipeline: each layer's gradients stay within a group."""
     drafts: list[Draft] = []
@@ -79,44 +95,86 @@ def _copies(
         link = _inner(tables.job.cluster, kinds, slots)
         for cut in cuts:
             line = template(kinds, cut, tables.after_s(kinds, cut, [link]))
-            seconds = soonest([([line.pace], times)], count)
-            drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline"))
+            seconds = soonest([([line.pace(style.fill)], times)], count)
+            drafts.append(_draft(tables, [(line, times)], seconds, "copies of one pipeline", style))
     drafts.sort(key=lambda draft: draft.estimate_s)
     yield from drafts[:4]
 
 
 def _mixes(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
-    found: dict[Counts, list[Cut]], worth_s: float,
+    found: dict[Counts, list[Cut]], style: Style, worth_s: float,
 ) -> Iterator[Draft]:  # fmt: skip
-    """Any set of pipelines, for each limit on their depth."""
+    """Any set of pipelines, for each limit on their depth, with gradient sums dear and free."""
     link = _outer(tables.job.cluster, kinds, num_slots)
-    rows: dict[Counts, list[Template]] = {
-        slots: [template(kinds, cut, tables.after_s(kinds, cut, [link])) for cut in cuts]
-        for slots, cuts in found.items()
-    }
+    for links in ([link], []):
+        rows: dict[Counts, list[Template]] = {
+            slots: [template(kinds, cut, tables.after_s(kinds, cut, links)) for cut in cuts]
+            for slots, cuts in found.items()
+        }
+        yield from _packed(tables, rows, num_slots, count, style, worth_s)
+
+
+def _sets(
+    tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
+    found: dict[Counts, list[Cut]], style: Style,
+) -> Iterator[Draft]:  # fmt: skip
+    """The quickest of all sets of pipelines, gradient sums left to the judge."""
+    rows = {s: [template(kinds, cut, 0.0) for cut in cuts] for s, cuts in found.items()}
+    paces = {slots: tuple(t.pace(style.fill) for t in of) for slots, of in rows.items()}
+    drafts: list[Draft] = []
+    for chosen in islice(_partitions(num_slots, sorted(rows)), _MOST_SETS):
+        if not 1 < sum(chosen.values()) <= count:
+            continue
+        seconds = soonest([(paces[slots], num) for slots, num in chosen.items()], count)
+        lines = [
+            (max(rows[slots], key=lambda t: t.pace(style.fill).done_in(seconds)), num)
+            for slots, num in chosen.items()
+        ]
+        drafts.append(_draft(tables, lines, seconds, "mix of pipelines", style))
+    drafts.sort(key=lambda draft: draft.estimate_s)
+    yield from drafts[:_NUM_SETS]
+
+
+def _partitions(left: Counts, choices: Sequence[Counts]) -> Iterator[Counter[Counts]]:
+    """Yield all ways to make pipelines of these slots; some slots may stay unused."""
+    for number, slots in enumerate(choices):
+        rest = tuple(n - take for n, take in zip(left, slots, strict=True))
+        if min(rest) < 0:
+            continue
+        yield Counter({slots: 1})
+        for more in _partitions(rest, choices[number:]):
+            yield more + Counter({slots: 1})
+
+
+def _packed(
+    tables: Tables, rows: dict[Counts, list[Template]], num_slots: Counts, count: int,
+    style: Style, worth_s: float,
+) -> Iterator[Draft]:  # fmt: skip
     deepest = max((sum(slots) for slots in rows), default=0)
-    for depth in range(1, deepest + 1):
+    for depth in sorted({1, 2, 3, deepest}):
         allowed = [slots for slots in rows if sum(slots) <= depth]
         if not any(sum(slots) == depth for slots in allowed):
             continue
-        options = [Option(slots, tuple(t.pace for t in rows[slots])) for slots in allowed]
+        options = [
+            Option(slots, tuple(t.pace(style.fill) for t in rows[slots])) for slots in allowed
+        ]
         seconds, used = pack(num_slots, options, count, worth_s=worth_s)
         if not used:
             continue
         lines = [
-            (max(rows[slots], key=lambda t: t.pace.done_in(seconds)), times)
+            (max(rows[slots], key=lambda t: t.pace(style.fill).done_in(seconds)), times)
             for slots, times in zip(allowed, used, strict=True)
             if times
         ]
         if lines:
-            yield _draft(tables, lines, seconds, "mix of pipelines")
+            yield _draft(tables, lines, seconds, "mix of pipelines", style)
 
 
 def _draft(
-    tables: Tables, lines: Sequence[tuple[Template, int]], seconds: float, origin: str
+    tables: Tables, lines: Sequence[tuple[Template, int]], seconds: float, origin: str, style: Style
 ) -> Draft:
-    return Draft(tables.micro_batch, tuple(lines), seconds, origin, tables.shards > 1)
+    return Draft(tables.micro_batch, tuple(lines), seconds, origin, tables.shards > 1, style)
 
 
 def _inner(cluster: Cluster, kinds: Sequence[Kind], slots: Counts) -> Link:

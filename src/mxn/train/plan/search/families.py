@@ -12,11 +12,12 @@ last word.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
+from math import prod
 
-from mxn.train.plan.search.draft import Draft
+from mxn.train.plan.search.draft import Draft, Style
 from mxn.train.plan.search.packing import soonest
 from mxn.train.plan.search.shares import Pace
 from mxn.train.plan.search.tables import Kind
@@ -26,9 +27,14 @@ Deal = Counter[tuple[tuple[Kind, int], ...]]
 """How many pipelines get which slots."""
 Sets = tuple[tuple[Way, int], ...]
 
-_DEPTHS = 8  # how many depths of a part are tried, from the shallowest that fits
+WaysOf = Callable[[int, int], Ways]
+"""(optimizer shards, pipelines that share experts) → ways."""
+
+_DEPTHS = 6  # how many depths of a part are tried, from the shallowest that fits
 _WHOLE_LATTICE = 6  # up to so many groups every subset is a part
-_NUM_ALIKE = 6  # numbers of like pipelines that are cut exactly
+_FEW_WIDTHS = 150  # combinations of widths: up to so many, all are tried
+_FEW_COPIES = 4  # with each of them
+_NUM_ALIKE = 12  # numbers of like pipelines that are cut exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,56 @@ class Part:
 
     def done_in(self, seconds: float, crossing: bool) -> int:
         return sum(_pace(way, crossing).done_in(seconds) * n for way, n in self.sets)
+
+
+@dataclass(frozen=True, slots=True)
+class Rough:
+    """A set of pipelines that is not cut yet."""
+
+    ways: Ways
+    sets: Sets
+    estimate_s: float
+    origin: str
+
+    def exact(self, ways_of: WaysOf, styles: Sequence[Style]) -> list[Draft]:
+        """Cut these pipelines for each schedule, with as much memory as that one leaves.
+
+        Once as if stages waited for what they hand over, once as if it were hidden: the truth
+        depends on how many micro-batches are under way, and the judge knows.
+
+        With as many optimizer shards as there are pipelines, if it has any.
+        """
+        num = sum(num for _, num in self.sets)
+        ways = ways_of(num if self.ways.tables.shards > 1 else 1, self.ways.tables.experts)
+        drafts = {
+            (draft.lines, style): draft
+            for style in styles
+            for waits in (True, False)
+            if (draft := self._cut(ways, style, max(ways.micro_batches // num, 1), waits))
+        }
+        return list(drafts.values())
+
+    def _cut(self, ways: Ways, style: Style, micro_batches: int, waits: bool) -> Draft | None:
+        crossing, fill = len(self.sets) > 1, style.fill
+        found = [
+            (ways.exact(way.row, style, micro_batches, crossing=crossing, waits=waits), num)
+            for way, num in self.sets
+        ]
+        cuts = [(of, num) for of, num in found if of]
+        if not cuts:
+            return None
+        paces = [(tuple(t.pace(fill) for t in of), num) for of, num in cuts]
+        seconds = soonest(paces, ways.micro_batches)
+        lines = tuple(
+            (max(of, key=lambda t: t.pace(fill).done_in(seconds)), num)
+            for of, num in cuts
+            if max(t.pace(fill).done_in(seconds) for t in of)
+        )
+        tables = ways.tables
+        return Draft(
+            tables.micro_batch, lines, seconds, self.origin, tables.shards > 1, style,
+            tables.experts,
+        )  # fmt: skip
 
 
 class Families:
@@ -56,7 +112,7 @@ class Families:
         part = self._best(frozenset([0]), guess_s)
         return part.done_in(guess_s, False) / guess_s if part else 0.0
 
-    def simple(self) -> list[Draft]:
+    def simple(self) -> list[Rough]:
         """Return the two pure families: a quick look."""
         every = frozenset(range(len(self._kinds)))
         guess = self._guess_s()
@@ -65,19 +121,19 @@ class Families:
         found += [self._draft([part]) for part in self._part(every)]
         return sorted((d for d in found if d), key=lambda draft: draft.estimate_s)
 
-    def drafts(self) -> list[Draft]:
+    def drafts(self) -> list[Rough]:
         """Return the best draft for each number of parts, and those with left-overs pooled."""
-        found: dict[tuple[int, str], Draft] = {}
+        found: dict[tuple[int, str], Rough] = {}
         guess = self._guess_s()
         for _ in range(2):
             for draft in self._round(guess):
-                key = (len(draft.lines), draft.origin)
+                key = (len(draft.sets), draft.origin)
                 if key not in found or draft.estimate_s < found[key].estimate_s:
                     found[key] = draft
             guess = min((d.estimate_s for d in found.values()), default=guess)
         return sorted(found.values(), key=lambda draft: draft.estimate_s)
 
-    def _round(self, guess_s: float) -> Iterator[Draft]:
+    def _round(self, guess_s: float) -> Iterator[Rough]:
         best = {m: part for m in self._subsets() if (part := self._best(m, guess_s))}
         for parts in _partitions(best, guess_s, len(self._kinds)):
             draft = self._draft(parts)
@@ -99,7 +155,7 @@ class Families:
         return [frozenset(chosen) for size in sizes for chosen in combinations(every, size)]
 
     def _best(self, members: frozenset[int], guess_s: float) -> Part | None:
-        """Return the depth at which these groups do most beside others, or alone if they are all."""
+        """Return the depth at which these groups do most, beside others if there are others."""
         others = len(members) < len(self._kinds)
 
         def done(part: Part) -> int:
@@ -150,7 +206,7 @@ class Families:
         pairs = ((self._ways.rough(Counter(dict(slots))), n) for slots, n in sorted(deal.items()))
         return tuple((way, n) for way, n in pairs if way)
 
-    def _pooled(self, guess_s: float) -> Iterator[Draft]:
+    def _pooled(self, guess_s: float) -> Iterator[Rough]:
         """Pipelines inside groups at their most efficient depth, and one family of left-overs."""
         sets: list[tuple[Way, int]] = []
         left = list(self._slots)
@@ -179,7 +235,7 @@ class Families:
                     best = (rate, (way, self._slots[g] // depth))
         return best[1]
 
-    def _draft(self, parts: Sequence[Part]) -> Draft | None:
+    def _draft(self, parts: Sequence[Part]) -> Rough | None:
         widest = max((len(part.members) for part in parts), default=0)
         origin = "inside groups" if widest == 1 else "across groups"
         if widest > 1 and len(parts) > 1:
@@ -187,27 +243,79 @@ class Families:
         return draft_of(self._ways, tuple(s for part in parts for s in part.sets), origin)
 
 
-def alike(ways: Ways, options: Sequence[Sequence[Kind]]) -> list[Draft]:
+def alike(
+    ways_of: WaysOf, options: Sequence[Sequence[Kind]], *, sharded: bool, experts: int = 1
+) -> list[Rough]:
     """Return copies of one pipeline, each group with the width that suits the number of copies.
 
-    Like stages of all copies stand in one group, so no sum of gradients leaves it.
+    Like stages of all copies stand in one group, so no sum of gradients leaves it. The optimizer
+    state is shared by all copies if `sharded`, the experts of a layer by `experts` of them.
     """
+
+    def ways(num: int) -> Ways:
+        return ways_of(num if sharded else 1, experts)
+
+    found: list[Rough] = []
+    if prod(len(of) + 1 for of in options) <= _FEW_WIDTHS:
+        found += _alike_by_width(ways, options, experts)
+    for narrowest in sorted({kind.tp for of in options for kind in of}):
+        wide = [[k for k in of if k.tp >= narrowest] or [max(of, key=_width)] for of in options]
+        found += _alike(ways, wide, experts)
+    return sorted(found, key=lambda draft: draft.estimate_s)
+
+
+def _alike_by_width(
+    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], experts: int
+) -> list[Rough]:
+    """Return a few copies of one pipeline, or one alone, with any widths and groups left out."""
+    plain = ways_of(1)
+    found: list[Rough] = []
+    for kinds in product(*((None, *of) for of in options)):
+        slots = {kind: plain.tables.job.num_slots(kind) for kind in kinds if kind}
+        for num in range(experts, min(_FEW_COPIES, plain.micro_batches) + 1, experts):
+            counts = Counter({kind: n // num for kind, n in slots.items() if n // num})
+            ways = ways_of(num)
+            way = ways.rough(counts) if counts and depth_fits(ways, counts) else None
+            draft = draft_of(ways, ((way, num),), "copies of one pipeline") if way else None
+            if draft is not None:
+                found.append(draft)
+    return found
+
+
+def _alike(
+    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], experts: int
+) -> list[Rough]:
+    plain = ways_of(1)
     ranked: list[tuple[float, int, Counter[Kind]]] = []
-    most = sum(max(ways.tables.job.num_slots(kind) for kind in of) for of in options)
-    for num in range(2, min(most, ways.micro_batches) + 1):
-        counts = _like_shares(ways, options, num)
-        if counts and sum(counts.values()) <= ways.max_stages:
-            rate = num * sum(n / ways.tables.work_s(kind) for kind, n in counts.items())
-            depth = sum(counts.values())
-            bubble = (depth - 1) * num / ways.micro_batches / 3
+    most = sum(max(plain.tables.job.num_slots(kind) for kind in of) for of in options)
+    for num in range(max(2, experts), min(most, plain.micro_batches) + 1):
+        if num % experts:
+            continue
+        counts = _like_shares(plain, options, num)
+        depth = sum(counts.values())
+        if 0 < depth <= plain.max_stages:
+            rate = num * sum(n / plain.tables.work_s(kind) for kind, n in counts.items())
+            bubble = (depth - 1) * num / plain.micro_batches * plain.fill
             ranked.append(((1 + bubble) / rate, num, counts))
-    found: list[Draft] = []
+    found: list[Rough] = []
     for _, num, counts in sorted(ranked, key=lambda entry: entry[:2]):
-        way = ways.rough(counts) if len(found) < _NUM_ALIKE else None
+        if len(found) == _NUM_ALIKE:
+            break
+        ways = ways_of(num)
+        way = ways.rough(counts) if depth_fits(ways, counts) else None
         draft = draft_of(ways, ((way, num),), "copies of one pipeline") if way else None
         if draft is not None:
             found.append(draft)
-    return sorted(found, key=lambda draft: draft.estimate_s)
+    return found
+
+
+def _width(kind: Kind) -> int:
+    return kind.tp
+
+
+def depth_fits(ways: Ways, counts: Counter[Kind]) -> bool:
+    """Return whether so many slots could hold the model at all."""
+    return ways.shallowest(counts) <= sum(counts.values())
 
 
 def _like_shares(ways: Ways, options: Sequence[Sequence[Kind]], num: int) -> Counter[Kind]:
@@ -220,23 +328,19 @@ def _like_shares(ways: Ways, options: Sequence[Sequence[Kind]], num: int) -> Cou
     return counts
 
 
-def draft_of(ways: Ways, sets: Sets, origin: str) -> Draft | None:
-    """Cut these pipelines exactly. None: nothing, or fewer pipelines than optimizer shards."""
-    tables = ways.tables
-    if not sets or sum(num for _, num in sets) < tables.shards:
+def draft_of(ways: Ways, sets: Sets, origin: str) -> Rough | None:
+    """Return a rough draft. None: nothing, or fewer pipelines than optimizer shards."""
+    if not sets or sum(num for _, num in sets) < ways.tables.shards:
         return None
     rows: dict[Row, int] = {}
+    by_row = {way.row: way for way, _ in sets}
     for way, num in sets:
         rows[way.row] = rows.get(way.row, 0) + num
-    cuts = [(ways.exact(row, crossing=len(rows) > 1), num) for row, num in rows.items()]
-    paces = [(tuple(t.pace for t in of), num) for of, num in cuts]
-    seconds = soonest(paces, ways.micro_batches)
-    lines = tuple(
-        (max(of, key=lambda t: t.pace.done_in(seconds)), num)
-        for of, num in cuts
-        if max(t.pace.done_in(seconds) for t in of)
-    )
-    return Draft(tables.micro_batch, lines, seconds, origin, tables.shards > 1)
+    merged = tuple((by_row[row], num) for row, num in rows.items())
+    paces = [((_pace(way, len(rows) > 1),), num) for way, num in merged]
+    if sum(num for _, num in merged) == 1:
+        origin = "one pipeline"
+    return Rough(ways, merged, soonest(paces, ways.micro_batches), origin)
 
 
 def _pace(way: Way, crossing: bool) -> Pace:

@@ -5,19 +5,28 @@ Deterministic: of two that tie, the one with fewer devices or the one found firs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from mxn.errors import CapacityError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
-from mxn.train.plan.search.build import plans_of, with_schedule
+from mxn.train.plan.search.build import plan_of, settled
 from mxn.train.plan.search.choices import Candidate, Found, Limits, Rejected
 from mxn.train.plan.search.draft import Draft
+from mxn.train.plan.search.polish import neighbours
 from mxn.train.plan.search.tables import TableBook
+from mxn.train.plan.simulate import simulate_plan
 from mxn.units import format_bytes
 
-_HOPELESS = 1.3  # an estimate that is so much over the best plan is not predicted
+_HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
+
+_NUM_POLISHED = 4  # kinds of plans whose best is improved by small steps
+_FEWEST_LOOKS = 48
+_MOST_LOOKS = 400  # of one such climb in a small pool, fewer in a large one
+_MOST_SIMULATED = 24  # whatever the closed form promises
+_NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
 
 
 class Judge:
@@ -30,15 +39,16 @@ class Judge:
         self._limits = limits
         self._best_s = float("inf")
         self._fit: dict[TrainPlan, Candidate] = {}
+        self._drafts: dict[TrainPlan, Draft] = {}
+        self._seen: set[TrainPlan] = set()
+        self._by_stage: set[TrainPlan] = set()
         self._refused: dict[TrainPlan, Rejected] = {}
 
     def look(self, drafts: Iterable[Draft]) -> None:
-        """Predict each draft as 1F1B, in each placement."""
+        """Predict each draft that could be among the best."""
         for draft in drafts:
-            if draft.estimate_s > self.worth_s():
-                continue
-            for plan in plans_of(self._book, draft, self._rows):
-                self._look_at(plan, draft.origin)
+            if draft.estimate_s <= self.worth_s():
+                self._look_at(draft)
 
     def best_s(self) -> float:
         """Return the least iteration so far; infinite when nothing fits."""
@@ -50,41 +60,114 @@ class Judge:
 
     def finish(self, *, is_exact: bool) -> Found:
         """Return the ranking. Raises: CapacityError when no plan fits, with the nearest one."""
-        for candidate in self._ranked()[: self._limits.num_simulated]:
-            self._other_schedules(candidate)
+        for candidate in self._ranked()[:_NUM_RESCHEDULED]:
+            draft = self._drafts[candidate.plan]
+            for style in self._limits.styles:
+                self._look_at(replace(draft, style=style))
+        for candidate in self._ranked()[:_NUM_RESCHEDULED]:
+            self._place_otherwise(candidate)
+        for candidate in self._tops():
+            self._climb(candidate)
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
         if not allowed:
             raise self._nothing_fits()
+        ranking = self._simulated(allowed)
         return Found(
-            best=allowed[0],
-            runners_up=tuple(allowed[1 : 1 + self._limits.num_kept]),
+            best=ranking[0],
+            runners_up=tuple(ranking[1 : 1 + self._limits.num_kept]),
             rejected=tuple(self._refused.values())[: self._limits.num_kept],
-            num_looked_at=len(self._fit) + len(self._refused),
+            num_looked_at=len(self._seen),
             is_exact=is_exact,
         )
 
-    def _look_at(self, plan: TrainPlan, origin: str) -> None:
-        if plan in self._fit or plan in self._refused:
-            return
-        job = self._job
-        found = predict(plan, job.shape, job.cluster, job.profiles, memory=job.memory)
-        if found.fits:
-            self._fit[plan] = Candidate(plan=plan, prediction=found, origin=origin)
-            self._best_s = min(self._best_s, found.iteration_s)
-        else:
-            reason = _too_large(plan, found)
-            self._refused[plan] = Rejected(plan=plan, origin=origin, reason=reason)
+    def _simulated(self, allowed: Sequence[Candidate]) -> list[Candidate]:
+        """Return the best few as simulated, in their order, then the others as predicted.
 
-    def _other_schedules(self, candidate: Candidate) -> None:
-        plan = candidate.plan
-        if max(len(p.stages) for p in plan.pipelines) == 1:
-            return
-        for schedule in self._limits.schedules:
-            counts = range(2, self._limits.max_chunks + 1) if schedule == "interleaved" else (1,)
-            for num_chunks in counts:
-                other = with_schedule(plan, schedule, num_chunks)
-                if other is not None:
-                    self._look_at(other, candidate.origin)
+        One more is simulated while the closed form promises that it beats the simulated best.
+        """
+        found: list[Candidate] = []
+        if not self._limits.num_simulated:
+            return list(allowed)
+        for number, candidate in enumerate(allowed):
+            fits = [c.prediction.iteration_s for c in found if c.prediction.fits]
+            enough = number >= self._limits.num_simulated and fits
+            hopeless = fits and candidate.prediction.iteration_s >= min(fits)
+            if enough and (hopeless or number >= _MOST_SIMULATED):
+                break
+            found.append(self._simulate(candidate))
+        fits = [c for c in found if c.prediction.fits]
+        fits.sort(key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices))
+        rest = list(allowed[len(found) :])
+        if not fits and not rest:
+            raise self._nothing_fits()
+        return fits + rest
+
+    def _simulate(self, candidate: Candidate) -> Candidate:
+        job = self._job
+        seen = simulate_plan(
+            candidate.plan, job.shape, job.cluster, job.profiles, memory=job.memory
+        ).prediction
+        if not seen.fits:
+            reason = _too_large(candidate.plan, seen)
+            self._refused[candidate.plan] = Rejected(
+                plan=candidate.plan, origin=candidate.origin, reason=reason
+            )
+        return replace(candidate, prediction=seen, is_simulated=True)
+
+    def _tops(self) -> list[Candidate]:
+        """Return the best plan of each of the best few kinds: copies, schedule, micro-batch."""
+        found: dict[object, Candidate] = {}
+        for candidate in self._ranked():
+            plan = candidate.plan
+            chunks = len(plan.pipelines[0].stages[0].chunks)
+            found.setdefault(
+                (len(plan.pipelines), plan.schedule, chunks, plan.micro_batch), candidate
+            )
+        return list(found.values())[:_NUM_POLISHED]
+
+    def _climb(self, candidate: Candidate) -> None:
+        """Change a plan by small steps that make it quicker, within a number of looks."""
+        left = max(_MOST_LOOKS // max(candidate.plan.num_devices // 8, 1), _FEWEST_LOOKS)
+        draft = settled(self._drafts[candidate.plan], self._rows)
+        by_stage = candidate.plan in self._by_stage
+        best_s, climbs = candidate.prediction.iteration_s, True
+        while climbs:
+            climbs = False
+            for other in neighbours(draft):
+                left -= 1
+                found = self._look_at(other, by_stage=by_stage)
+                if found and found.prediction.iteration_s < best_s * (1 - 1e-9):
+                    best_s, draft, climbs = found.prediction.iteration_s, other, left > 0
+                    break
+                if left <= 0:
+                    return
+
+    def _place_otherwise(self, candidate: Candidate) -> None:
+        """Look at the other placement of a plan; the slower of the two is of no more interest."""
+        draft = self._drafts[candidate.plan]
+        self._look_at(draft, by_stage=True)
+        other = plan_of(self._book, draft, self._rows, by_stage=True)
+        if other in self._fit and other != candidate.plan:
+            pair = (candidate, self._fit[other])
+            slower = max(pair, key=lambda c: c.prediction.iteration_s)
+            del self._fit[slower.plan]
+
+    def _look_at(self, draft: Draft, *, by_stage: bool = False) -> Candidate | None:
+        plan = plan_of(self._book, draft, self._rows, by_stage=by_stage)
+        if plan is None or plan in self._seen:
+            return None
+        self._seen.add(plan)
+        found = self._predict(plan)
+        if found.fits:
+            self._fit[plan] = Candidate(plan=plan, prediction=found, origin=draft.origin)
+            self._drafts[plan] = draft
+            if by_stage:
+                self._by_stage.add(plan)
+            self._best_s = min(self._best_s, found.iteration_s)
+            return self._fit[plan]
+        reason = _too_large(plan, found)
+        self._refused[plan] = Rejected(plan=plan, origin=draft.origin, reason=reason)
+        return None
 
     def _ranked(self) -> list[Candidate]:
         return sorted(
@@ -93,9 +176,15 @@ class Judge:
         )
 
     def _nothing_fits(self) -> CapacityError:
-        reason = "no cut of the model fits into any set of devices"
+        state = self._job.shape.params * self._job.memory.state_bytes
+        room = sum(group.num_devices * group.memory_bytes for group in self._job.cluster.groups)
+        reason = (
+            f"weights, gradients and optimizer state of {format_bytes(state)}, the pool has "
+            f"{format_bytes(room)}"
+        )
         if self._refused:
-            reason = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
+            nearest = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
+            reason += f"; the nearest plan: {nearest}"
         return CapacityError(
             f"the model does not fit into this pool: {reason}",
             hint="more devices, larger tensor parallelism, a smaller micro-batch or shorter rows",

@@ -7,23 +7,27 @@ one at the best few. Start at `exact_search` and `guided_search`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from mxn.errors import UserError
 from mxn.train.plan.cluster import DeviceGroup
+from mxn.train.plan.experts import has_experts
 from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.cuts import Counts
-from mxn.train.plan.search.draft import Draft
-from mxn.train.plan.search.exact import exact_drafts
-from mxn.train.plan.search.families import Families, alike
+from mxn.train.plan.search.exact import effort_of, exact_drafts
+from mxn.train.plan.search.families import Families, Rough, WaysOf, alike
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.tables import Job, Kind, TableBook
-from mxn.train.plan.search.ways import Ways, fill_of
+from mxn.train.plan.search.ways import Ways
+from mxn.train.plan.shape import ModelShape
 
-_SHARDS = (1, 4, 16, 64, 256)  # of a large pool's optimizer, as far as there are slots
-_NUM_QUICK = 3  # drafts of a quick look that are judged
+_MOST_EFFORT = 4000  # of an exact search; some seconds
+_EXPERTS = (2, 4, 8, 16, 32, 64)
+_SHARDS = (1, 8, 64)  # of a large pool's optimizer, as far as there are slots
+_NUM_JUDGED = 6  # drafts of each origin that are predicted
 _NUM_THOROUGH = 4  # choices of a large pool that get a thorough look
 
 
@@ -61,46 +65,87 @@ def pools_of(job: Job, rows: int, limits: Limits) -> list[Pool]:
 
 def exact_search(
     book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool], judge: Judge
-) -> Iterator[list[Draft]]:
-    """Yield drafts until the best of what remains could not beat the best plan."""
+) -> bool:
+    """Look at every choice, most promising first, until no other could beat the best plan.
+
+    Return whether it came so far: a pool with very many choices is given up on, which leaves the
+    best of those that were looked at.
+    """
     choices = [
-        _choice(book, rows, pool.micro_batch, k) for pool in pools for k in product(*pool.options)
+        _choice(book, rows, pool.micro_batch, kinds)
+        for pool in pools
+        for kinds in product(*pool.options)
     ]
+    effort = 0.0
     for choice in sorted(choices, key=lambda c: (c.bound_s, c.micro_batch, c.kinds)):
         if choice.bound_s >= judge.best_s():
-            return
+            return True
         counts = tuple(book.job.num_slots(kind) for kind in choice.kinds)
         for shards in _all_shards(book, choice, sum(counts), limits):
-            yield exact_drafts(
+            effort += effort_of(counts, book.job.shape.num_layers)
+            if effort > _MOST_EFFORT:
+                return False
+            judge.look(exact_drafts(
                 book.at(choice.micro_batch, shards), choice.kinds, counts,
                 rows // choice.micro_batch, max_stages=limits.max_stages,
-                worth_s=judge.worth_s(),
-            )  # fmt: skip
+                worth_s=judge.worth_s(), styles=limits.styles,
+            ))  # fmt: skip
+    return True
 
 
 def guided_search(
     book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool], judge: Judge
-) -> Iterator[list[Draft]]:
-    """Yield a quick look at each choice, then a thorough one at the best."""
+) -> None:
+    """Take a quick look at each choice, then a thorough one at the best few."""
+    fill = min(style.fill for style in limits.styles)
+    found: list[Rough] = []
     looks: list[tuple[float, int, Families]] = []
-    fill = fill_of(limits.schedules, limits.max_chunks)
+    makers = {
+        pool.micro_batch: _ways_of(book, rows, pool.micro_batch, fill, limits) for pool in pools
+    }
     for pool in pools:
+        ways_of = makers[pool.micro_batch]
+        for sharded in (False, True)[: 1 + limits.may_shard_optimizer]:
+            for experts in _sharing(book.job.shape, limits):
+                found += alike(ways_of, pool.options, sharded=sharded, experts=experts)
         for shards in _SHARDS if limits.may_shard_optimizer else _SHARDS[:1]:
             if shards > sum(pool.most_slots(book.job)):
                 break
-            ways = Ways(
-                book.at(pool.micro_batch, shards), rows // pool.micro_batch, fill=fill,
-                max_stages=limits.max_stages,
-            )  # fmt: skip
-            yield alike(ways, pool.options)[:_NUM_QUICK]
-            for kinds in _promising(ways, pool):
-                families = Families(ways, kinds)
+            for kinds in _promising(ways_of(shards, 1), pool):
+                families = Families(ways_of(shards, 1), kinds)
                 drafts = families.simple()
                 if drafts:
                     looks.append((drafts[0].estimate_s, len(looks), families))
-                    yield drafts[:_NUM_QUICK]
+                    found += drafts
     for _, _, families in sorted(looks, key=lambda look: look[:2])[:_NUM_THOROUGH]:
-        yield families.drafts()[:8]
+        found += families.drafts()
+    for rough in _best_of_each(found):
+        judge.look(rough.exact(makers[rough.ways.tables.micro_batch], limits.styles))
+
+
+def _ways_of(book: TableBook, rows: int, micro_batch: int, fill: float, limits: Limits) -> WaysOf:
+    @cache
+    def ways_of(shards: int, experts: int) -> Ways:
+        tables = book.at(micro_batch, shards, experts)
+        return Ways(tables, rows // micro_batch, fill=fill, max_stages=limits.max_stages)
+
+    return ways_of
+
+
+def _sharing(shape: ModelShape, limits: Limits) -> tuple[int, ...]:
+    """Return how many pipelines may share the experts of a layer."""
+    if not any(has_experts(layer) for layer in shape.layers):
+        return (1,)
+    return (1, *(count for count in _EXPERTS if count <= limits.max_expert_parallel))
+
+
+def _best_of_each(found: Sequence[Rough]) -> list[Rough]:
+    """Return the quickest of each origin: estimates of different kinds of plans err differently."""
+    kept: list[Rough] = []
+    for origin in dict.fromkeys(rough.origin for rough in found):
+        like = sorted((r for r in found if r.origin == origin), key=lambda r: r.estimate_s)
+        kept += like[:_NUM_JUDGED]
+    return sorted(kept, key=lambda rough: rough.estimate_s)
 
 
 def _promising(ways: Ways, pool: Pool) -> list[tuple[Kind, ...]]:
@@ -156,4 +201,5 @@ def _all_shards(book: TableBook, choice: Choice, num_slots: int, limits: Limits)
         (plain.bytes(kind, "none", num_slots) > cluster.group(kind.group).memory_bytes).any()
         for kind in choice.kinds
     )
-    return [1, *range(2, num_slots + 1)] if tight else [1]
+    powers = [2**power for power in range(1, num_slots.bit_length())]
+    return [1, *powers] if tight else [1]

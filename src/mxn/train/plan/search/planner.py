@@ -1,6 +1,6 @@
 """The search for a plan: options in order of promise, the best drafts judged. Start at `search`.
 
-Small pools are searched exactly, large ones by families of plans.
+All pools are searched by families of plans; small ones exactly after that.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ def search(
             f"no micro-batch that divides {rows} rows is profiled on any chip",
             hint="profile more sizes with `mxn train profile`",
         )
-    is_exact = all(is_small(pool.most_slots(job), shape.num_layers) for pool in pools)
-    for drafts in (exact_search if is_exact else guided_search)(book, rows, limits, pools, judge):
-        judge.look(drafts)
+    guided_search(book, rows, limits, pools, judge)
+    is_exact = False
+    if all(is_small(pool.most_slots(job), shape.num_layers) for pool in pools):
+        is_exact = exact_search(book, rows, limits, pools, judge)
     return judge.finish(is_exact=is_exact)
 
 

@@ -56,33 +56,40 @@ class TableBook:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._columns: dict[int, _Columns] = {}
-        self._tables: dict[tuple[int, int], Tables] = {}
+        self._columns: dict[tuple[int, int], _Columns] = {}
+        self._tables: dict[tuple[int, int, int], Tables] = {}
 
-    def at(self, micro_batch: int, shards: int = 1) -> Tables:
-        """Return the tables for micro-batches of so many rows and so many optimizer shards."""
-        key = (micro_batch, shards)
+    def at(self, micro_batch: int, shards: int = 1, experts: int = 1) -> Tables:
+        """Return the tables for micro-batches of so many rows.
+
+        `shards` pipelines share the optimizer state, `experts` of them the experts of a layer.
+        """
+        key = (micro_batch, shards, experts)
         if key not in self._tables:
-            if micro_batch not in self._columns:
-                self._columns[micro_batch] = _Columns(self.job, micro_batch)
-            columns = self._columns[micro_batch]
-            self._tables[key] = Tables(self.job, micro_batch, shards, columns)
+            if (micro_batch, experts) not in self._columns:
+                self._columns[micro_batch, experts] = _Columns(self.job, micro_batch, experts)
+            columns = self._columns[micro_batch, experts]
+            self._tables[key] = Tables(self.job, micro_batch, shards, experts, columns)
         return self._tables[key]
 
 
 class Tables:
     """Seconds and bytes of every run of layers on every kind of slot."""
 
-    def __init__(self, job: Job, micro_batch: int, shards: int, columns: _Columns) -> None:
+    def __init__(
+        self, job: Job, micro_batch: int, shards: int, experts: int, columns: _Columns
+    ) -> None:
         self.job = job
+        self.experts = experts
         self.micro_batch = micro_batch
         self.shards = shards
         self._columns = columns.of
-        self._busy: dict[tuple[Kind, int], Table] = {}
-        self._fits: dict[tuple[Kind, Recompute, int], Table] = {}
+        self._busy: dict[tuple[Kind, float], Table] = {}
+        self._fits: dict[tuple[Kind, Recompute, float], Table] = {}
+        self._steps: dict[tuple[Kind, Kind, float], Table] = {}
         self._hops: dict[tuple[Kind, Kind], Table] = {}
 
-    def busy(self, kind: Kind, in_flight: int) -> Table:
+    def busy(self, kind: Kind, in_flight: float) -> Table:
         """Return seconds [a, e] through layers a … e - 1 with `in_flight` micro-batches kept."""
         key = (kind, in_flight)
         if key not in self._busy:
@@ -90,14 +97,21 @@ class Tables:
             self._busy[key] = np.minimum.reduce(options)
         return self._busy[key]
 
-    def recompute(self, kind: Kind, in_flight: int, first: int, end: int) -> Recompute:
+    def step(self, kind: Kind, after: Kind, in_flight: float) -> Table:
+        """Return `busy` with the hop to a slot of kind `after` added."""
+        key = (kind, after, in_flight)
+        if key not in self._steps:
+            self._steps[key] = self.busy(kind, in_flight) + self.hop(kind, after)
+        return self._steps[key]
+
+    def recompute(self, kind: Kind, in_flight: float, first: int, end: int) -> Recompute:
         """Return the cheapest recomputation under which these layers fit."""
         options = {
             how: self._fitting(kind, how, in_flight)[first, end] for how in self.job.recompute
         }
         return min(options, key=lambda how: options[how])
 
-    def bytes(self, kind: Kind, how: Recompute, in_flight: int) -> Table:
+    def bytes(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         """Return the bytes on one device."""
         sums = self._columns(kind, how)
         chip = self.job.cluster.group(kind.group).chip
@@ -151,7 +165,7 @@ class Tables:
         near = group.devices_per_node >= kind.tp + after.tp
         return group.node_link if near else group.group_link
 
-    def _fitting(self, kind: Kind, how: Recompute, in_flight: int) -> Table:
+    def _fitting(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         key = (kind, how, in_flight)
         if key not in self._fits:
             limit = self.job.cluster.group(kind.group).memory_bytes
@@ -163,9 +177,9 @@ class Tables:
 class _Columns:
     """What does not depend on shards."""
 
-    def __init__(self, job: Job, micro_batch: int) -> None:
+    def __init__(self, job: Job, micro_batch: int, experts: int) -> None:
         self._job = job
-        self._book = CostBook(job.shape, job.profiles, micro_batch)
+        self._book = CostBook(job.shape, job.profiles, micro_batch, expert_parallel=experts)
         self._known: dict[tuple[Kind, Recompute], dict[str, Table]] = {}
 
     def of(self, kind: Kind, how: Recompute) -> dict[str, Table]:

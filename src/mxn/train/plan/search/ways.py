@@ -6,14 +6,15 @@ Start at `Ways`. Rough means: the exact least slowest stage, taken for all stage
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from mxn.train.plan.cluster import Link
-from mxn.train.plan.plan import Schedule
 from mxn.train.plan.search.cuts import Table, best_in_order, slowest_in_order
-from mxn.train.plan.search.draft import Template, template
+from mxn.train.plan.search.draft import Style, Template, template
 from mxn.train.plan.search.shares import Pace
 from mxn.train.plan.search.tables import Kind, Tables
 
@@ -23,7 +24,7 @@ Row = tuple[Kind, ...]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A row of slots and its rough paces: when gradients stay inside groups, and when they cross."""
+    """A row of slots and its rough paces: while gradients stay inside groups, and if they cross."""
 
     row: Row
     inside: Pace
@@ -39,9 +40,9 @@ class Ways:
         self.tables = tables
         self.micro_batches = micro_batches
         self.max_stages = min(max_stages or 64, tables.job.shape.num_layers)
-        self._fill = fill
+        self.fill = fill
         self._rough: dict[Row, Way | None] = {}
-        self._exact: dict[tuple[Row, bool], tuple[Template, ...]] = {}
+        self._exact: dict[tuple[Row, Style, int, bool, bool], tuple[Template, ...]] = {}
         groups = tables.job.cluster.groups
         links = [tables.job.cluster.link(a.name, 0, b.name, 0) for a, b in pairwise(groups)]
         self._outer = max(links, key=lambda link: link.transfer_s(1e9), default=None)
@@ -53,12 +54,18 @@ class Ways:
             self._rough[row] = self._look(row)
         return self._rough[row]
 
-    def exact(self, row: Row, *, crossing: bool) -> tuple[Template, ...]:
-        """Return cuts of this row and of the reverse one, none worse than another in all."""
-        key = (row, crossing)
+    def exact(
+        self, row: Row, style: Style, micro_batches: int, *, crossing: bool, waits: bool = True
+    ) -> tuple[Template, ...]:
+        """Return cuts of this row and of the reverse one, none worse than another in all.
+
+        They fit under `style` when a pipeline does about `micro_batches`. Without `waits` handing
+        over is taken as hidden behind compute.
+        """
+        key = (row, style, micro_batches, crossing, waits)
         if key not in self._exact:
             orders = dict.fromkeys((row, row[::-1]))
-            found = [cut for order in orders for cut in self._cut(order, crossing)]
+            found = [c for o in orders for c in self._cut(o, style, micro_batches, crossing, waits)]
             self._exact[key] = tuple(_undominated(found))
         return self._exact[key]
 
@@ -89,10 +96,10 @@ class Ways:
     def _look(self, row: Row) -> Way | None:
         if not 1 <= len(row) <= self.max_stages:
             return None
-        least = slowest_in_order(*self._tables_of(row))
+        least = slowest_in_order(self._steps_of(row), self.tables.busy(row[-1], 1))
         if least == float("inf"):
             return None
-        start = (len(row) - 1) * least * self._fill
+        start = (len(row) - 1) * least * self.fill
         inside, across = (self._sum_s(row, least, crossing) for crossing in (False, True))
         return Way(row, Pace(start + inside, least), Pace(start + across, least))
 
@@ -107,20 +114,28 @@ class Ways:
             worst = max(worst, sum(2 * link.transfer_s(size) for link in links))
         return worst
 
-    def _cut(self, row: Row, crossing: bool) -> list[Template]:
-        busy, hops = self._tables_of(row)
+    def _cut(
+        self, row: Row, style: Style, micro_batches: int, crossing: bool, waits: bool
+    ) -> list[Template]:
+        size, hops = len(row), [self.tables.hop(a, b) * waits for a, b in pairwise(row)]
+        busy = [
+            self.tables.busy(kind, style.in_flight(s, size, micro_batches))
+            for s, kind in enumerate(row)
+        ]
+        if style.chunks > 1:
+            enough = np.tri(len(busy[0]), k=-style.chunks, dtype=bool).T
+            busy = [np.where(enough, table, np.inf) for table in busy]
         kinds = tuple(dict.fromkeys(row))
         numbers = [kinds.index(kind) for kind in row]
         found = best_in_order(numbers, busy, hops, slacks=(1.0, 1.05, float("inf")))
         links = self._links(kinds, crossing)
         return [template(kinds, cut, self.tables.after_s(kinds, cut, links)) for cut in found]
 
-    def _tables_of(self, row: Row) -> tuple[list[Table], list[Table]]:
-        size = len(row)
-        busy = [
-            self.tables.busy(kind, min(size - s, self.micro_batches)) for s, kind in enumerate(row)
+    def _steps_of(self, row: Row) -> list[Table]:
+        return [
+            self.tables.step(kind, row[s + 1], min(len(row) - s, self.micro_batches))
+            for s, kind in enumerate(row[:-1])
         ]
-        return busy, [self.tables.hop(a, b) for a, b in pairwise(row)]
 
     def _links(self, kinds: Sequence[Kind], crossing: bool) -> list[Link]:
         """Return the links that a sum of gradients goes over: inside a group, then between them."""
@@ -130,20 +145,11 @@ class Ways:
         return [inner, self._outer] if crossing and self._outer else [inner]
 
 
-def fill_of(schedules: Iterable[Schedule], max_chunks: int) -> float:
-    """Return which part of 1F1B's filling and draining the best of these schedules leaves.
-
-    Zero-bubble leaves forward + backward - 2·weight, about a third; interleaving a v-th.
-    """
-    shares = {"1f1b": 1.0, "gpipe": 1.0, "zero-bubble": 1 / 3, "interleaved": 1 / max_chunks}
-    return min(shares[schedule] for schedule in schedules)
-
-
 def _undominated(ways: list[Template]) -> list[Template]:
     """Return those that no other beats in both start and pace."""
-    ways.sort(key=lambda t: (t.pace.each_s, t.pace.start_s))
+    ways.sort(key=lambda t: (t.max_s, t.pace().start_s))
     kept: list[Template] = []
     for way in ways:
-        if not kept or way.pace.start_s < kept[-1].pace.start_s:
+        if not kept or way.pace().start_s < kept[-1].pace().start_s:
             kept.append(way)
     return kept

@@ -14,7 +14,7 @@ import shutil
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,9 @@ from mxn.errors import UserError
 from mxn.models.tokenizer import Tokenizer
 from mxn.train.run.data.documents import (
     BadLineError,
+    Document,
     Skipped,
+    Text,
     TextSplit,
     find_files,
     read_documents,
@@ -39,6 +41,7 @@ log = logging.getLogger("mxn.train")
 _FORMAT = 1
 _MANIFEST = "cache.json"
 _BLOCK = 1 << 20
+_GROUP = 1024
 
 Progress = Callable[[int, int], None]
 """Called with (documents so far, tokens so far)."""
@@ -98,10 +101,14 @@ def prepare(
 ) -> TokenCache:
     """Return the tokens of a data set: of an earlier run if nothing changed, else made now.
 
+    The one path of the settings may be a cache itself, made elsewhere with the same tokenizer.
+
     `home`: the folder of all caches, by default MXN_HOME/data. A broken cache is made anew, with a
     warning. Raises: UserError when the data holds nothing to learn; as `find_files`, `Encoder`.
     """
     encoder = Encoder(tokenizer, vocab_size, learn=settings.learn)
+    if len(settings.paths) == 1 and is_cache(settings.paths[0]):
+        return _foreign(settings.paths[0], tokenizer, vocab_size)
     files = find_files(settings.paths)
     fingerprint = _fingerprint(files, settings, encoder)
     folder = (home or env.home() / "data") / fingerprint[:32]
@@ -158,6 +165,23 @@ def open_cache(folder: Path) -> TokenCache:
     )
 
 
+def is_cache(folder: Path) -> bool:
+    return (folder / _MANIFEST).is_file()
+
+
+def _foreign(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> TokenCache:
+    """Open a cache that was made elsewhere. Raises: UserError when it is not for this model."""
+    cache = open_cache(folder)
+    cache.check_tokenizer(tokenizer)
+    highest = int(cache.tokens.max())
+    if highest >= vocab_size:
+        raise UserError(
+            f"the data cache {folder} has token {highest}, the model's vocabulary ends at"
+            f" {vocab_size - 1}"
+        )
+    return cache
+
+
 _AGAIN = "remove the folder: the data is then tokenized again"
 
 
@@ -182,11 +206,11 @@ class _Writer:
         with ExitStack() as stack:
             tokens = stack.enter_context((self._folder / "tokens.bin").open("wb"))
             targets = stack.enter_context((self._folder / "targets.bin").open("wb"))
-            for document in read_documents(files, settings.documents, skipped):
-                try:
-                    sequences = encoder.encode(document)
-                except BadLineError as error:
-                    skipped.add(document.place, str(error))
+            groups = _groups(read_documents(files, settings.documents, skipped))
+            encoded = (pair for group in groups for pair in encoder.encode_all(group))
+            for document, sequences in encoded:
+                if isinstance(sequences, BadLineError):
+                    skipped.add(document.place, str(sequences))
                     continue
                 for sequence in sequences:
                     tokens.write(np.array(sequence.ids, self._dtype).tobytes())
@@ -217,6 +241,20 @@ class _Writer:
             "files": facts,
         }
         (self._folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents in groups that are worth all cores and fit into memory."""
+    group: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        group.append(document)
+        num_chars += len(document.text) if isinstance(document, Text) else 0
+        if len(group) == _GROUP or num_chars > _BLOCK:
+            yield group
+            group, num_chars = [], 0
+    if group:
+        yield group
 
 
 def _fingerprint(files: Sequence[Path], settings: DataSettings, encoder: Encoder) -> str:

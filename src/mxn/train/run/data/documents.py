@@ -7,6 +7,7 @@ report. Knows no tokenizer. Start at `read_documents`.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class Chat:
 
 
 Document = Text | Completion | Chat
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BadLineError(ValueError):
@@ -153,6 +156,8 @@ def parse_line(raw: bytes, place: Place) -> Document:
         raise BadLineError("is not UTF-8") from None
     except (json.JSONDecodeError, RecursionError):
         raise BadLineError("is not JSON") from None
+    if _HALF.search(raw) and not _is_text(data):
+        raise BadLineError("has half of a character")
     if not isinstance(data, dict):
         raise BadLineError(f"is a JSON {type(data).__name__}, not an object")
     if "messages" in data:
@@ -164,6 +169,15 @@ def parse_line(raw: bytes, place: Place) -> Document:
             raise BadLineError("has an empty or odd text")
         return Text(data["text"], place)
     raise BadLineError("has neither text, messages, nor prompt and completion")
+
+
+def _is_text(data: Any) -> bool:
+    """Whether all strings can be written: JSON may spell halves of a surrogate pair."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pair(data: dict[str, Any], place: Place) -> Document:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mxn.kernels.parity import TOLERANCES, compare
+from mxn.models.spec import MoeSpec
 from mxn.train.run.gate.record import Call, mapped, record, tensors_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ class Finding:
 def check_layers(
     source: ModelSource, batch: MicroBatch, device: torch.device, dtype: torch.dtype
 ) -> list[Finding]:
-    """Return what was compared: each kind of layer of the model, each operator it calls.
+    """Return what was compared: each operator that each kind of layer calls, then the layer whole.
+
+    A layer with a wrong operator is not tried as a whole, nor one with experts in a dtype that
+    rounds.
 
     `batch` is on the CPU. A layer's input is the true output of the layers before it, as far as
     those are computed here: embedding, then the first block of each kind.
@@ -79,10 +83,18 @@ def _check_layer(
     calls = record(lambda: alike(given, batch))
     findings = [found for call in calls for found in _check_call(call, kind, device)]
     truth = _run_layer(source, layer, hidden, batch, cpu, torch.float32)
-    got = _run_layer(source, layer, hidden, batch, device, dtype)
-    for name, want in truth.items():
-        findings.append(_compared(kind, "", name, want, got[name], LAYER_SLACK, dtype))
+    is_sound = all(finding.problem is None for finding in findings)
+    if is_sound and not (_routes(source, layer) and dtype != torch.float32):
+        got = _run_layer(source, layer, hidden, batch, device, dtype)
+        for name, want in truth.items():
+            findings.append(_compared(kind, "", name, want, got[name], LAYER_SLACK, dtype))
     return findings, truth["output"]
+
+
+def _routes(source: ModelSource, layer: int) -> bool:
+    """Whether a layer has experts: rounding sends a token to another one, rightly."""
+    blocks = source.spec.layers
+    return 0 < layer <= len(blocks) and isinstance(blocks[layer - 1].ffn, MoeSpec)
 
 
 def _run_layer(
@@ -172,6 +184,10 @@ def _compared(
     budget = TOLERANCES[str(dtype).removeprefix("torch.")] * slack
     if want.is_floating_point():
         want, got = want.float(), got.float()
+    if not operator or name.startswith("gradient"):
+        # Rows of such tensors differ in size for reasons of their own (a causal mask leaves the
+        # first query nothing to learn): an element is held against the whole tensor.
+        want, got = want.flatten(), got.flatten()
     error, mismatch = compare(name, want, got, budget)
     problem = None if mismatch is None else mismatch.problem
     return Finding(

@@ -101,7 +101,12 @@ class StageModule(nn.Module):
         is on this stage's device.
         """
         x = self.hidden(x_RTD, batch)
-        return self.head(x, batch) if self.has_head else x
+        if self.has_head:
+            return self.head(x, batch)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # A frozen embedding (LoRA): who runs a pipeline asks each stage for a backward pass.
+            x.requires_grad_()
+        return x
 
     def logits(self, x_RTD: Tensor | None, batch: MicroBatch) -> Tensor:
         """Return logits [R, T, V], float32; the chunk must have the head."""

@@ -116,7 +116,7 @@ class Supervisor:
             Control(self.out, 0)
             self._asked = Asked(self.out)
             find(self._checkpoints, self.job.checkpoint.resume)
-            self.state, orders = begin(self._groups, self._newest())
+            self.state, orders = begin(self._groups, self._newest(), last_launch(self.out))
             try:
                 self._obey(orders)
                 while self.state.phase not in w.FINAL:
@@ -158,10 +158,8 @@ class Supervisor:
                     self.say(text)
 
     def say(self, text: str) -> None:
-        log.warning("%s", text)
         self.said.append(text)
-        if self._on_say:
-            self._on_say(text)
+        (self._on_say or log.warning)(text)
 
     def _plan(self, groups: tuple[str, ...]) -> w.Event:
         self._write_status()
@@ -256,8 +254,9 @@ class Supervisor:
             self._events.append(w.RankDied(None, text))
 
     def _is_stalled(self) -> bool:
-        path = metrics_path(self.job)
-        changed = path.stat().st_mtime if path.is_file() else 0.0
+        logs = (self.out / "log" / f"launch-{self.state.launch}").glob("*")
+        paths = [metrics_path(self.job), *logs]
+        changed = max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
         if changed != self._sign_of_life[0]:
             self._sign_of_life = (changed, time.monotonic())
         return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
@@ -325,6 +324,12 @@ class Supervisor:
         finally:
             for kind, handler in before.items():
                 signal.signal(kind, handler)
+
+
+def last_launch(out: Path) -> int:
+    """Return the number of the last launch in a job's folder: numbers are never used twice."""
+    names = (path.name.removeprefix("launch-") for path in (out / "log").glob("launch-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _with_words(death: Death, control: Control) -> Death:

@@ -1,0 +1,274 @@
+"""One job over ranks of different speeds: its throughput against the sum of what each does alone.
+
+    python bench/train/mixed.py [--mixes 1:0.5,1:0.25,0.6:0.3:0.3:0.15] [--steps 10] [--rounds 2]
+
+A rank is a process whose share of a core is limited by a cgroup quota, so the chips are emulated
+and the figures are `simulated`; ranks, messages, gradients and contention are real. For each mix,
+everything is measured in the same minutes, in an order that is turned round in every second round:
+
+- *solo*: each speed alone with the whole job. The sum over the ranks is the bound U.
+- *best*: what the planner chooses. R = its throughput / U.
+- *uniform*: each rank the same number of micro-batches.
+- *pipeline*: one pipeline over all ranks, cut by their speeds.
+
+U' is the stricter bound: micro-batches and optimizer as fast as in the solo runs while they compute
+there, without any waiting, summing or bookkeeping. Prediction error: the simulated step against the
+measured one, from a profile taken just before. Needs cgroups that may be written. Start at `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+
+ROOT = Path(__file__).parents[2]
+TEXT = ROOT / "recipes/data/tinyshakespeare.txt"
+MODEL = "mxn-shakespeare-llama"
+SKIPPED = 2  # steps at the start of a run that are not counted
+NUM_LAYERS = 6  # of the model: embedding, four blocks, head
+
+
+@dataclass(slots=True)
+class Mix:
+    """One mix, and the seconds of every step that was counted, by variant."""
+
+    shares: tuple[float, ...]
+    folder: Path
+    rows: int
+    seq_tokens: int
+    steps: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    busy: dict[str, list[float]] = field(default_factory=dict)
+    predicted: dict[str, list[float]] = field(default_factory=dict)
+    plans: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_tokens
+
+    def job(self, name: str, shares: tuple[float, ...], plan: Path | None) -> Path:
+        """Write the job of a variant and return its file."""
+        # A solo step takes several times as long as a mixed one.
+        steps = self.steps if len(shares) > 1 else SKIPPED + (self.steps - SKIPPED) // 2
+        devices = [
+            {"name": f"r{number}", "device": "cpu", "cpu_share": share, "pin": True}
+            for number, share in enumerate(shares)
+        ]
+        told = {
+            "name": name, "model": {"source": MODEL, "begin": "scratch"}, "method": "pretrain",
+            "data": {"files": [str(TEXT)]}, "seq_tokens": self.seq_tokens, "micro_batch": 1,
+            "global_batch": self.rows, "steps": steps, "devices": devices,
+            "checkpoint": {"every_steps": 10**6}, "gate": {"speed": "ignore"},
+            "out": str(self.folder / name),
+        }  # fmt: skip
+        if plan is not None:
+            told["plan"] = {"file": str(plan)}
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(told))
+        return path
+
+
+def mxn(*words: str | Path) -> str:
+    """Run a command of mxn and return its output. Raises: SystemExit with what it said."""
+    code = "from mxn.cli.main import main; main()"
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(
+            f"mxn {' '.join(map(str, words))}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.stdout
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def variants(mix: Mix) -> dict[str, tuple[tuple[float, ...], TrainPlan | None]]:
+    """Return what is run: shares, and the plan where the planner does not choose it."""
+    solos: dict[str, tuple[tuple[float, ...], TrainPlan | None]] = {
+        f"solo-{share:g}": ((share,), None) for share in sorted(set(mix.shares), reverse=True)
+    }
+    return solos | {
+        "best": (mix.shares, None),
+        "uniform": (mix.shares, uniform(mix)),
+        "pipeline": (mix.shares, pipeline(mix)),
+    }
+
+
+def uniform(mix: Mix) -> TrainPlan:
+    count = len(mix.shares)
+    even = [mix.rows // count + (number < mix.rows % count) for number in range(count)]
+    whole = (Chunk(first=0, end=NUM_LAYERS),)
+    pipelines = tuple(
+        Pipeline(
+            stages=(Stage(group=f"r{number}", first_device=0, chunks=whole),), micro_batches=rows
+        )
+        for number, rows in enumerate(even)
+    )
+    return plan_of(mix, pipelines)
+
+
+def pipeline(mix: Mix) -> TrainPlan:
+    """Cut layers over all ranks, one block as one unit, a head as 0.7, by largest remainder."""
+    order = sorted(range(len(mix.shares)), key=lambda number: -mix.shares[number])
+    weights = [0.01, 1.0, 1.0, 1.0, 1.0, 0.6]  # embedding, blocks, head: of the profile
+    total, cuts, at = sum(weights), [0], 0.0
+    shares = [mix.shares[number] for number in order]
+    for position in range(len(order) - 1):
+        at += shares[position] / sum(shares) * total
+        nearest = min(
+            range(cuts[-1] + 1, NUM_LAYERS - (len(order) - 2 - position)),
+            key=lambda cut: abs(sum(weights[:cut]) - at),
+        )
+        cuts.append(nearest)
+    cuts.append(NUM_LAYERS)
+    stages = tuple(
+        Stage(
+            group=f"r{number}", first_device=0,
+            chunks=(Chunk(first=cuts[position], end=cuts[position + 1]),),
+        )
+        for position, number in enumerate(order)
+    )  # fmt: skip
+    return plan_of(mix, (Pipeline(stages=stages, micro_batches=mix.rows),))
+
+
+def plan_of(mix: Mix, pipelines: tuple[Pipeline, ...]) -> TrainPlan:
+    plan = TrainPlan(
+        model=MODEL, num_layers=NUM_LAYERS, seq_tokens=mix.seq_tokens, micro_batch=1,
+        pipelines=pipelines,
+    )  # fmt: skip
+    plan.check()
+    return plan
+
+
+def measure(mix: Mix, name: str, shares: tuple[float, ...], plan: TrainPlan | None) -> None:
+    """Profile, run, and keep the steps of one variant."""
+    path = None
+    if plan is not None:
+        path = mix.folder / f"{name}.plan.json"
+        path.write_text(plan.to_json())
+    shutil.rmtree(mix.folder / name, ignore_errors=True)
+    job = mix.job(name, shares, path)
+    mxn("train", "profile", job, "--fresh", "--json")
+    mxn("train", "run", job, "--json")
+    out = mix.folder / name
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    counted = rows[SKIPPED:]
+    mix.seconds.setdefault(name, []).extend(row["seconds"] for row in counted)
+    busy = [row["rank0_busy_s"] for row in counted]
+    mix.busy.setdefault(name, []).extend(busy)
+    predicted = json.loads((out / "predicted.json").read_text())["prediction"]["iteration_s"]
+    mix.predicted.setdefault(name, []).append(predicted)
+    mix.plans[name] = brief(TrainPlan.from_json((out / "plan.json").read_text()))
+    middle = statistics.median(row["seconds"] for row in counted)
+    note(f"  {name}: {middle:.3f} s a step, predicted {predicted:.3f}, {mix.plans[name]}")
+
+
+def brief(plan: TrainPlan) -> str:
+    """Say a plan in a few letters: layers of each stage, and micro-batches of each pipeline."""
+    parts = []
+    for pipe in plan.pipelines:
+        stages = " > ".join(f"{stage.group}:{stage.num_layers}L" for stage in pipe.stages)
+        parts.append(f"{stages} x {pipe.micro_batches}")
+    return f"{plan.schedule}: {'; '.join(parts)}"
+
+
+def summary(mix: Mix) -> dict[str, Any]:
+    """Return the figures of a mix: tokens/s are medians over all counted steps."""
+    rate = {name: mix.tokens / statistics.median(steps) for name, steps in mix.seconds.items()}
+    solo = {share: rate[f"solo-{share:g}"] for share in set(mix.shares)}
+    pure = {
+        share: mix.tokens / statistics.median(mix.busy[f"solo-{share:g}"])
+        for share in set(mix.shares)
+    }
+    bound = sum(solo[share] for share in mix.shares)
+    strict = sum(pure[share] for share in mix.shares)
+    runs = {}
+    for name, steps in mix.seconds.items():
+        step, predicted = statistics.median(steps), statistics.median(mix.predicted[name])
+        runs[name] = {
+            "tokens_per_s": round(rate[name], 1), "step_s": round(step, 4),
+            "p20_s": round(statistics.quantiles(steps, n=5)[0], 4),
+            "p80_s": round(statistics.quantiles(steps, n=5)[-1], 4),
+            "predicted_s": round(predicted, 4), "error": round(predicted / step - 1, 4),
+            "plan": mix.plans[name], "steps": len(steps),
+        }  # fmt: skip
+        if not name.startswith("solo"):
+            runs[name] |= {
+                "R": round(rate[name] / bound, 4),
+                "R_strict": round(rate[name] / strict, 4),
+            }
+    return {
+        "shares": list(mix.shares), "U": round(bound, 1), "U_strict": round(strict, 1), "runs": runs
+    }  # fmt: skip
+
+
+def show(found: dict[str, Any]) -> None:
+    mix = " : ".join(f"{share:g}" for share in found["shares"])
+    print(
+        f"\nmix {mix}: sum of solos {found['U']:.0f} tokens/s, compute only {found['U_strict']:.0f}"
+    )
+    print(f"{'':14}{'tokens/s':>10}{'R':>8}{'R strict':>10}{'predicted':>11}  plan")
+    for name, row in found["runs"].items():
+        ratios = f"{row['R']:8.1%}{row['R_strict']:10.1%}" if "R" in row else " " * 18
+        print(f"{name:14}{row['tokens_per_s']:10.0f}{ratios}{row['error']:+11.1%}  {row['plan']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--mixes", default="1:0.5,1:0.25,0.6:0.3:0.3:0.15")
+    parser.add_argument("--steps", type=int, default=10, help=f"of a run; {SKIPPED} not counted")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=96, help="of a step; a micro-batch is one")
+    parser.add_argument("--seq-tokens", type=int, default=128)
+    parser.add_argument("--out", type=Path, help="also store the JSON in this file")
+    options = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["MXN_HOME"] = f"{scratch}/home"
+        for text in options.mixes.split(","):
+            shares = tuple(float(share) for share in text.split(":"))
+            folder = Path(scratch) / text.replace(":", "-")
+            folder.mkdir()
+            mix = Mix(shares, folder, options.rows, options.seq_tokens, options.steps)
+            wanted = list(variants(mix).items())
+            for number in range(options.rounds):
+                note(f"mix {text}, round {number + 1} of {options.rounds}")
+                for name, (ranks, plan) in wanted[:: -1 if number % 2 else 1]:
+                    measure(mix, name, ranks, plan)
+            results.append(summary(mix))
+            show(results[-1])
+    document = json.dumps(
+        {
+            "schema": 1, "case": "train_mixed", "basis": "simulated",
+            "note": "speeds are CPU shares by cgroup quota", "model": MODEL,
+            "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "params": {
+                "steps": options.steps, "rounds": options.rounds, "rows": options.rows,
+                "seq_tokens": options.seq_tokens,
+            },
+            "mixes": results,
+        }
+    )  # fmt: skip
+    if options.out:
+        options.out.write_text(document + "\n")
+    print(document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What a stage takes on its devices."""
+
+import pytest
+
+from mxn.train.plan.memory import FLOAT32, MemoryModel, in_flight, kept_bytes, stage_bytes
+from mxn.train.plan.shape import LayerShape
+
+BLOCK = LayerShape(
+    kind="block", params=100, forward_flop=400.0, activation_bytes=100.0, output_bytes=2.0
+)
+
+
+def test_mixed_precision_takes_sixteen_bytes_a_parameter():
+    assert MemoryModel().state_bytes == 16
+    assert FLOAT32.state_bytes == 16
+
+
+def test_earlier_stages_keep_more_micro_batches_under_1f1b():
+    assert [in_flight("1f1b", s, 4, 8) for s in range(4)] == [4, 3, 2, 1]
+    assert [in_flight("1f1b", s, 4, 2) for s in range(4)] == [2, 2, 2, 1]
+    assert in_flight("gpipe", 3, 4, 8) == 8
+
+
+def test_an_interleaved_stage_keeps_more_than_a_plain_one():
+    plain = in_flight("1f1b", 0, 4, 64)
+    assert plain < in_flight("interleaved", 0, 4, 64, chunks=2) < 2 * plain
+
+
+def test_recomputation_keeps_less():
+    none, selective, full = (kept_bytes(BLOCK, 10, 1, r) for r in ("none", "selective", "full"))
+    assert (none, selective, full) == (1000.0, 340.0, 20.0)
+
+
+def test_a_measured_activation_goes_before_the_shape():
+    assert kept_bytes(BLOCK, 10, 2, "none", 77.0) == 77.0
+
+
+def test_korthikanti_22b_keeps_what_the_paper_says_of_selective_recomputation():
+    """2205.05198, figure 7: with sequence parallelism, selective keeps 16.18 / 66.84 of plain."""
+    hidden, heads, seq = 6144, 64, 2048
+    block = LayerShape(
+        kind="block",
+        params=1,
+        forward_flop=1.0,
+        activation_bytes=34.0 * hidden + 5.0 * heads * seq,
+        output_bytes=2.0 * hidden,
+    )
+    share = kept_bytes(block, 1, 8, "selective") / kept_bytes(block, 1, 8, "none")
+    assert share == pytest.approx(16.18 / 66.84, rel=0.01)
+
+
+def test_sharing_the_optimizer_out_leaves_weights_and_gradients():
+    def taken(shards):
+        return stage_bytes(
+            params=10,
+            kept_per_micro_batch=5,
+            working_bytes=0,
+            micro_batches_kept=3,
+            model=MemoryModel(),
+            framework_bytes=1000,
+            optimizer_shards=shards,
+        )
+
+    assert taken(1) == 10 * 16 + 15 + 1000
+    assert taken(4) == 10 * (4 + 3) + 15 + 1000
+
+
+def test_lora_trains_a_share_only():
+    model = MemoryModel(trainable_share=0.01)
+    assert model.state_bytes == pytest.approx(2 + 0.14)

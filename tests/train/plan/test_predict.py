@@ -1,0 +1,318 @@
+"""What a whole plan is predicted to do, by hand where a hand can."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from mxn.errors import UserError
+from mxn.train.plan.closed import pipeline_time
+from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
+from mxn.train.plan.memory import MemoryModel
+from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.plan.predict import Tuning, predict
+from mxn.train.plan.profile import ChipProfile, LayerCost
+from mxn.train.plan.shape import LayerShape, ModelShape
+from mxn.train.plan.simulate import simulate_plan
+from mxn.train.plan.totals import weakest
+
+NO_COST = Link(latency_s=0.0, bytes_per_s=1e30, basis="measured")
+SLOW = Link(latency_s=0.0, bytes_per_s=1e6, basis="measured")
+BLOCKS = 6
+
+
+def layer(kind, params=1000, flop=2000.0):
+    return LayerShape(
+        kind=kind, params=params, forward_flop=flop, activation_bytes=50.0, output_bytes=10.0
+    )
+
+
+SHAPE = ModelShape(
+    name="toy",
+    layers=(layer("embedding", flop=0.0), *([layer("block")] * BLOCKS), layer("head")),
+    seq_tokens=100,
+)
+
+
+def profile(chip, slow=1.0, basis="measured"):
+    seconds = {"embedding": 0.0, "block": 1.0 * slow, "head": 0.5 * slow}
+    return ChipProfile(
+        chip=chip,
+        costs={
+            (kind, 1, 1): LayerCost(forward_s=s, backward_s=2 * s, optimizer_s=0.01)
+            for kind, s in seconds.items()
+        },
+        basis=basis,
+    )
+
+
+def group(name, *, link=NO_COST, num=8, **more):
+    return DeviceGroup(
+        name=name,
+        chip=name,
+        num_devices=num,
+        devices_per_node=4,
+        memory_bytes=10**6,
+        node_link=link,
+        group_link=link,
+        **more,
+    )
+
+
+def pipeline(ends, groups, count, first=0):
+    starts = [0, *ends[:-1]]
+    seen = itertools.count(first)
+    return Pipeline(
+        stages=tuple(
+            Stage(group=name, first_device=next(seen), chunks=(Chunk(first=a, end=b),))
+            for a, b, name in zip(starts, ends, groups, strict=True)
+        ),
+        micro_batches=count,
+    )
+
+
+def plan(*pipelines, **more):
+    return TrainPlan(
+        model="toy",
+        num_layers=SHAPE.num_layers,
+        seq_tokens=100,
+        micro_batch=1,
+        pipelines=pipelines,
+        **more,
+    )
+
+
+PROFILES = {"fast": profile("fast"), "slow": profile("slow", 2.0)}
+
+
+def test_one_device_takes_its_layers_times_its_micro_batches():
+    found = predict(
+        plan(pipeline([8], ["fast"], 5)), SHAPE, Cluster(groups=(group("fast"),)), PROFILES
+    )
+    assert found.pipeline_s == pytest.approx(5 * (BLOCKS * 3 + 1.5))
+    assert found.reduce_s == 0
+    assert found.bubble == pytest.approx(0)
+    assert found.optimizer_s == pytest.approx(8 * 0.01)
+    assert found.tokens_per_s == pytest.approx(500 / found.iteration_s)
+
+
+def test_pipelines_of_unequal_speed_wait_for_the_slower_one_with_its_own_share():
+    both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): NO_COST})
+    fair = plan(pipeline([8], ["fast"], 8), pipeline([8], ["slow"], 4))
+    found = predict(fair, SHAPE, both, PROFILES)
+    assert found.pipeline_s == pytest.approx(8 * 19.5)
+    assert found.bubble == pytest.approx(0)
+    uneven = plan(pipeline([8], ["fast"], 6), pipeline([8], ["slow"], 6))
+    assert predict(uneven, SHAPE, both, PROFILES).pipeline_s == pytest.approx(6 * 39)
+
+
+def test_the_sum_of_gradients_goes_over_the_slowest_link():
+    both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): SLOW})
+    found = predict(
+        plan(pipeline([8], ["fast"], 2), pipeline([8], ["slow"], 1)), SHAPE, both, PROFILES
+    )
+    assert found.reduce_s == pytest.approx(8 * 1000 * 2 / 1e6)
+
+
+def test_layers_cut_differently_are_summed_run_by_run():
+    one = Cluster(groups=(group("fast", link=SLOW),))
+    found = predict(
+        plan(pipeline([3, 8], ["fast"] * 2, 2), pipeline([5, 8], ["fast"] * 2, 2, first=2)),
+        SHAPE,
+        one,
+        PROFILES,
+    )
+    sums = [stage.reduce_s for stage in found.stages]
+    # Layers 0-2 are between the first stages, 3-4 between second and first, 5-7 between second.
+    assert sums == pytest.approx([0.006, 0.010, 0.010, 0.006])
+
+
+def test_later_stages_hide_their_sums_behind_the_drain():
+    one = Cluster(groups=(group("fast", link=Link(latency_s=0, bytes_per_s=1e3)),))
+    pair = plan(pipeline([1, 8], ["fast"] * 2, 4), pipeline([1, 8], ["fast"] * 2, 4, first=2))
+    found = predict(pair, SHAPE, one, PROFILES)
+    # The first stage holds one layer of eight; the second stage ends a backward earlier.
+    last = next(s for s in found.stages if s.stage == 1)
+    assert found.reduce_s < last.reduce_s
+
+
+def test_alike_pipelines_are_timed_once():
+    calls = []
+
+    def timer(*args, **more):
+        calls.append(args)
+        return pipeline_time(*args, **more)
+
+    one = Cluster(groups=(group("fast", num=64),))
+    many = plan(*(pipeline([4, 8], ["fast"] * 2, 3, first=2 * p) for p in range(32)))
+    predict(many, SHAPE, one, PROFILES, timer=timer)
+    assert len(calls) == 1
+
+
+def test_pipelines_over_a_node_border_are_timed_apart():
+    calls = []
+
+    def timer(*args, **more):
+        calls.append(args)
+        return pipeline_time(*args, **more)
+
+    far = replace(group("fast"), group_link=SLOW)
+    inside = pipeline([4, 8], ["fast"] * 2, 3)
+    across = Pipeline(
+        stages=(
+            replace(inside.stages[0], first_device=3),
+            replace(inside.stages[1], first_device=4),
+        ),
+        micro_batches=3,
+    )
+    predict(plan(inside, across), SHAPE, Cluster(groups=(far,)), PROFILES, timer=timer)
+    assert len(calls) == 2
+
+
+def test_full_recomputation_pays_a_forward_and_keeps_less():
+    one = Cluster(groups=(group("fast"),))
+    plain = plan(pipeline([8], ["fast"], 1))
+    stage = replace(plain.pipelines[0].stages[0], recompute="full")
+    again = replace(plain, pipelines=(Pipeline(stages=(stage,), micro_batches=1),))
+    a, b = (predict(p, SHAPE, one, PROFILES) for p in (plain, again))
+    assert b.pipeline_s == pytest.approx(a.pipeline_s * 4 / 3)
+    assert b.stages[0].memory_bytes < a.stages[0].memory_bytes
+
+
+def test_memory_decides_whether_a_plan_fits():
+    one = Cluster(groups=(group("fast"),))
+    whole = plan(pipeline([8], ["fast"], 1))
+    found = predict(whole, SHAPE, one, PROFILES)
+    assert found.stages[0].memory_bytes == pytest.approx(8 * (1000 * 16 + 50 * 100))
+    assert found.fits
+    small = Cluster(groups=(replace(group("fast"), memory_bytes=1000),))
+    assert not predict(whole, SHAPE, small, PROFILES).fits
+
+
+def test_sharing_the_optimizer_out_divides_its_time_and_state():
+    one = Cluster(groups=(group("fast"),))
+    pair = plan(pipeline([8], ["fast"], 1), pipeline([8], ["fast"], 1, first=1))
+    a, b = (predict(p, SHAPE, one, PROFILES) for p in (pair, replace(pair, shards_optimizer=True)))
+    assert b.optimizer_s == pytest.approx(a.optimizer_s / 2)
+    assert a.stages[0].memory_bytes - b.stages[0].memory_bytes == pytest.approx(8 * 1000 * 6)
+
+
+def test_a_tied_matrix_is_exchanged_between_first_and_last_stage():
+    one = Cluster(groups=(group("fast", link=SLOW),))
+    cut = plan(pipeline([4, 8], ["fast"] * 2, 1))
+    tied = replace(SHAPE, is_tied=True)
+    found = predict(cut, tied, one, PROFILES, memory=MemoryModel(reduce_bytes=4))
+    assert found.reduce_s == pytest.approx(1000 * 4 / 1e6)
+    assert predict(plan(pipeline([8], ["fast"], 1)), tied, one, PROFILES).reduce_s == 0
+
+
+def test_energy_and_money_are_of_the_devices_of_the_plan():
+    paid = group("fast", watts=300.0, price_micro_per_hour=3_600_000, peak_flop_per_s=1e6)
+    found = predict(
+        plan(pipeline([4, 8], ["fast"] * 2, 2)), SHAPE, Cluster(groups=(paid,)), PROFILES
+    )
+    assert found.energy_j == pytest.approx(2 * 300 * found.iteration_s)
+    assert found.cost_micro == pytest.approx(2 * 1000 * found.iteration_s)
+    work = 3 * 7 * 2000.0 * 200
+    assert found.mfu == pytest.approx(work / (found.iteration_s * 2e6))
+
+
+def test_what_is_unknown_stays_unknown():
+    found = predict(
+        plan(pipeline([8], ["fast"], 1)), SHAPE, Cluster(groups=(group("fast"),)), PROFILES
+    )
+    assert (found.energy_j, found.cost_micro, found.mfu) == (None, None, None)
+
+
+def test_the_basis_is_the_weakest_of_what_was_used():
+    assert weakest(["measured", "derived"]) == "derived"
+    assert weakest(["simulated", "measured"]) == "simulated"
+    with pytest.raises(UserError, match="basis"):
+        weakest(["guessed"])
+    both = Cluster(
+        groups=(group("fast"), group("slow")),
+        links={("fast", "slow"): Link(latency_s=0, bytes_per_s=1e9, basis="assumed")},
+    )
+    alone = predict(plan(pipeline([8], ["fast"], 1)), SHAPE, both, PROFILES)
+    assert alone.basis == "measured"
+    mixed = plan(pipeline([4, 8], ["fast", "slow"], 1))
+    assert predict(mixed, SHAPE, both, PROFILES).basis == "assumed"
+
+
+def test_a_flow_that_is_slower_than_the_link_holds_both_ends():
+    one = Cluster(groups=(group("fast"),))
+    cut = plan(pipeline([4, 8], ["fast"] * 2, 10))
+    free = predict(cut, SHAPE, one, PROFILES).pipeline_s
+    held = predict(cut, SHAPE, one, PROFILES, tuning=Tuning(flow_bytes_per_s=1000.0)).pipeline_s
+    assert held == pytest.approx(free + (10 - 1) * 2 * 1.0 + 4 * 1.0)
+
+
+def test_a_plan_for_another_model_is_refused():
+    one = Cluster(groups=(group("fast"),))
+    short = replace(SHAPE, layers=SHAPE.layers[:-1])
+    with pytest.raises(UserError, match="7"):
+        predict(plan(pipeline([8], ["fast"], 1)), short, one, PROFILES)
+    with pytest.raises(UserError, match="100"):
+        predict(plan(pipeline([8], ["fast"], 1)), replace(SHAPE, seq_tokens=64), one, PROFILES)
+
+
+def test_a_chip_or_layer_without_profile_is_named():
+    one = Cluster(groups=(group("fast"),))
+    whole = plan(pipeline([8], ["fast"], 1))
+    with pytest.raises(UserError, match="fast"):
+        predict(whole, SHAPE, one, {})
+    with pytest.raises(UserError, match="micro-batch 2"):
+        predict(replace(whole, micro_batch=2), SHAPE, one, PROFILES)
+
+
+def moe_case(expert_parallel, link=NO_COST):
+    """Two pipelines of one device over a model whose blocks have experts."""
+    expert = replace(
+        layer("block.moe", params=9000), active_params=1000, routed_to=2, output_bytes=10.0
+    )
+    shape = replace(SHAPE, layers=(SHAPE.layers[0], *([expert] * BLOCKS), SHAPE.layers[-1]))
+    costs = {
+        (kind.replace("block", "block.moe"), mbs, tp): cost
+        for (kind, mbs, tp), cost in PROFILES["fast"].costs.items()
+    }
+    profiles = {"fast": replace(PROFILES["fast"], costs=costs)}
+    pair = plan(
+        pipeline([8], ["fast"], 3),
+        pipeline([8], ["fast"], 3, first=1),
+        expert_parallel=expert_parallel,
+    )
+    return pair, shape, Cluster(groups=(group("fast", link=link),)), profiles
+
+
+def test_shared_out_experts_take_less_memory_and_a_shorter_update():
+    alone, shared = (predict(*moe_case(count)) for count in (1, 2))
+    dense = 2 * 1000
+    assert alone.stages[0].memory_bytes - shared.stages[0].memory_bytes == pytest.approx(
+        BLOCKS * (9000 - 1000) / 2 * 16
+    )
+    assert shared.optimizer_s < alone.optimizer_s
+    assert dense * 16 < shared.stages[0].memory_bytes
+
+
+def test_tokens_travel_to_their_experts_and_back_in_both_passes():
+    link = Link(latency_s=0.0, bytes_per_s=1e4)
+    shared = predict(*moe_case(2, link))
+    alone = predict(*moe_case(1, link))
+    # There and back, forward and backward, half of the tokens to two experts each.
+    each = 2 * 2 * (10.0 * 2 * 100 * 0.5) / 1e4
+    assert shared.pipeline_s - alone.pipeline_s == pytest.approx(3 * BLOCKS * each)
+
+
+def test_the_simulator_sees_the_same_exchange():
+    case = moe_case(2, Link(latency_s=0.0, bytes_per_s=1e4))
+    simulated = simulate_plan(*case).prediction
+    assert simulated.pipeline_s == pytest.approx(predict(*case).pipeline_s)
+
+
+def test_experts_are_shared_only_by_pipelines_that_are_cut_alike():
+    pair, shape, cluster, profiles = moe_case(2)
+    other = replace(pair, pipelines=(pair.pipelines[0], pipeline([4, 8], ["fast"] * 2, 3, first=1)))
+    with pytest.raises(UserError, match="cut the model differently"):
+        predict(other, shape, cluster, profiles)
+    with pytest.raises(UserError, match="groups of 3"):
+        predict(replace(pair, expert_parallel=3), shape, cluster, profiles)
