@@ -119,12 +119,18 @@ class RayRanks(LocalRanks):
     def start(self, job: Job) -> None:
         """Reserve all devices, then start all ranks.
 
-        Raises: CapacityError when the cluster does not have them in time.
+        Raises: CapacityError when the cluster does not have them in time; UnsupportedError for
+        pinned ranks: which cores of a machine are free, only that machine's Ray knows.
         """
+        if pinned := sorted({spec.group for spec in self._specs if job.group(spec.group).pin}):
+            raise UnsupportedError(
+                f"group {pinned[0]!r} has pin, and ranks on Ray are not pinned",
+                hint="leave out `pin`, or launch on this machine",
+            )
         self._group = _reserve([bundle_of(job.group(spec.group)) for spec in self._specs])
         super().start(job)
 
-    def _start(self, spec: RankSpec, group: DeviceSettings) -> None:
+    def _start(self, spec: RankSpec, group: DeviceSettings, cores: frozenset[int] | None) -> None:
         from dataclasses import asdict
 
         import ray
