@@ -14,7 +14,7 @@ from mxn.train.run.link_times import link_of
 
 
 class Clock:
-    """Time that passes only when a layer says so. Each fourth pass also waits for its quota."""
+    """Time that passes only when a layer says so. Each fourth forward also waits for its quota."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -24,7 +24,7 @@ class Clock:
         return self.now
 
     def spend(self, seconds: float, *, may_wait: bool = False) -> None:
-        self.passes += 1
+        self.passes += may_wait
         self.now += seconds + (4 * seconds if may_wait and self.passes % 4 == 0 else 0)
 
 
