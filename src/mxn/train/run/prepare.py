@@ -118,7 +118,7 @@ def task_of_job(
     if groups is not None:
         kept = tuple(job.group(name) for name in groups)
         job = replace(job, devices=kept)
-    measured = measure(job, fresh=fresh, on_progress=on_progress)
+    measured = measure(job, tps=widths_of(job), fresh=fresh, on_progress=on_progress)
     return Task(
         shape=measured.shape,
         rows=job.global_batch,
@@ -130,8 +130,22 @@ def task_of_job(
     )
 
 
+def widths_of(job: Job) -> set[int]:
+    """Return the widths of tensor parallelism that the job's plan file has.
+
+    Raises: NotFoundError, ConfigError as `read_plan`.
+    """
+    if job.plan.file is None:
+        return set()
+    plan = read_plan(Path(job.plan.file))
+    return {stage.tp for pipeline in plan.pipelines for stage in pipeline.stages}
+
+
 def limits_of(job: Job) -> Limits:
-    """Return what the planner may choose for a job: what the runner does and the job allows."""
+    """Return what the planner may choose for a job: what the runner does and the job allows.
+
+    Tensor parallelism runs, and is left to plan files: searching it would measure every width.
+    """
     plan, free = job.plan, Limits()
     return Limits(
         micro_batches=(job.micro_batch,),
