@@ -175,7 +175,8 @@ def test_full_recomputation_pays_a_forward_and_keeps_less():
     stage = replace(plain.pipelines[0].stages[0], recompute="full")
     again = replace(plain, pipelines=(Pipeline(stages=(stage,), micro_batches=1),))
     a, b = (predict(p, SHAPE, one, PROFILES) for p in (plain, again))
-    assert b.pipeline_s == pytest.approx(a.pipeline_s * 4 / 3)
+    # Six of the eight layers are blocks of a second forward, and those alone are computed again.
+    assert b.pipeline_s == pytest.approx(a.pipeline_s + 6)
     assert b.stages[0].memory_bytes < a.stages[0].memory_bytes
 
 
