@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from mxn.chips.sim.testing import sim
 from mxn.errors import ConfigError
 from mxn.train.run import cpu_share, measure, stored
-from mxn.train.run.job import DeviceSettings, Job
+from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
 from mxn.train.run.job_file import read_job
 from mxn.train.run.measure import Quality
 from mxn.train.run.session import make_plan
+
+__all__ = ["sim"]
 
 ROOT = Path(__file__).parents[3]
 QUICK = Quality(blocks=3, block_s=0.02)
@@ -126,6 +129,25 @@ def test_a_plan_of_what_was_measured_covers_the_model_and_its_batch(job, found, 
     plan.check()
     assert plan.num_layers == found.shape.num_layers == 6
     assert plan.micro_batches * plan.micro_batch == job.global_batch
+
+
+def test_a_lora_job_trains_the_share_that_its_adapters_are(job):
+    lora = replace(job, method="lora", lora=AdapterSettings(rank=2, alpha=4.0, targets=("q_proj",)))
+    model, shape, _, share = measure.look_at(lora)
+    q = model.spec.layers[0].attention
+    adapters = 4 * 2 * (model.spec.hidden + q.num_heads * q.head_dim)
+    assert share == pytest.approx(adapters / shape.params)
+    assert measure.look_at(job)[3] == 1.0
+
+
+@pytest.mark.sim
+def test_two_makers_are_measured_together_and_the_simulated_one_says_so(job, sim):
+    other = DeviceSettings(name="other", device="sim:0")
+    found = measure.measure(replace(job, devices=(job.devices[0], other)), quality=QUICK)
+    cpu, simulated = (found.profiles[group.chip] for group in found.cluster.groups)
+    assert (cpu.basis, simulated.basis) == ("measured", "simulated")
+    assert {kind for kind, _, _ in simulated.costs} == KINDS
+    assert found.cluster.link("a", 0, "other", 0).basis == "simulated"
 
 
 @pytest.mark.slow

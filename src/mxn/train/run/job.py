@@ -75,6 +75,7 @@ class DeviceSettings:
     count: int = 1
     cpu_share: float | None = None  # of one core, by cgroup quota; None: no limit
     threads: int = 1  # of a rank
+    pin: bool = False  # its ranks stay on cores that no other rank of this job uses
     memory_bytes: int | None = None  # of a rank; None: what the device has
     link_bytes_per_s: float | None = None  # of a rank's messages, for tests; None: no limit
     dtype: Dtype | None = None  # None: the job's

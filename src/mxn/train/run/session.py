@@ -20,6 +20,7 @@ from mxn.train.run.job import Job
 from mxn.train.run.prepare import Task, plan_of_job, task_of_job, with_devices
 
 if TYPE_CHECKING:
+    from mxn.train.run.measure import Measured
     from mxn.train.run.supervise.words import State
 
 log = logging.getLogger("mxn.train")
@@ -65,6 +66,7 @@ class Checks:
         self._on_say = on_say
         self._parity = Gate(on_say=on_say)
         self._planned: tuple[tuple[str, ...], Task] | None = None
+        self._is_fresh = False  # the profiles were measured a moment ago, by the speed check
 
     def make_plan(self, job: Job, groups: tuple[str, ...]) -> TrainPlan:
         """As `session.make_plan`."""
@@ -74,14 +76,24 @@ class Checks:
 
     def run_gate(self, job: Job, plan: TrainPlan) -> None:
         """Raises: GateError, SpeedError."""
+        self._parity(job, plan)
+        if self._is_fresh or job.gate.speed == "ignore" or self._planned is None:
+            self._is_fresh = False
+            return
+        groups, task = self._planned
+        if task.measured is not None:
+            self._check_speed(job, groups, task.measured)
+
+    def _check_speed(self, job: Job, groups: tuple[str, ...], measured: Measured) -> None:
         from mxn.train.run.gate.speed import check_speed
         from mxn.train.run.measure import measure_layers
+        from mxn.train.run.supervise.shell import SpeedError
 
-        self._parity(job, plan)
-        if job.gate.speed != "ignore" and self._planned is not None:
-            groups, task = self._planned
-            if task.measured is not None:
-                check_speed(job, groups, task.measured, measure_layers)
+        try:
+            check_speed(job, groups, measured, measure_layers)
+        except SpeedError:
+            self._is_fresh = True
+            raise
 
 
 def make_plan(

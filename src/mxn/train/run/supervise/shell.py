@@ -158,10 +158,8 @@ class Supervisor:
                     self.say(text)
 
     def say(self, text: str) -> None:
-        log.warning("%s", text)
         self.said.append(text)
-        if self._on_say:
-            self._on_say(text)
+        (self._on_say or log.warning)(text)
 
     def _plan(self, groups: tuple[str, ...]) -> w.Event:
         self._write_status()
@@ -256,8 +254,9 @@ class Supervisor:
             self._events.append(w.RankDied(None, text))
 
     def _is_stalled(self) -> bool:
-        path = metrics_path(self.job)
-        changed = path.stat().st_mtime if path.is_file() else 0.0
+        logs = (self.out / "log" / f"launch-{self.state.launch}").glob("*")
+        paths = [metrics_path(self.job), *logs]
+        changed = max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
         if changed != self._sign_of_life[0]:
             self._sign_of_life = (changed, time.monotonic())
         return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
