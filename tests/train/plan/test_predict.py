@@ -386,3 +386,26 @@ def test_a_step_without_time_is_no_prediction():
 def test_a_link_that_cannot_be_is_refused(rate, latency):
     with pytest.raises(UserError, match="a link of"):
         Link(latency_s=latency, bytes_per_s=rate)
+
+
+def test_a_tied_matrix_counts_once_where_one_stage_holds_embedding_and_head():
+    tied = replace(SHAPE, is_tied=True)
+    one = Cluster(groups=(group("fast", link=SLOW),))
+    model = MemoryModel(weight_bytes=1, grad_bytes=0, optimizer_bytes=0, reduce_bytes=1)
+
+    def found(shape, *pipelines):
+        return predict(plan(*pipelines), shape, one, PROFILES, memory=model)
+
+    whole = pipeline([8], ["fast"], 1)
+    twice, once = found(SHAPE, whole), found(tied, whole)
+    assert twice.stages[0].memory_bytes - once.stages[0].memory_bytes == SHAPE.layers[0].params
+    assert twice.optimizer_s - once.optimizer_s == pytest.approx(0.01)
+    # Sums of gradients too.
+    pair = whole, pipeline([8], ["fast"], 1, first=1)
+    share = tied.params / sum(layer.params for layer in tied.layers)
+    assert found(tied, *pair).reduce_s == pytest.approx(found(SHAPE, *pair).reduce_s * share)
+    # On two stages there are two copies.
+    cut = pipeline([4, 8], ["fast"] * 2, 1)
+    assert [s.memory_bytes for s in found(tied, cut).stages] == [
+        s.memory_bytes for s in found(SHAPE, cut).stages
+    ]

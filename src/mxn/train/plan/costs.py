@@ -73,6 +73,12 @@ class CostBook:
             for column in sums
         ]
         forward_s, backward_s, weight_s, optimizer_s, params, kept = total
+        if self._shape.is_tied and stage.num_layers == self._shape.num_layers:
+            # Embedding and head are one matrix here: held and updated once.
+            optimizer_s, params = (
+                whole - column[1]
+                for whole, column in zip((optimizer_s, params), sums[3:5], strict=True)
+            )
         return StageCost(
             forward_s=forward_s,
             backward_s=backward_s,
