@@ -47,6 +47,13 @@ Group = Annotated[
     str,
     typer.Argument(metavar="GROUP", help="Name of a group of the job.", autocompletion=_groups),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Run on this Ray cluster's machines; or auto."),
+]
+StepsAsJson = Annotated[
+    bool, typer.Option("--json", help="Print a line of JSON for each step on stdout.")
+]
 
 _POLL_S = 0.2
 _LINE_S = 1.0  # between two lines for people
@@ -57,29 +64,27 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run, in place of the job's.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a line of JSON for each step on stdout.")
-    ] = False,
+    ray: Ray = None,
+    as_json: StepsAsJson = False,
 ) -> None:
     """Plan JOB, check its devices and train; goes on from its last checkpoint if there is one."""
     from mxn.train.run.job_file import read_job
 
-    _run(read_job(job, out=out), as_json)
+    _run(read_job(job, out=out), ray, as_json)
 
 
 def resume(
     folder: Folder,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a line of JSON for each step on stdout.")
-    ] = False,
+    ray: Ray = None,
+    as_json: StepsAsJson = False,
 ) -> None:
     """Go on with the job in RUN from its last checkpoint."""
     from mxn.train.run.session import kept_job
 
-    _run(kept_job(folder), as_json)
+    _run(kept_job(folder), ray, as_json)
 
 
-def _run(job: Job, as_json: bool) -> None:
+def _run(job: Job, ray: str | None, as_json: bool) -> None:
     from mxn.train.run.session import run_job
 
     voice = _Voice()
@@ -87,7 +92,7 @@ def _run(job: Job, as_json: bool) -> None:
     logger.addHandler(voice)
     try:
         with Progress(job, as_json):
-            state = run_job(job, on_say=voice.say)
+            state = run_job(job, ray=ray, on_say=voice.say)
     finally:
         logger.removeHandler(voice)
     if state.phase == "done":

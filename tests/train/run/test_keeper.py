@@ -13,6 +13,7 @@ from mxn.train.run.checkpoint import Stored, find
 from mxn.train.run.control import Control, LastWords, ask, last_words
 from mxn.train.run.job import CheckpointSettings, DataSettings, Job, ModelSettings
 from mxn.train.run.keeper import GO_ON, SAVE, SAVE_AND_END, Keeper
+from mxn.train.run.lora import LoraSettings, attach
 from mxn.train.run.optim import AdamSettings, AdamW
 from mxn.train.run.weights import ModelSource
 from support.one_rank import one_stage_plan
@@ -89,6 +90,30 @@ def test_two_ranks_save_and_one_that_holds_all_goes_on(job, source):
         want = before.layer_state(layer)
         for name, tensor in stage.layer_state(layer).items():
             assert torch.equal(tensor, want[name] + 0.5), name
+
+
+def test_of_a_lora_job_only_adapters_are_kept_and_layers_without_one_are_empty(job, source):
+    def with_adapters() -> Keeper:
+        one = keeper(job, source)
+        stage = one.parts[0][0]
+        attach(stage, LoraSettings(rank=2, targets=("q_proj",)), seed=1)
+        one.parts = ((stage, AdamW(stage, AdamSettings())),)
+        return one
+
+    one = with_adapters()
+    trained = one.parts[0][0].layer_state(1, trainable_only=True)
+    for tensor in trained.values():
+        tensor.fill_(0.25)
+    one.save(3)
+    one.close()
+    stored = find(one.writer.folder, "newest")
+    assert stored.layer(0) == {}
+    assert {name.split(".")[-3] for name in stored.layer(1)} == {"lora_A", "lora_B"}
+    other = with_adapters()
+    other.resume(3)
+    found = other.parts[0][0].layer_state(1, trainable_only=True)
+    assert found.keys() == trained.keys()
+    assert all((tensor == 0.25).all() for tensor in found.values())
 
 
 def test_other_data_is_another_job(job, source):

@@ -19,7 +19,7 @@ Method = Literal["pretrain", "sft", "lora"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Packing = Literal["auto", "stream", "fit", "none"]
 Decay = Literal["constant", "linear", "cosine", "wsd"]
-OnLie = Literal["replan", "stop", "ignore"]
+SpeedRule = Literal["replan", "stop", "ignore"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ class FaultSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateSettings:
     parity: bool = True
-    speed: OnLie = "replan"
+    speed: SpeedRule = "replan"
     speed_tolerance: float = 0.2  # share by which a layer's time may differ from its profile
 
 

@@ -119,6 +119,8 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
     if spec.rank == 0:
         tracker = Tracker(Path(job.out), job.tracking, name=job.name, first_step=trainer.step)
         tracker.params(facts(job, opened) | {"plan": placement.plan.fingerprint})
+        for name in ("plan.json", "predicted.json", "explain.txt"):
+            tracker.artifact(name)
     is_asked_to_end = False
     while trainer.step < opened.num_steps and not is_asked_to_end:
         step = trainer.step

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,15 @@ log = logging.getLogger("mxn.train")
 Say = Callable[[str], None]
 
 
-def run_job(job: Job, *, on_say: Say = log.info) -> State:
+def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> State:
     """Plan, check and run a job to its end, through faults; return its last state.
 
-    A checkpoint in the job's folder is gone on from, as the job's `resume` says.
+    A checkpoint in the job's folder is gone on from, as the job's `resume` says. `ray`: address of
+    a Ray cluster whose machines the ranks run on; devices are measured and checked on this one.
     Raises: UserError when another command runs the job, or a checkpoint is broken.
     """
     from mxn.train.run.launch import launch
+    from mxn.train.run.launch_ray import launch_on_ray
     from mxn.train.run.probe import start_probe
     from mxn.train.run.supervise.shell import Supervisor
     from mxn.train.run.supervise.words import State
@@ -50,7 +53,7 @@ def run_job(job: Job, *, on_say: Say = log.info) -> State:
         tuple(group.name for group in job.devices),
         make_plan=checks.make_plan,
         run_gate=checks.run_gate,
-        launch=launch,
+        launch=launch if ray is None else partial(launch_on_ray, address=ray),
         start_probe=start_probe,
         on_say=on_say,
     )

@@ -116,7 +116,7 @@ class Supervisor:
             Control(self.out, 0)
             self._asked = Asked(self.out)
             find(self._checkpoints, self.job.checkpoint.resume)
-            self.state, orders = begin(self._groups, self._newest())
+            self.state, orders = begin(self._groups, self._newest(), last_launch(self.out))
             try:
                 self._obey(orders)
                 while self.state.phase not in w.FINAL:
@@ -324,6 +324,12 @@ class Supervisor:
         finally:
             for kind, handler in before.items():
                 signal.signal(kind, handler)
+
+
+def last_launch(out: Path) -> int:
+    """Return the number of the last launch in a job's folder: numbers are never used twice."""
+    names = (path.name.removeprefix("launch-") for path in (out / "log").glob("launch-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _with_words(death: Death, control: Control) -> Death:
