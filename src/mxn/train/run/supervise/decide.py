@@ -40,9 +40,10 @@ from mxn.train.run.supervise.words import (
 Decided = tuple[State, tuple[Order, ...]]
 
 
-def begin(groups: tuple[str, ...], checkpoint_step: int = -1) -> Decided:
-    """Return the first state of a job and its first order."""
-    return State(groups=groups, checkpoint_step=checkpoint_step), (MakePlan(groups),)
+def begin(groups: tuple[str, ...], checkpoint_step: int = -1, launch: int = 0) -> Decided:
+    """Return the first state of a job and its first order. `launch`: the last of earlier runs."""
+    state = State(groups=groups, checkpoint_step=checkpoint_step, launch=launch)
+    return state, (MakePlan(groups),)
 
 
 def decide(state: State, event: Event, now_s: float, policy: Policy) -> Decided:
