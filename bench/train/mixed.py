@@ -62,14 +62,16 @@ class Mix:
 
     def job(self, name: str, shares: tuple[float, ...], plan: Path | None) -> Path:
         """Write the job of a variant and return its file."""
+        # A solo step takes several times as long as a mixed one.
+        steps = self.steps if len(shares) > 1 else SKIPPED + (self.steps - SKIPPED) // 2
         devices = [
-            {"name": f"r{number}", "device": "cpu", "cpu_share": share}
+            {"name": f"r{number}", "device": "cpu", "cpu_share": share, "pin": True}
             for number, share in enumerate(shares)
         ]
         told = {
             "name": name, "model": {"source": MODEL, "begin": "scratch"}, "method": "pretrain",
             "data": {"files": [str(TEXT)]}, "seq_tokens": self.seq_tokens, "micro_batch": 1,
-            "global_batch": self.rows, "steps": self.steps, "devices": devices,
+            "global_batch": self.rows, "steps": steps, "devices": devices,
             "checkpoint": {"every_steps": 10**6}, "gate": {"speed": "ignore"},
             "out": str(self.folder / name),
         }  # fmt: skip
@@ -233,7 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help=f"of a run; {SKIPPED} not counted")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=96, help="of a step; a micro-batch is one")
-    parser.add_argument("--seq-tokens", type=int, default=256)
+    parser.add_argument("--seq-tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, help="also store the JSON in this file")
     options = parser.parse_args()
     results = []

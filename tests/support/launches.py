@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mxn.train.run.from_job import open_job
 from mxn.train.run.job import (
     CheckpointSettings,
     DataSettings,
@@ -13,6 +14,7 @@ from mxn.train.run.job import (
     ModelSettings,
     OptimizerSettings,
 )
+from mxn.train.run.single import SingleTrainer
 from support import parity_cases
 
 
@@ -38,6 +40,13 @@ def small_job(out: Path, steps: int, devices: list[DeviceSettings], **changes: A
         "seed": 5,
     }
     return Job(**settings | changes)
+
+
+def on_one_device(job: Job) -> list[float]:
+    """Return the losses of a job's steps on one device."""
+    opened = open_job(job)
+    trainer = SingleTrainer(opened.source, opened.rows, opened.settings)
+    return [log.loss for log in trainer.run()]
 
 
 def group(name: str = "all", device: str = "cpu", count: int = 1, **more: Any) -> DeviceSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import sys
 import threading
@@ -20,8 +21,39 @@ if TYPE_CHECKING:
     from mxn.train.run.job import Job
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as job.yaml.")]
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a job: its `out`.")]
-Group = Annotated[str, typer.Argument(metavar="GROUP", help="Name of a group of the job.")]
+
+
+def _runs() -> list[str]:
+    """Complete the folder of a run."""
+    return sorted(str(path.parent) for path in Path("runs").glob("*/job.json"))
+
+
+def _groups(context: typer.Context) -> list[str]:
+    """Complete the name of a group of the run that was named before it."""
+    from mxn.errors import MxnError
+    from mxn.train.run.session import kept_job
+
+    try:
+        return [group.name for group in kept_job(Path(context.params["folder"])).devices]
+    except (KeyError, TypeError, MxnError):
+        return []
+
+
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Folder of a job: its `out`.", autocompletion=_runs),
+]
+Group = Annotated[
+    str,
+    typer.Argument(metavar="GROUP", help="Name of a group of the job.", autocompletion=_groups),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Run on this Ray cluster's machines; or auto."),
+]
+StepsAsJson = Annotated[
+    bool, typer.Option("--json", help="Print a line of JSON for each step on stdout.")
+]
 
 _POLL_S = 0.2
 _LINE_S = 1.0  # between two lines for people
@@ -32,33 +64,37 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run, in place of the job's.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a line of JSON for each step on stdout.")
-    ] = False,
+    ray: Ray = None,
+    as_json: StepsAsJson = False,
 ) -> None:
     """Plan JOB, check its devices and train; goes on from its last checkpoint if there is one."""
     from mxn.train.run.job_file import read_job
 
-    _run(read_job(job, out=out), as_json)
+    _run(read_job(job, out=out), ray, as_json)
 
 
 def resume(
     folder: Folder,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a line of JSON for each step on stdout.")
-    ] = False,
+    ray: Ray = None,
+    as_json: StepsAsJson = False,
 ) -> None:
     """Go on with the job in RUN from its last checkpoint."""
     from mxn.train.run.session import kept_job
 
-    _run(kept_job(folder), as_json)
+    _run(kept_job(folder), ray, as_json)
 
 
-def _run(job: Job, as_json: bool) -> None:
+def _run(job: Job, ray: str | None, as_json: bool) -> None:
     from mxn.train.run.session import run_job
 
-    with Progress(job, as_json):
-        state = run_job(job, on_say=_say)
+    voice = _Voice()
+    logger = logging.getLogger("mxn.train")
+    logger.addHandler(voice)
+    try:
+        with Progress(job, as_json):
+            state = run_job(job, ray=ray, on_say=voice.say)
+    finally:
+        logger.removeHandler(voice)
     if state.phase == "done":
         _say(f"done; next: mxn train export {_shown(Path(job.out))} --out MODEL")
         return
@@ -237,6 +273,22 @@ def step_line(told: dict[str, Any]) -> str:
         usual_s = told.get("usual_s", told["seconds"])  # one slow step says little about the rest
         parts.append(f"{format_seconds((total - done) * usual_s)} left")
     return "  ".join(parts)
+
+
+class _Voice(logging.Handler):
+    """Prints warnings of the trainer and, once, what the supervisor both says and logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+    def say(self, text: str) -> None:
+        if text != self._last:
+            _say(text)
+        self._last = text
 
 
 def _status_lines(path: Path, told: Any, forecast: dict[str, Any] | None) -> list[str]:

@@ -38,7 +38,7 @@ def profile_lines(measured: Measured) -> Iterator[str]:
 
 def _layer_table(profile: StoredProfile) -> Iterator[str]:
     head = ("kind", "rows", "forward", "backward", "weights", "optimizer", "keeps", "noise")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for reading in profile.readings:
         cost = reading.cost
         rows.append((
@@ -127,7 +127,8 @@ def prediction_lines(found: Prediction) -> Iterator[str]:
 def _stage_table(plan: TrainPlan, found: Prediction) -> Iterator[str]:
     """One row for each different stage."""
     head = ("stage", "on", "layers", "busy", "sends", "sums", "memory", "of")
-    rows, seen = [head], set()
+    rows: list[tuple[str, ...]] = [head]
+    seen: set[tuple[int, tuple[str, ...]]] = set()
     for stage in found.stages:
         planned = plan.pipelines[stage.pipeline].stages[stage.stage]
         row = (

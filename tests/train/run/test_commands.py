@@ -25,6 +25,7 @@ micro_batch: 1
 global_batch: 4
 steps: 3
 checkpoint: {every_steps: 1}
+gate: {speed: ignore}
 devices:
   - {name: a, device: cpu}
   - {name: b, device: cpu}
@@ -50,7 +51,8 @@ def folder(tmp_path_factory):
         patch.setenv("MXN_HOME", str(folder / "home"))
         patch.setenv("COLUMNS", "100")
         patch.chdir(folder)
-        patch.setattr(measure, "Quality", lambda: Quality(blocks=3, block_s=0.02))
+        quick = Quality(blocks=3, block_s=0.02)
+        patch.setattr(measure, "Quality", lambda **_: quick)
         yield folder
 
 

@@ -149,11 +149,12 @@ def test_epochs_follow_each_other_without_a_gap():
     assert firsts[:5] != firsts[5:]
 
 
-def test_answers_behind_the_end_of_a_row_are_counted():
+def test_answers_behind_the_end_of_a_row_are_counted(caplog):
     targets = np.zeros(60, bool)
     targets[[5, 55]] = True
     rows = Rows(make_cache([10, 50], targets), seq_tokens=16, micro_batch=1)
     assert (rows.packing, rows.num_lost, rows.num_cut, rows.rows_per_epoch) == ("fit", 1, 1, 1)
+    assert "1 of 2 documents are longer than a row of 16 tokens" in caplog.text
     targets[5] = False
     with pytest.raises(UserError, match="first 16 tokens"):
         Rows(make_cache([60], targets), seq_tokens=16, micro_batch=1)

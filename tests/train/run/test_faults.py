@@ -244,6 +244,7 @@ def test_a_chip_that_falls_off_the_bus_is_dropped_and_the_job_ends(make_job, sim
     assert run.losses() == pytest.approx(calm.losses(), rel=2e-6)
 
 
+@pytest.mark.slow
 def test_every_other_plan_goes_on_from_a_checkpoint(kind, make_job, undisturbed, tmp_path):
     """From two ranks to the first alone, to the second alone, and back to the other cut."""
     job = make_job(tmp_path)

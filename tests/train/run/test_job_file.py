@@ -123,7 +123,7 @@ WRONG = [
     ("steps: 10", "steps: 10\nplan: {schedule: 2f2b}", r"plan.schedule: '2f2b' must be one of"),
     ("steps: 10", "steps: 10\ndata: 3", r":7: data is given twice, first in line 2"),
     ("steps: 10", "steps: [10", r":7: is no YAML"),
-    ("steps: 10", "steps: !!python/name:os.system", r":6: steps: could not determine a construc"),
+    ("steps: 10", "steps: !!python/name:os.system", r":6: steps: could not determine a"),
     ("mxn-shakespeare-llama", "{begin: scratch}", r":1: key 'source' in model is missing"),
     ("steps: 10", "steps: 10\nmodel: x\n", r":7: model is given twice"),
 ]  # fmt: skip

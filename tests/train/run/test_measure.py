@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from mxn.errors import ConfigError
+from mxn.chips.chip import Device
+from mxn.chips.sim.testing import sim
+from mxn.errors import CapacityError, ConfigError
 from mxn.train.run import cpu_share, measure, stored
-from mxn.train.run.job import DeviceSettings, Job
+from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
 from mxn.train.run.job_file import read_job
 from mxn.train.run.measure import Quality
+from mxn.train.run.measured import chip_label
+from mxn.train.run.prepare import with_devices
 from mxn.train.run.session import make_plan
+
+__all__ = ["sim"]
 
 ROOT = Path(__file__).parents[3]
 QUICK = Quality(blocks=3, block_s=0.02)
@@ -126,6 +132,61 @@ def test_a_plan_of_what_was_measured_covers_the_model_and_its_batch(job, found, 
     plan.check()
     assert plan.num_layers == found.shape.num_layers == 6
     assert plan.micro_batches * plan.micro_batch == job.global_batch
+
+
+def test_a_job_that_fits_nowhere_is_told_what_it_needs_and_what_is_there(job, found, no_ranks):
+    tight = tuple(replace(group, memory_bytes=50 << 20) for group in job.devices)
+    with pytest.raises(CapacityError, match="does not fit") as error:
+        make_plan(replace(job, devices=tight), ("a", "b"))
+    assert "1.8 M parameters" in error.value.message
+    assert "group 'a': 1 x 50 MiB" in error.value.message
+
+
+def test_ranks_and_links_follow_the_groups(job):
+    devices = (
+        DeviceSettings(name="g", device="cuda:2", count=2),
+        DeviceSettings(name="c", device="cpu", count=2, threads=2, cpu_share=0.5),
+        DeviceSettings(name="n", device="npu"),
+    )
+    mixed = replace(job, devices=devices)
+    assert [(m.rank, m.group, m.device) for m in measure._members(mixed)] == [
+        (0, "g", "cuda:2"), (1, "g", "cuda:3"), (2, "c", "cpu:0"), (3, "c", "cpu:0"),
+        (4, "n", "npu:0"),
+    ]  # fmt: skip
+    assert measure._pairs(mixed) == [
+        ("g", "g"), ("c", "c"), ("g", "c"), ("g", "n"), ("c", "n"),
+    ]  # fmt: skip
+    device = Device(
+        id="cpu:0", chip="x86", vendor="cpu", torch_device="cpu", name="", memory_bytes=1
+    )
+    assert chip_label(mixed, devices[1], device) == "x86@0.5x2"
+    other = replace(devices[2], dtype="bfloat16")
+    assert chip_label(mixed, other, device) == "x86:bfloat16"
+
+
+def test_a_job_without_devices_takes_those_of_this_machine(job):
+    (group,) = with_devices(replace(job, devices=())).devices[:1]
+    assert group.count >= 1
+    assert with_devices(job) is job
+
+
+def test_a_lora_job_trains_the_share_that_its_adapters_are(job):
+    lora = replace(job, method="lora", lora=AdapterSettings(rank=2, alpha=4.0, targets=("q_proj",)))
+    model, shape, _, share = measure.look_at(lora)
+    q = model.spec.layers[0].attention
+    adapters = 4 * 2 * (model.spec.hidden + q.num_heads * q.head_dim)
+    assert share == pytest.approx(adapters / shape.params)
+    assert measure.look_at(job)[3] == 1.0
+
+
+@pytest.mark.sim
+def test_two_makers_are_measured_together_and_the_simulated_one_says_so(job, sim):
+    other = DeviceSettings(name="other", device="sim:0")
+    found = measure.measure(replace(job, devices=(job.devices[0], other)), quality=QUICK)
+    cpu, simulated = (found.profiles[group.chip] for group in found.cluster.groups)
+    assert (cpu.basis, simulated.basis) == ("measured", "simulated")
+    assert {kind for kind, _, _ in simulated.costs} == KINDS
+    assert found.cluster.link("a", 0, "other", 0).basis == "simulated"
 
 
 @pytest.mark.slow

@@ -183,3 +183,19 @@ def test_a_chunk_outside_of_the_model_is_refused(sources):
         sources["llama3"].empty_stage(3, 6)
     with pytest.raises(UserError, match="needs hidden states"):
         sources["llama3"].stage(1, 2)(None, random_batch())
+
+
+def test_neighbours_may_compute_in_different_dtypes(sources):
+    source, batch = sources["llama3"], random_batch()
+    want = whole_stage(source)(None, batch).item()
+    for dtypes in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        first = source.stage(0, 3, dtype=dtypes[0])
+        last = source.stage(3, source.num_layers, dtype=dtypes[1])
+        out = first(None, batch)
+        x = out.detach().requires_grad_()
+        loss = last(x, batch)
+        loss.backward()
+        out.backward(x.grad)
+        assert (out.dtype, x.grad.dtype, loss.dtype) == (dtypes[0], dtypes[0], torch.float32)
+        assert loss.item() == pytest.approx(want, rel=0.02)
+        assert all(gradient.isfinite().all() for gradient in gradients([first, last]).values())

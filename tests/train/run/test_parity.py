@@ -132,6 +132,13 @@ def test_two_makers_train_as_one_device_does(name):
 
 
 @needs_sim
+@pytest.mark.parametrize("name", ["interleaved", "pipelines cut differently"])
+def test_backends_that_ignore_tags_get_a_communicator_for_each_channel(name):
+    devices = ["sim:0", "sim:1", "cpu", "cpu"][: PLANS[name].num_devices]
+    check(run(PLANS[name], devices=devices, options={"is_untagged": True}), reference(STEPS, 8))
+
+
+@needs_sim
 def test_two_runs_of_two_makers_have_the_same_bits():
     plan, devices = PLANS["pipelines cut differently"], ["cpu", "sim:0", "sim:0", "cpu"]
     first, again = (run(plan, steps=4, devices=devices) for _ in range(2))

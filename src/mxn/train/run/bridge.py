@@ -149,10 +149,11 @@ class Bridge:
 
         Messages of one channel are received in the order they are sent; `tag` is below 2^20.
         """
-        if (route := self._route(self.rank, to, channel)) is not None:
-            group, peer = route
+        if (route := self._route(self.rank, to, channel, tag)) is not None:
+            group, peer, number = route
             tensor = tensor.detach().contiguous()
-            return self._native(group.send([tensor], peer, tag), tensor, to, what, is_sent=True)
+            work = group.send([tensor], peer, number)
+            return self._native(work, tensor, to, what, is_sent=True)
         return self.wire.send(tensor, to, tag, what, self.wire_dtype(tensor.dtype, to))
 
     def recv(
@@ -166,10 +167,10 @@ class Bridge:
         what: str = "a message",
     ) -> Handle:
         """Post a receive into a new tensor on this rank's device; the handle gives it."""
-        if (route := self._route(from_, self.rank, channel)) is not None:
-            group, peer = route
+        if (route := self._route(from_, self.rank, channel, tag)) is not None:
+            group, peer, number = route
             tensor = torch.empty(shape, dtype=dtype, device=self.device)
-            work = group.recv([tensor], peer, tag)
+            work = group.recv([tensor], peer, number)
             return self._native(work, tensor, from_, what, is_sent=False)
         return self.wire.recv(shape, dtype, from_, tag, what, self.wire_dtype(dtype, from_))
 
@@ -296,15 +297,18 @@ class Bridge:
                 self._island_group, self._island_ranks = group, ranks
 
     def _route(
-        self, sender: int, receiver: int, channel: str
-    ) -> tuple[dist.ProcessGroup, int] | None:
-        """Return the maker's own group between two ranks and the peer's number in it, if any."""
+        self, sender: int, receiver: int, channel: str, tag: int
+    ) -> tuple[dist.ProcessGroup, int, int] | None:
+        """Return the maker's own group between two ranks, the peer's number in it, and the tag.
+
+        None: the way leads through the bridge.
+        """
+        peer = receiver if sender == self.rank else sender
         own = self._channels.get((sender, receiver, channel))
         if own is not None:
-            return own, 1 if sender == self.rank else 0
-        peer = receiver if sender == self.rank else sender
+            return own, int(peer > self.rank), 0  # torch sorts the ranks of a group
         if self._island_group is not None and self.are_together(sender, receiver):
-            return self._island_group, self._island_ranks.index(peer)
+            return self._island_group, self._island_ranks.index(peer), tag
         return None
 
     def _native(

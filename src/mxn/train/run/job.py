@@ -19,7 +19,7 @@ Method = Literal["pretrain", "sft", "lora"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Packing = Literal["auto", "stream", "fit", "none"]
 Decay = Literal["constant", "linear", "cosine", "wsd"]
-OnLie = Literal["replan", "stop", "ignore"]
+SpeedRule = Literal["replan", "stop", "ignore"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,7 @@ class DeviceSettings:
     count: int = 1
     cpu_share: float | None = None  # of one core, by cgroup quota; None: no limit
     threads: int = 1  # of a rank
+    pin: bool = False  # its ranks stay on cores that no other rank of this job uses
     memory_bytes: int | None = None  # of a rank; None: what the device has
     link_bytes_per_s: float | None = None  # of a rank's messages, for tests; None: no limit
     dtype: Dtype | None = None  # None: the job's
@@ -114,7 +115,7 @@ class FaultSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateSettings:
     parity: bool = True
-    speed: OnLie = "replan"
+    speed: SpeedRule = "replan"
     speed_tolerance: float = 0.2  # share by which a layer's time may differ from its profile
 
 

@@ -176,6 +176,8 @@ def _devices(entry: y.Entry) -> tuple[DeviceSettings, ...]:
             raise element.wrong(f"has the name {group.name!r}, which another group has too")
         if group.cpu_share is not None and not group.device.startswith("cpu"):
             raise element.wrong(f"has a cpu_share, but device {group.device!r} is no processor")
+        if group.pin and not group.device.startswith("cpu"):
+            raise element.wrong(f"has pin, but device {group.device!r} is no processor")
         groups.append(group)
     _check_overlap(entry, groups)
     return tuple(groups)
@@ -230,6 +232,7 @@ _GROUP = _settings(
         "count": y.whole(1, 10_000),
         "cpu_share": y.optional(y.number(0, 1024, is_open=True)),
         "threads": y.whole(1, 1024),
+        "pin": y.switch,
         "memory": y.optional(y.size),
         "link": y.optional(y.rate),
         "dtype": y.optional(_DTYPE),

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mxn.errors import UserError
 from mxn.train.plan.plan import TrainPlan
+from mxn.train.run.cores import Wish, assign
 from mxn.train.run.cpu_share import CpuShare
 from mxn.train.run.job import DeviceSettings, Job
 from mxn.train.run.placement import Placement
@@ -67,10 +68,11 @@ class LocalRanks:
         self._folder = tempfile.TemporaryDirectory(prefix="mxn-ranks-")
 
     def start(self, job: Job) -> None:
-        """Start all of them. Raises: UnsupportedError when a CPU share cannot be had."""
+        """Start all of them. Raises: UnsupportedError, CapacityError for CPU shares or cores."""
         try:
-            for spec in self._specs:
-                self._start(spec, job.group(spec.group))
+            groups = [job.group(spec.group) for spec in self._specs]
+            for spec, group, cores in zip(self._specs, groups, cores_of(groups), strict=True):
+                self._start(spec, group, cores)
         except BaseException:
             self.kill()
             raise
@@ -140,16 +142,17 @@ class LocalRanks:
             process.wait(_KILL_S)
         self._clean()
 
-    def _start(self, spec: RankSpec, group: DeviceSettings) -> None:
+    def _start(self, spec: RankSpec, group: DeviceSettings, cores: frozenset[int] | None) -> None:
         path = Path(self._folder.name) / f"rank-{spec.rank}.json"
         path.write_text(spec.to_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "mxn.train.run.rank", str(path)]
         share = None
         if group.cpu_share is not None:
             share = CpuShare.create(group.cpu_share, f"rank-{spec.rank}")
             self._shares.append(share)
-        process = start_process(command, log_path(self.logs, spec.rank), group)
+        process = start_process(rank_command(path), log_path(self.logs, spec.rank), group)
         self._processes.append(process)
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)  # before it has threads: they inherit it
         if share is not None:
             share.take_in(process.pid)
 
@@ -219,6 +222,20 @@ def device_of(job: Job, group: str, number: int) -> str:
     return f"{kind}:{int(first or 0) + number}"
 
 
+def cores_of(groups: Sequence[DeviceSettings]) -> list[frozenset[int] | None]:
+    """Return the cores of each rank, whose group stands at its place; None: any.
+
+    Raises: CapacityError when ranks that want cores of their own do not fit on this machine.
+    """
+    wishes = [
+        Wish(threads=group.threads, share=group.cpu_share or 1.0) if group.pin else None
+        for group in groups
+    ]
+    if not any(wishes):
+        return [None] * len(wishes)
+    return assign(wishes, sorted(os.sched_getaffinity(0)))
+
+
 def start_process(
     command: list[str], log_file: Path, group: DeviceSettings, more: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
@@ -237,6 +254,10 @@ def start_process(
             stderr=out,
             start_new_session=True,
         )
+
+
+def rank_command(spec_file: Path) -> list[str]:
+    return [sys.executable, "-m", "mxn.train.run.rank", str(spec_file)]
 
 
 def log_path(folder: Path, rank: int) -> Path:

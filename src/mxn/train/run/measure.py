@@ -34,6 +34,7 @@ from mxn.train.run.stored import Reading, StoredLink, StoredProfile
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
+    from mxn.train.run.weights import ModelSource
 
 log = logging.getLogger("mxn.train")
 
@@ -99,7 +100,7 @@ class _Bench:
 
         self.job = job
         self.micro_batches = micro_batches
-        self.model, self.shape, self.is_packed = look_at(job)
+        self.model, self.shape, self.is_packed, self.trainable_share = look_at(job)
         self.spec = self.model.spec
         self.members = tuple(_members(job))
         self.devices = {m.rank: find_device(m.device) for m in self.members}
@@ -237,7 +238,7 @@ class _Bench:
             profiles={label: profile.to_chip_profile() for label, profile in profiles.items()},
             stored=profiles,
             links=links,
-            memory=memory_of(self.job),
+            memory=memory_of(self.job, trainable_share=self.trainable_share),
             is_reused=is_reused,
         )
 
@@ -266,8 +267,10 @@ class _Bench:
         return device.memory_bytes // sharing
 
 
-def look_at(job: Job) -> tuple[Model, ModelShape, bool]:
-    """Return the model of a job as trainer and planner see it, and whether its rows are packed."""
+def look_at(job: Job) -> tuple[Model, ModelShape, bool, float]:
+    """Return the model of a job as trainer and planner see it, whether its rows are packed, and
+    the share of its weights that is trained.
+    """
     from types import SimpleNamespace
 
     from mxn.train.run.from_job import open_rows, open_source
@@ -282,8 +285,27 @@ def look_at(job: Job) -> tuple[Model, ModelShape, bool]:
         source.spec, name=source.folder.name, seq_tokens=job.seq_tokens, dtype=job.dtype,
         biases=biases, is_packed=is_packed,
     )  # fmt: skip
+    share = 1.0 if job.lora is None else trainable_params(job, source) / shape.params
     model = Model(spec=source.spec, names=source.family.names, biases=source.biases)
-    return model, shape, is_packed
+    return model, shape, is_packed, share
+
+
+def trainable_params(job: Job, source: ModelSource) -> int:
+    """Return how many weights a LoRA job trains. Takes no memory."""
+    from mxn.train.run.lora import LoraSettings, attach
+    from mxn.train.run.optim import trainable
+    from mxn.train.shapes import layer_kinds
+
+    assert job.lora is not None
+    lora = LoraSettings(rank=job.lora.rank, alpha=job.lora.alpha, targets=tuple(job.lora.targets))
+    kinds = layer_kinds(source.spec)
+    total = 0
+    for kind in set(kinds):
+        layer = kinds.index(kind)
+        stage = source.empty_stage(layer, layer + 1, device="meta")
+        attach(stage, lora, seed=job.seed)
+        total += kinds.count(kind) * sum(p.numel() for p in trainable(stage).values())
+    return total
 
 
 def memory_of(job: Job, *, trainable_share: float = 1.0) -> MemoryModel:

@@ -21,6 +21,7 @@ from mxn.train.run.chains import Workload, chains_of, make_chain
 from mxn.train.run.job import Job
 from mxn.train.run.layer_times import Effort, time_chain
 from mxn.train.run.measured import MODEL_FILE, Answer, Member, Model, Request, basis_of
+from mxn.train.run.rank import leave
 from mxn.train.run.stored import Reading
 
 if TYPE_CHECKING:
@@ -37,11 +38,14 @@ def main(request_file: Path, rank: int, store_address: str) -> None:
     job, me = Job.from_json(request.job), request.members[rank]
     torch.set_num_threads(job.group(me.group).threads)
     device = find_device(me.device)
+    target = torch.device(device.torch_device)
+    if target.type != "cpu":
+        torch.accelerator.set_device_index(target.index or 0)
     bridge = _connect(job, request, rank, store_address, device)
     folder = request_file.parent
     try:
         wait_for_share(folder, rank)
-        wait = synchronizer(torch.device(device.torch_device))
+        wait = synchronizer(target)
         taken = framework_bytes(device)
         readings: tuple[Reading, ...] = ()
         if request.has_layers:
@@ -209,3 +213,4 @@ def framework_bytes(device: Device) -> float:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    leave(0)

@@ -5,6 +5,7 @@ Knows no profiles. Start at `ask_ranks`.
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from mxn.errors import ChipError
 from mxn.train.run.cpu_share import CpuShare
 from mxn.train.run.job import DeviceSettings, Job
-from mxn.train.run.launch import log_path, start_process, tail_of
+from mxn.train.run.launch import cores_of, log_path, start_process, tail_of
 from mxn.train.run.measured import MODEL_FILE, Answer, Model, Request
 
 _LONGEST_S = 3600.0
@@ -38,12 +39,14 @@ def ask_ranks(job: Job, request: Request, model: Model) -> list[Answer]:
         processes: list[subprocess.Popen[bytes]] = []
         shares: dict[int, CpuShare] = {}
         try:
-            for member in request.members:
-                group = job.group(member.group)
+            groups = [job.group(member.group) for member in request.members]
+            for member, group, cores in zip(request.members, groups, cores_of(groups), strict=True):
                 if group.cpu_share is not None:
                     name = f"measure-{member.rank}"
                     shares[member.rank] = CpuShare.create(group.cpu_share, name)
                 processes.append(_start(member.rank, group, folder, address))
+                if cores is not None:
+                    os.sched_setaffinity(processes[-1].pid, cores)
             _wait(processes, request, folder, lambda: _are_ready(folder, len(processes)))
             for rank, share in shares.items():
                 share.take_in(processes[rank].pid)

@@ -141,6 +141,7 @@ def layers_key(
         "driver": driver_of(device.vendor),
         "torch": _version("torch"),
         "threads": group.threads,
+        "pin": group.pin,
         "cpu_share": group.cpu_share,
         "dtype": job.dtype_of(group.name),
         "model": _digest(asdict(spec)),

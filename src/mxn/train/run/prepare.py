@@ -8,12 +8,12 @@ at `task_of_job` and `task_of_cluster`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mxn.errors import ConfigError, NotFoundError, UserError
+from mxn.errors import CapacityError, ConfigError, NotFoundError, UserError
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.memory import FLOAT32, MemoryModel
 from mxn.train.plan.plan import TrainPlan
@@ -22,6 +22,7 @@ from mxn.train.plan.prediction import Prediction
 from mxn.train.plan.profile import ChipProfile
 from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.shape import ModelShape
+from mxn.units import format_bytes
 
 if TYPE_CHECKING:
     from mxn.train.plan.bounds import Bounds
@@ -49,13 +50,31 @@ class Task:
     measured: Measured | None = None  # None: derived from data sheets
 
     def search(self) -> Found:
-        """Return the best plan. Raises: CapacityError when none fits into memory."""
+        """Return the best plan. Raises: CapacityError, with what is there, when none fits."""
         from mxn.train.plan.search.planner import search
 
-        return search(
-            self.shape, self.rows, self.cluster, self.profiles, memory=self.memory,
-            limits=self.limits,
-        )  # fmt: skip
+        try:
+            return search(
+                self.shape, self.rows, self.cluster, self.profiles, memory=self.memory,
+                limits=self.limits,
+            )  # fmt: skip
+        except CapacityError as error:
+            message = "\n  ".join([error.message, *self._needs()])
+            raise CapacityError(message, hint=error.hint) from error
+
+    def _needs(self) -> Iterator[str]:
+        """Say what the model takes, and what each group has for it."""
+        held = self.shape.params * self.memory.state_bytes
+        yield (
+            f"weights, gradients and optimizer of {self.shape.params / 1e6:,.1f} M parameters take "
+            f"{format_bytes(held)} together"
+        )
+        for group in self.cluster.groups:
+            taken = self.profiles[group.chip].framework_bytes
+            yield (
+                f"group {group.name!r}: {group.num_devices} x {format_bytes(group.memory_bytes)}, "
+                f"of which {format_bytes(taken)} go to a process before any weight"
+            )
 
     def predict(self, plan: TrainPlan) -> Prediction:
         return predict(plan, self.shape, self.cluster, self.profiles, memory=self.memory)
@@ -120,7 +139,7 @@ def limits_of(job: Job) -> Limits:
         schedules=(plan.schedule,) if plan.schedule else free.schedules,
         recompute=(plan.recompute,) if plan.recompute else free.recompute,
         max_stages=plan.max_depth,
-        may_shard_optimizer=False,
+        max_expert_parallel=1,
     )
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.control import Control
@@ -119,6 +119,8 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
     if spec.rank == 0:
         tracker = Tracker(Path(job.out), job.tracking, name=job.name, first_step=trainer.step)
         tracker.params(facts(job, opened) | {"plan": placement.plan.fingerprint})
+        for name in ("plan.json", "predicted.json", "explain.txt"):
+            tracker.artifact(name)
     is_asked_to_end = False
     while trainer.step < opened.num_steps and not is_asked_to_end:
         step = trainer.step
@@ -189,5 +191,17 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, name="mxn-orphan", daemon=True).start()
 
 
+def leave(status: int) -> NoReturn:
+    """End this process without tearing Python down.
+
+    A thread that waits inside gloo or autograd while Python ends aborts the process, also after
+    all work was done and stored.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from mxn.train.run.job import Job
 from mxn.train.run.prepare import Task, plan_of_job, task_of_job, with_devices
 
 if TYPE_CHECKING:
+    from mxn.train.run.measure import Measured
     from mxn.train.run.supervise.words import State
 
 log = logging.getLogger("mxn.train")
@@ -27,13 +29,15 @@ log = logging.getLogger("mxn.train")
 Say = Callable[[str], None]
 
 
-def run_job(job: Job, *, on_say: Say = log.info) -> State:
+def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> State:
     """Plan, check and run a job to its end, through faults; return its last state.
 
-    A checkpoint in the job's folder is gone on from, as the job's `resume` says.
+    A checkpoint in the job's folder is gone on from, as the job's `resume` says. `ray`: address of
+    a Ray cluster whose machines the ranks run on; devices are measured and checked on this one.
     Raises: UserError when another command runs the job, or a checkpoint is broken.
     """
     from mxn.train.run.launch import launch
+    from mxn.train.run.launch_ray import launch_on_ray
     from mxn.train.run.probe import start_probe
     from mxn.train.run.supervise.shell import Supervisor
     from mxn.train.run.supervise.words import State
@@ -45,7 +49,7 @@ def run_job(job: Job, *, on_say: Say = log.info) -> State:
         tuple(group.name for group in job.devices),
         make_plan=checks.make_plan,
         run_gate=checks.run_gate,
-        launch=launch,
+        launch=launch if ray is None else partial(launch_on_ray, address=ray),
         start_probe=start_probe,
         on_say=on_say,
     )
@@ -66,6 +70,7 @@ class Checks:
         self._on_say = on_say
         self._parity = Gate(on_say=on_say)
         self._planned: tuple[tuple[str, ...], Task] | None = None
+        self._is_fresh = False  # the profiles were measured a moment ago, by the speed check
 
     def make_plan(self, job: Job, groups: tuple[str, ...]) -> TrainPlan:
         """As `session.make_plan`."""
@@ -75,14 +80,24 @@ class Checks:
 
     def run_gate(self, job: Job, plan: TrainPlan) -> None:
         """Raises: GateError, SpeedError."""
+        self._parity(job, plan)
+        if self._is_fresh or job.gate.speed == "ignore" or self._planned is None:
+            self._is_fresh = False
+            return
+        groups, task = self._planned
+        if task.measured is not None:
+            self._check_speed(job, groups, task.measured)
+
+    def _check_speed(self, job: Job, groups: tuple[str, ...], measured: Measured) -> None:
         from mxn.train.run.gate.speed import check_speed
         from mxn.train.run.measure import measure_layers
+        from mxn.train.run.supervise.shell import SpeedError
 
-        self._parity(job, plan)
-        if job.gate.speed != "ignore" and self._planned is not None:
-            groups, task = self._planned
-            if task.measured is not None:
-                check_speed(job, groups, task.measured, measure_layers)
+        try:
+            check_speed(job, groups, measured, measure_layers)
+        except SpeedError:
+            self._is_fresh = True
+            raise
 
 
 def make_plan(

@@ -133,7 +133,8 @@ def _layers_of(body: dict[str, Any]) -> StoredProfile:
 
 def _link_of(body: dict[str, Any]) -> StoredLink:
     points = tuple((float(size), float(seconds)) for size, seconds in body["link"]["points"])
-    return StoredLink(**body | {"link": Link(**body["link"] | {"points": points})})
+    fields_: dict[str, Any] = body | {"link": Link(**body["link"] | {"points": points})}
+    return StoredLink(**fields_)
 
 
 # -- files -------------------------------------------------------------------------------------

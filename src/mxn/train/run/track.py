@@ -6,6 +6,7 @@ server costs no step. Start at `Tracker`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -57,11 +58,11 @@ class Tracker:
         if self._mlflow:
             self._mlflow.send("params", _flat(values))
 
-    def artifact(self, name: str, text: str) -> None:
-        """Keep a text beside the metrics: the plan, its explanation."""
-        (self.path.parent / name).write_text(text, encoding="utf-8")
-        if self._mlflow:
-            self._mlflow.send("artifact", (name, text))
+    def artifact(self, name: str) -> None:
+        """Give MLflow a file of the job's folder, such as the plan, if it is there."""
+        path = self.path.parent / name
+        if self._mlflow and path.is_file():
+            self._mlflow.send("artifact", (name, path.read_text(encoding="utf-8")))
 
     def close(self, status: str = "FINISHED") -> None:
         """End with MLflow's status FINISHED, FAILED or KILLED; KILLED may go on later."""
@@ -154,15 +155,14 @@ class _MlflowRun:
                 self._has_failed = True
 
     def _send(self, kind: str, content: Any) -> None:
-        from mlflow.entities import Metric, Param
-
+        entities: Any = importlib.import_module("mlflow.entities")
         if kind == "metrics":
             step, values = content
             now_ms = int(time.time() * 1000)
-            metrics = [Metric(name, value, now_ms, step) for name, value in values.items()]
+            metrics = [entities.Metric(name, value, now_ms, step) for name, value in values.items()]
             self._client.log_batch(self._run_id, metrics=metrics)
         elif kind == "params":
-            params = [Param(name, value) for name, value in content.items()]
+            params = [entities.Param(name, value) for name, value in content.items()]
             for first in range(0, len(params), 100):
                 self._client.log_batch(self._run_id, params=params[first : first + 100])
         elif kind == "artifact":
@@ -177,12 +177,12 @@ def _connect(settings: TrackingSettings) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     try:
-        from mlflow import MlflowClient
+        mlflow: Any = importlib.import_module("mlflow")
     except ImportError as error:
         raise UnsupportedError(_NO_MLFLOW, hint="pip install 'mxn[train]'") from error
     try:
         # Without a registry of models: the small package has none for sqlite.
-        return MlflowClient(tracking_uri=settings.mlflow, registry_uri="")
+        return mlflow.MlflowClient(tracking_uri=settings.mlflow, registry_uri="")
     except Exception as error:  # as above
         raise UserError(
             f"MLflow at {settings.mlflow!r} cannot be used: {str(error).splitlines()[0]}",

@@ -20,10 +20,14 @@ def plan_of(
 ) -> TrainPlan | None:
     """Return the draft as a plan over `rows` rows per step.
 
-    None when a stage has too few layers for the chunks of the draft's schedule.
+    None when a stage has too few layers for the chunks of the draft's schedule, or pipelines were
+    left out that should share experts.
     """
     working = _with_shares(draft, rows // draft.micro_batch)
-    tables = book.at(draft.micro_batch, len(working) if draft.shards_optimizer else 1)
+    if len(working) % draft.experts:
+        return None
+    shards = len(working) if draft.shards_optimizer else 1
+    tables = book.at(draft.micro_batch, shards, draft.experts)
     shape = book.job.shape
     plan = TrainPlan(
         model=shape.name,
@@ -32,8 +36,19 @@ def plan_of(
         micro_batch=draft.micro_batch,
         pipelines=_placed(tables, working, by_stage, draft.style),
         shards_optimizer=draft.shards_optimizer and len(working) > 1,
+        expert_parallel=draft.experts,
     )
     return with_schedule(plan, draft.style)
+
+
+def settled(draft: Draft, rows: int) -> Draft:
+    """Return the draft with its shares fixed, and without pipelines that get none."""
+    working = _with_shares(draft, rows // draft.micro_batch)
+    return replace(
+        draft,
+        lines=tuple((line, 1) for line, _ in working),
+        shares=tuple(count for _, count in working),
+    )
 
 
 def with_schedule(plan: TrainPlan, style: Style) -> TrainPlan | None:
@@ -64,7 +79,7 @@ def _chunked(stages: tuple[Stage, ...], num_chunks: int) -> tuple[Stage, ...]:
 def _with_shares(draft: Draft, micro_batches: int) -> list[tuple[Template, int]]:
     """Return each pipeline with its micro-batches; one that would get none is left out."""
     templates = [line for line, count in draft.lines for _ in range(count)]
-    shares = split([line.pace(draft.style.fill) for line in templates], micro_batches)
+    shares = draft.shares or split([t.pace(draft.style.fill) for t in templates], micro_batches)
     return [(line, n) for line, n in zip(templates, shares, strict=True) if n]
 
 

@@ -20,6 +20,7 @@ class Limits:
     max_stages: int | None = None
     max_chunks: int = 4  # of a stage under an interleaved schedule
     may_shard_optimizer: bool = True
+    max_expert_parallel: int = 64  # pipelines that share out the experts of a layer
     num_simulated: int = 6  # of the best by prediction
     num_kept: int = 5  # runners-up that are returned
 

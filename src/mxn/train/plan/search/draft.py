@@ -61,6 +61,8 @@ class Draft:
     origin: str
     shards_optimizer: bool = False
     style: Style = Style()
+    experts: int = 1  # pipelines that share out the experts of a layer
+    shares: tuple[int, ...] | None = None  # micro-batches, line by line; None: by the paces
 
     @property
     def num_pipelines(self) -> int:

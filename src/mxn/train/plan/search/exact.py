@@ -6,7 +6,9 @@ Exact in the time of the pipelines (sum + (m - 1)·slowest) plus an estimate of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from math import prod
 
 from mxn.train.plan.cluster import Cluster, Link
@@ -16,6 +18,8 @@ from mxn.train.plan.search.packing import Option, pack, soonest
 from mxn.train.plan.search.tables import Kind, Tables
 
 _SMALL = 1000  # a millisecond each, about
+_MOST_SETS = 250  # of pipelines that are estimated
+_NUM_SETS = 16  # of them, the quickest, that are judged
 
 
 def effort_of(num_slots: Counts, num_layers: int) -> float:
@@ -54,6 +58,8 @@ def exact_drafts(
     for style in dict.fromkeys((styles[0], min(styles, key=lambda style: style.fill))):
         args = (tables, kinds, num_slots, micro_batches, found, style)
         drafts += [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
+        if style is styles[0] and tables.shards == 1:
+            drafts += _sets(*args)
     # Each pipeline keeps a shard, so fewer pipelines would not fit as the tables say.
     return [draft for draft in drafts if draft.num_pipelines >= tables.shards]
 
@@ -99,14 +105,54 @@ def _mixes(
     tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
     found: dict[Counts, list[Cut]], style: Style, worth_s: float,
 ) -> Iterator[Draft]:  # fmt: skip
-    """Any set of pipelines, for each limit on their depth."""
+    """Any set of pipelines, for each limit on their depth, with gradient sums dear and free."""
     link = _outer(tables.job.cluster, kinds, num_slots)
-    rows: dict[Counts, list[Template]] = {
-        slots: [template(kinds, cut, tables.after_s(kinds, cut, [link])) for cut in cuts]
-        for slots, cuts in found.items()
-    }
+    for links in ([link], []):
+        rows: dict[Counts, list[Template]] = {
+            slots: [template(kinds, cut, tables.after_s(kinds, cut, links)) for cut in cuts]
+            for slots, cuts in found.items()
+        }
+        yield from _packed(tables, rows, num_slots, count, style, worth_s)
+
+
+def _sets(
+    tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int,
+    found: dict[Counts, list[Cut]], style: Style,
+) -> Iterator[Draft]:  # fmt: skip
+    """The quickest of all sets of pipelines, gradient sums left to the judge."""
+    rows = {s: [template(kinds, cut, 0.0) for cut in cuts] for s, cuts in found.items()}
+    paces = {slots: tuple(t.pace(style.fill) for t in of) for slots, of in rows.items()}
+    drafts: list[Draft] = []
+    for chosen in islice(_partitions(num_slots, sorted(rows)), _MOST_SETS):
+        if not 1 < sum(chosen.values()) <= count:
+            continue
+        seconds = soonest([(paces[slots], num) for slots, num in chosen.items()], count)
+        lines = [
+            (max(rows[slots], key=lambda t: t.pace(style.fill).done_in(seconds)), num)
+            for slots, num in chosen.items()
+        ]
+        drafts.append(_draft(tables, lines, seconds, "mix of pipelines", style))
+    drafts.sort(key=lambda draft: draft.estimate_s)
+    yield from drafts[:_NUM_SETS]
+
+
+def _partitions(left: Counts, choices: Sequence[Counts]) -> Iterator[Counter[Counts]]:
+    """Yield all ways to make pipelines of these slots; some slots may stay unused."""
+    for number, slots in enumerate(choices):
+        rest = tuple(n - take for n, take in zip(left, slots, strict=True))
+        if min(rest) < 0:
+            continue
+        yield Counter({slots: 1})
+        for more in _partitions(rest, choices[number:]):
+            yield more + Counter({slots: 1})
+
+
+def _packed(
+    tables: Tables, rows: dict[Counts, list[Template]], num_slots: Counts, count: int,
+    style: Style, worth_s: float,
+) -> Iterator[Draft]:  # fmt: skip
     deepest = max((sum(slots) for slots in rows), default=0)
-    for depth in range(1, deepest + 1):
+    for depth in sorted({1, 2, 3, deepest}):
         allowed = [slots for slots in rows if sum(slots) <= depth]
         if not any(sum(slots) == depth for slots in allowed):
             continue

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
+from math import prod
 
 from mxn.train.plan.search.draft import Draft, Style
 from mxn.train.plan.search.packing import soonest
@@ -26,8 +27,13 @@ Deal = Counter[tuple[tuple[Kind, int], ...]]
 """How many pipelines get which slots."""
 Sets = tuple[tuple[Way, int], ...]
 
+WaysOf = Callable[[int, int], Ways]
+"""(optimizer shards, pipelines that share experts) → ways."""
+
 _DEPTHS = 6  # how many depths of a part are tried, from the shallowest that fits
 _WHOLE_LATTICE = 6  # up to so many groups every subset is a part
+_FEW_WIDTHS = 150  # combinations of widths: up to so many, all are tried
+_FEW_COPIES = 4  # with each of them
 _NUM_ALIKE = 12  # numbers of like pipelines that are cut exactly
 
 
@@ -51,20 +57,28 @@ class Rough:
     estimate_s: float
     origin: str
 
-    def exact(self, ways_of: Callable[[int], Ways], styles: Sequence[Style]) -> list[Draft]:
+    def exact(self, ways_of: WaysOf, styles: Sequence[Style]) -> list[Draft]:
         """Cut these pipelines for each schedule, with as much memory as that one leaves.
+
+        Once as if stages waited for what they hand over, once as if it were hidden: the truth
+        depends on how many micro-batches are under way, and the judge knows.
 
         With as many optimizer shards as there are pipelines, if it has any.
         """
         num = sum(num for _, num in self.sets)
-        ways = ways_of(num if self.ways.tables.shards > 1 else 1)
-        drafts = (self._cut(ways, style, ways.micro_batches // num) for style in styles)
-        return [draft for draft in drafts if draft]
+        ways = ways_of(num if self.ways.tables.shards > 1 else 1, self.ways.tables.experts)
+        drafts = {
+            (draft.lines, style): draft
+            for style in styles
+            for waits in (True, False)
+            if (draft := self._cut(ways, style, max(ways.micro_batches // num, 1), waits))
+        }
+        return list(drafts.values())
 
-    def _cut(self, ways: Ways, style: Style, micro_batches: int) -> Draft | None:
+    def _cut(self, ways: Ways, style: Style, micro_batches: int, waits: bool) -> Draft | None:
         crossing, fill = len(self.sets) > 1, style.fill
         found = [
-            (ways.exact(way.row, style, max(micro_batches, 1), crossing=crossing), num)
+            (ways.exact(way.row, style, micro_batches, crossing=crossing, waits=waits), num)
             for way, num in self.sets
         ]
         cuts = [(of, num) for of, num in found if of]
@@ -78,7 +92,10 @@ class Rough:
             if max(t.pace(fill).done_in(seconds) for t in of)
         )
         tables = ways.tables
-        return Draft(tables.micro_batch, lines, seconds, self.origin, tables.shards > 1, style)
+        return Draft(
+            tables.micro_batch, lines, seconds, self.origin, tables.shards > 1, style,
+            tables.experts,
+        )  # fmt: skip
 
 
 class Families:
@@ -227,27 +244,53 @@ class Families:
 
 
 def alike(
-    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], *, sharded: bool
+    ways_of: WaysOf, options: Sequence[Sequence[Kind]], *, sharded: bool, experts: int = 1
 ) -> list[Rough]:
     """Return copies of one pipeline, each group with the width that suits the number of copies.
 
-    Like stages of all copies stand in one group, so no sum of gradients leaves it. `ways_of` gives
-    the ways for a number of optimizer shards, which is that of copies if `sharded`.
+    Like stages of all copies stand in one group, so no sum of gradients leaves it. The optimizer
+    state is shared by all copies if `sharded`, the experts of a layer by `experts` of them.
     """
+
+    def ways(num: int) -> Ways:
+        return ways_of(num if sharded else 1, experts)
+
     found: list[Rough] = []
+    if prod(len(of) + 1 for of in options) <= _FEW_WIDTHS:
+        found += _alike_by_width(ways, options, experts)
     for narrowest in sorted({kind.tp for of in options for kind in of}):
         wide = [[k for k in of if k.tp >= narrowest] or [max(of, key=_width)] for of in options]
-        found += _alike(ways_of, wide, sharded)
+        found += _alike(ways, wide, experts)
     return sorted(found, key=lambda draft: draft.estimate_s)
 
 
+def _alike_by_width(
+    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], experts: int
+) -> list[Rough]:
+    """Return a few copies of one pipeline, or one alone, with any widths and groups left out."""
+    plain = ways_of(1)
+    found: list[Rough] = []
+    for kinds in product(*((None, *of) for of in options)):
+        slots = {kind: plain.tables.job.num_slots(kind) for kind in kinds if kind}
+        for num in range(experts, min(_FEW_COPIES, plain.micro_batches) + 1, experts):
+            counts = Counter({kind: n // num for kind, n in slots.items() if n // num})
+            ways = ways_of(num)
+            way = ways.rough(counts) if counts and depth_fits(ways, counts) else None
+            draft = draft_of(ways, ((way, num),), "copies of one pipeline") if way else None
+            if draft is not None:
+                found.append(draft)
+    return found
+
+
 def _alike(
-    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], sharded: bool
+    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], experts: int
 ) -> list[Rough]:
     plain = ways_of(1)
     ranked: list[tuple[float, int, Counter[Kind]]] = []
     most = sum(max(plain.tables.job.num_slots(kind) for kind in of) for of in options)
-    for num in range(2, min(most, plain.micro_batches) + 1):
+    for num in range(max(2, experts), min(most, plain.micro_batches) + 1):
+        if num % experts:
+            continue
         counts = _like_shares(plain, options, num)
         depth = sum(counts.values())
         if 0 < depth <= plain.max_stages:
@@ -258,7 +301,7 @@ def _alike(
     for _, num, counts in sorted(ranked, key=lambda entry: entry[:2]):
         if len(found) == _NUM_ALIKE:
             break
-        ways = ways_of(num) if sharded else plain
+        ways = ways_of(num)
         way = ways.rough(counts) if depth_fits(ways, counts) else None
         draft = draft_of(ways, ((way, num),), "copies of one pipeline") if way else None
         if draft is not None:

@@ -12,15 +12,19 @@ from mxn.errors import CapacityError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
-from mxn.train.plan.search.build import plan_of
+from mxn.train.plan.search.build import plan_of, settled
 from mxn.train.plan.search.choices import Candidate, Found, Limits, Rejected
 from mxn.train.plan.search.draft import Draft
+from mxn.train.plan.search.polish import neighbours
 from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.simulate import simulate_plan
 from mxn.units import format_bytes
 
 _HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
 
+_NUM_POLISHED = 4  # kinds of plans whose best is improved by small steps
+_FEWEST_LOOKS = 48
+_MOST_LOOKS = 400  # of one such climb in a small pool, fewer in a large one
 _MOST_SIMULATED = 24  # whatever the closed form promises
 _NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
 
@@ -37,6 +41,7 @@ class Judge:
         self._fit: dict[TrainPlan, Candidate] = {}
         self._drafts: dict[TrainPlan, Draft] = {}
         self._seen: set[TrainPlan] = set()
+        self._by_stage: set[TrainPlan] = set()
         self._refused: dict[TrainPlan, Rejected] = {}
 
     def look(self, drafts: Iterable[Draft]) -> None:
@@ -61,6 +66,8 @@ class Judge:
                 self._look_at(replace(draft, style=style))
         for candidate in self._ranked()[:_NUM_RESCHEDULED]:
             self._place_otherwise(candidate)
+        for candidate in self._tops():
+            self._climb(candidate)
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
         if not allowed:
             raise self._nothing_fits()
@@ -82,9 +89,10 @@ class Judge:
         if not self._limits.num_simulated:
             return list(allowed)
         for number, candidate in enumerate(allowed):
-            best = min((c.prediction.iteration_s for c in found), default=float("inf"))
-            enough = number >= self._limits.num_simulated
-            if enough and (candidate.prediction.iteration_s >= best or number >= _MOST_SIMULATED):
+            fits = [c.prediction.iteration_s for c in found if c.prediction.fits]
+            enough = number >= self._limits.num_simulated and fits
+            hopeless = fits and candidate.prediction.iteration_s >= min(fits)
+            if enough and (hopeless or number >= _MOST_SIMULATED):
                 break
             found.append(self._simulate(candidate))
         fits = [c for c in found if c.prediction.fits]
@@ -106,6 +114,34 @@ class Judge:
             )
         return replace(candidate, prediction=seen, is_simulated=True)
 
+    def _tops(self) -> list[Candidate]:
+        """Return the best plan of each of the best few kinds: copies, schedule, micro-batch."""
+        found: dict[object, Candidate] = {}
+        for candidate in self._ranked():
+            plan = candidate.plan
+            chunks = len(plan.pipelines[0].stages[0].chunks)
+            found.setdefault(
+                (len(plan.pipelines), plan.schedule, chunks, plan.micro_batch), candidate
+            )
+        return list(found.values())[:_NUM_POLISHED]
+
+    def _climb(self, candidate: Candidate) -> None:
+        """Change a plan by small steps that make it quicker, within a number of looks."""
+        left = max(_MOST_LOOKS // max(candidate.plan.num_devices // 8, 1), _FEWEST_LOOKS)
+        draft = settled(self._drafts[candidate.plan], self._rows)
+        by_stage = candidate.plan in self._by_stage
+        best_s, climbs = candidate.prediction.iteration_s, True
+        while climbs:
+            climbs = False
+            for other in neighbours(draft):
+                left -= 1
+                found = self._look_at(other, by_stage=by_stage)
+                if found and found.prediction.iteration_s < best_s * (1 - 1e-9):
+                    best_s, draft, climbs = found.prediction.iteration_s, other, left > 0
+                    break
+                if left <= 0:
+                    return
+
     def _place_otherwise(self, candidate: Candidate) -> None:
         """Look at the other placement of a plan; the slower of the two is of no more interest."""
         draft = self._drafts[candidate.plan]
@@ -116,19 +152,22 @@ class Judge:
             slower = max(pair, key=lambda c: c.prediction.iteration_s)
             del self._fit[slower.plan]
 
-    def _look_at(self, draft: Draft, *, by_stage: bool = False) -> None:
+    def _look_at(self, draft: Draft, *, by_stage: bool = False) -> Candidate | None:
         plan = plan_of(self._book, draft, self._rows, by_stage=by_stage)
         if plan is None or plan in self._seen:
-            return
+            return None
         self._seen.add(plan)
         found = self._predict(plan)
         if found.fits:
             self._fit[plan] = Candidate(plan=plan, prediction=found, origin=draft.origin)
             self._drafts[plan] = draft
+            if by_stage:
+                self._by_stage.add(plan)
             self._best_s = min(self._best_s, found.iteration_s)
-        else:
-            reason = _too_large(plan, found)
-            self._refused[plan] = Rejected(plan=plan, origin=draft.origin, reason=reason)
+            return self._fit[plan]
+        reason = _too_large(plan, found)
+        self._refused[plan] = Rejected(plan=plan, origin=draft.origin, reason=reason)
+        return None
 
     def _ranked(self) -> list[Candidate]:
         return sorted(
@@ -137,9 +176,15 @@ class Judge:
         )
 
     def _nothing_fits(self) -> CapacityError:
-        reason = "no cut of the model fits into any set of devices"
+        state = self._job.shape.params * self._job.memory.state_bytes
+        room = sum(group.num_devices * group.memory_bytes for group in self._job.cluster.groups)
+        reason = (
+            f"weights, gradients and optimizer state of {format_bytes(state)}, the pool has "
+            f"{format_bytes(room)}"
+        )
         if self._refused:
-            reason = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
+            nearest = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
+            reason += f"; the nearest plan: {nearest}"
         return CapacityError(
             f"the model does not fit into this pool: {reason}",
             hint="more devices, larger tensor parallelism, a smaller micro-batch or shorter rows",

@@ -7,22 +7,25 @@ one at the best few. Start at `exact_search` and `guided_search`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
 from mxn.errors import UserError
 from mxn.train.plan.cluster import DeviceGroup
+from mxn.train.plan.experts import has_experts
 from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.cuts import Counts
 from mxn.train.plan.search.exact import effort_of, exact_drafts
-from mxn.train.plan.search.families import Families, Rough, alike
+from mxn.train.plan.search.families import Families, Rough, WaysOf, alike
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.tables import Job, Kind, TableBook
 from mxn.train.plan.search.ways import Ways
+from mxn.train.plan.shape import ModelShape
 
-_MOST_EFFORT = 6000  # of an exact search; some seconds
+_MOST_EFFORT = 4000  # of an exact search; some seconds
+_EXPERTS = (2, 4, 8, 16, 32, 64)
 _SHARDS = (1, 8, 64)  # of a large pool's optimizer, as far as there are slots
 _NUM_JUDGED = 6  # drafts of each origin that are predicted
 _NUM_THOROUGH = 4  # choices of a large pool that get a thorough look
@@ -102,14 +105,14 @@ def guided_search(
     }
     for pool in pools:
         ways_of = makers[pool.micro_batch]
-        found += alike(ways_of, pool.options, sharded=False)
-        if limits.may_shard_optimizer:
-            found += alike(ways_of, pool.options, sharded=True)
+        for sharded in (False, True)[: 1 + limits.may_shard_optimizer]:
+            for experts in _sharing(book.job.shape, limits):
+                found += alike(ways_of, pool.options, sharded=sharded, experts=experts)
         for shards in _SHARDS if limits.may_shard_optimizer else _SHARDS[:1]:
             if shards > sum(pool.most_slots(book.job)):
                 break
-            for kinds in _promising(ways_of(shards), pool):
-                families = Families(ways_of(shards), kinds)
+            for kinds in _promising(ways_of(shards, 1), pool):
+                families = Families(ways_of(shards, 1), kinds)
                 drafts = families.simple()
                 if drafts:
                     looks.append((drafts[0].estimate_s, len(looks), families))
@@ -120,15 +123,20 @@ def guided_search(
         judge.look(rough.exact(makers[rough.ways.tables.micro_batch], limits.styles))
 
 
-def _ways_of(
-    book: TableBook, rows: int, micro_batch: int, fill: float, limits: Limits
-) -> Callable[[int], Ways]:
+def _ways_of(book: TableBook, rows: int, micro_batch: int, fill: float, limits: Limits) -> WaysOf:
     @cache
-    def ways_of(shards: int) -> Ways:
-        tables = book.at(micro_batch, shards)
+    def ways_of(shards: int, experts: int) -> Ways:
+        tables = book.at(micro_batch, shards, experts)
         return Ways(tables, rows // micro_batch, fill=fill, max_stages=limits.max_stages)
 
     return ways_of
+
+
+def _sharing(shape: ModelShape, limits: Limits) -> tuple[int, ...]:
+    """Return how many pipelines may share the experts of a layer."""
+    if not any(has_experts(layer) for layer in shape.layers):
+        return (1,)
+    return (1, *(count for count in _EXPERTS if count <= limits.max_expert_parallel))
 
 
 def _best_of_each(found: Sequence[Rough]) -> list[Rough]:

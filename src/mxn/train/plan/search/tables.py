@@ -56,25 +56,31 @@ class TableBook:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._columns: dict[int, _Columns] = {}
-        self._tables: dict[tuple[int, int], Tables] = {}
+        self._columns: dict[tuple[int, int], _Columns] = {}
+        self._tables: dict[tuple[int, int, int], Tables] = {}
 
-    def at(self, micro_batch: int, shards: int = 1) -> Tables:
-        """Return the tables for micro-batches of so many rows and so many optimizer shards."""
-        key = (micro_batch, shards)
+    def at(self, micro_batch: int, shards: int = 1, experts: int = 1) -> Tables:
+        """Return the tables for micro-batches of so many rows.
+
+        `shards` pipelines share the optimizer state, `experts` of them the experts of a layer.
+        """
+        key = (micro_batch, shards, experts)
         if key not in self._tables:
-            if micro_batch not in self._columns:
-                self._columns[micro_batch] = _Columns(self.job, micro_batch)
-            columns = self._columns[micro_batch]
-            self._tables[key] = Tables(self.job, micro_batch, shards, columns)
+            if (micro_batch, experts) not in self._columns:
+                self._columns[micro_batch, experts] = _Columns(self.job, micro_batch, experts)
+            columns = self._columns[micro_batch, experts]
+            self._tables[key] = Tables(self.job, micro_batch, shards, experts, columns)
         return self._tables[key]
 
 
 class Tables:
     """Seconds and bytes of every run of layers on every kind of slot."""
 
-    def __init__(self, job: Job, micro_batch: int, shards: int, columns: _Columns) -> None:
+    def __init__(
+        self, job: Job, micro_batch: int, shards: int, experts: int, columns: _Columns
+    ) -> None:
         self.job = job
+        self.experts = experts
         self.micro_batch = micro_batch
         self.shards = shards
         self._columns = columns.of
@@ -171,9 +177,9 @@ class Tables:
 class _Columns:
     """What does not depend on shards."""
 
-    def __init__(self, job: Job, micro_batch: int) -> None:
+    def __init__(self, job: Job, micro_batch: int, experts: int) -> None:
         self._job = job
-        self._book = CostBook(job.shape, job.profiles, micro_batch)
+        self._book = CostBook(job.shape, job.profiles, micro_batch, expert_parallel=experts)
         self._known: dict[tuple[Kind, Recompute], dict[str, Table]] = {}
 
     def of(self, kind: Kind, how: Recompute) -> dict[str, Table]:

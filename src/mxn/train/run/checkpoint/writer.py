@@ -99,6 +99,9 @@ class Checkpointer:
         )
         self._thread.start()
 
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self) -> None:
         """Wait until the last checkpoint is complete. Raises: MxnError when it failed."""
         self._join()

@@ -7,6 +7,7 @@ files and no ranks. Start at `Rows.micro_batch`.
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,8 @@ from mxn.train.run.data.batch import IGNORED, MicroBatch
 from mxn.train.run.data.cache import TokenCache
 from mxn.train.run.data.order import shuffled
 from mxn.train.run.data.packing import Piece, fit_rows, num_stream_rows, stream_row
+
+log = logging.getLogger("mxn.train")
 
 Packing = Literal["auto", "stream", "fit", "none"]
 PACKINGS: tuple[Packing, ...] = ("auto", "stream", "fit", "none")
@@ -65,6 +68,12 @@ class Rows:
                     f"no document has anything to learn in its first {seq_tokens} tokens",
                     hint="longer rows (seq_tokens)",
                 )
+        if self.num_cut:
+            log.warning(
+                "%d of %d documents are longer than a row of %d tokens and lose their end;"
+                " %d of them are left out, as nothing to learn is before it",
+                self.num_cut, cache.num_documents, seq_tokens, self.num_lost,
+            )  # fmt: skip
         self.rows_per_epoch = (
             num_stream_rows(cache.starts, seq_tokens) if self._fitted is None else len(self._fitted)
         )

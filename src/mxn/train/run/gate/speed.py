@@ -17,6 +17,7 @@ from mxn.train.run.supervise.shell import SpeedError
 
 if TYPE_CHECKING:
     from mxn.train.run.measure import Measured
+    from mxn.train.run.stored import StoredProfile
 
 
 def check_speed(
@@ -24,8 +25,8 @@ def check_speed(
 ) -> None:
     """Measure the layers again and compare with what was planned with.
 
-    `again` measures and stores a job's layers (`measure.measure_layers`). What is within the job's
-    tolerance keeps its old profile, which was measured for longer.
+    `again` measures and stores a job's layers (`measure.measure_layers`). A chip within the job's
+    tolerance, plus what repeats differ by, keeps its old profile, which was measured for longer.
     Raises: SpeedError for the chip that is furthest off; the new profile is then the stored one.
     """
     from mxn.train.run import stored
@@ -40,7 +41,8 @@ def check_speed(
         want = total_s(before, planned.shape, job.micro_batch)
         got = total_s(now.profiles[chip], planned.shape, job.micro_batch)
         off = got / want - 1
-        if abs(off) <= job.gate.speed_tolerance:
+        noise = max(_noise(planned.stored[chip]), _noise(now.stored[chip]))
+        if abs(off) <= job.gate.speed_tolerance + noise:
             stored.store_layers(planned.stored[chip])
         elif worst is None or abs(off) > worst[0]:
             worst = (abs(off), chip, _told(chip, want, got, job.gate.speed_tolerance))
@@ -52,6 +54,13 @@ def total_s(profile: ChipProfile, shape: ModelShape, micro_batch: int) -> float:
     """Return the seconds of all layers for one micro-batch, forward and backward."""
     costs = (profile.layer(layer.kind, micro_batch, 1) for layer in shape.layers)
     return sum(cost.forward_s + cost.backward_s for cost in costs)
+
+
+def _noise(profile: StoredProfile) -> float:
+    """Return how far repeats lay apart, as a share; kinds that take long count for more."""
+    times = [row.cost.forward_s + row.cost.backward_s for row in profile.readings]
+    spread = sum(row.noise * time for row, time in zip(profile.readings, times, strict=True))
+    return spread / max(sum(times), 1e-12)
 
 
 def _told(chip: str, want: float, got: float, tolerance: float) -> str:

@@ -41,7 +41,10 @@ Decided = tuple[State, tuple[Order, ...]]
 
 
 def begin(groups: tuple[str, ...], checkpoint_step: int = -1, launch: int = 0) -> Decided:
-    """Return the first state of a job and its first order. `launch`: the last of earlier runs."""
+    """Return the first state of a job and its first order.
+
+    `launch`: the last one of an earlier supervisor, whose files lie in the job's folder.
+    """
     state = State(groups=groups, checkpoint_step=checkpoint_step, launch=launch)
     return state, (MakePlan(groups),)
 

@@ -118,7 +118,7 @@ class Supervisor:
             Control(self.out, 0)
             self._asked = Asked(self.out)
             find(self._checkpoints, self.job.checkpoint.resume)
-            self.state, orders = begin(self._groups, self._newest(), _last_launch(self.out))
+            self.state, orders = begin(self._groups, self._newest(), last_launch(self.out))
             try:
                 self._obey(orders)
                 while self.state.phase not in w.FINAL:
@@ -162,10 +162,8 @@ class Supervisor:
                     self.say(text)
 
     def say(self, text: str) -> None:
-        log.warning("%s", text)
         self.said.append(text)
-        if self._on_say:
-            self._on_say(text)
+        (self._on_say or log.warning)(text)
 
     def _plan(self, groups: tuple[str, ...]) -> w.Event:
         self._write_status()
@@ -262,8 +260,9 @@ class Supervisor:
             self._events.append(w.RankDied(None, text))
 
     def _is_stalled(self) -> bool:
-        path = metrics_path(self.job)
-        changed = path.stat().st_mtime if path.is_file() else 0.0
+        logs = (self.out / "log" / f"launch-{self.state.launch}").glob("*")
+        paths = [metrics_path(self.job), *logs]
+        changed = max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
         if changed != self._sign_of_life[0]:
             self._sign_of_life = (changed, time.monotonic())
         return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
@@ -368,7 +367,7 @@ def _with_words(death: Death, control: Control) -> Death:
     )
 
 
-def _last_launch(out: Path) -> int:
+def last_launch(out: Path) -> int:
     """Return the number of the last launch in a job's folder, 0 before the first.
 
     Numbers go on over runs of the command: files of an earlier launch (it was asked to pause, it

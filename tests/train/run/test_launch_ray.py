@@ -1,0 +1,80 @@
+"""Ranks on a Ray cluster of this machine. Skips where ray is not installed (extra `cluster`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mxn.errors import CapacityError
+from mxn.train.run import launch_ray
+from mxn.train.run.control import Control
+from mxn.train.run.job import metrics_path
+from mxn.train.run.launch import launching_of
+from mxn.train.run.launch_ray import bundle_of, launch_on_ray
+from mxn.train.run.track import read_metrics
+from support.launches import group, on_one_device, small_job
+from support.parity_cases import plan_of
+
+TWO_STAGES = plan_of((8, [[(0, 3)], [(3, 6)]]))
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_devices_become_what_ray_reserves():
+    assert bundle_of(group(threads=2)) == {"CPU": 2.0}
+    assert bundle_of(group(cpu_share=0.5)) == {"CPU": 0.5}
+    assert bundle_of(group(device="cuda:3")) == {"CPU": 1.0, "GPU": 1.0}
+    assert bundle_of(group(device="npu:1")) == {"CPU": 1.0, "NPU": 1.0}
+
+
+@pytest.mark.slow
+def test_ranks_on_ray_train_as_ranks_here(ray, tmp_path):
+    job = small_job(tmp_path, 5, [group(count=2)])
+    ranks = launch_on_ray(launching_of(job, TWO_STAGES))
+    try:
+        ranks.wait(200)
+    finally:
+        ranks.kill()
+    assert Control(tmp_path, 0).is_finished()
+    got = [line["loss"] for line in read_metrics(metrics_path(job))]
+    assert got == pytest.approx(on_one_device(job), rel=2e-5)
+    assert ray.available_resources()["CPU"] == 3
+
+
+@pytest.mark.slow
+def test_a_rank_killed_on_ray_is_noticed(ray, tmp_path):
+    job = small_job(tmp_path, 100_000, [group(count=2)])
+    ranks = launch_on_ray(launching_of(job, TWO_STAGES))
+    try:
+        deadline = time.monotonic() + 200
+        while not Path(metrics_path(job)).is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(ranks.pids()[1], signal.SIGKILL)
+        while not ranks.deaths():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert (1, -signal.SIGKILL) in {(death.rank, death.code) for death in ranks.deaths()}
+    finally:
+        ranks.kill()
+    assert ranks.have_ended()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_too_small_is_told(ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch_ray, "_RESERVE_S", 1.0)
+    job = small_job(tmp_path, 1, [group(count=2, threads=2)])
+    with pytest.raises(CapacityError, match="cannot hold 2 ranks"):
+        launch_on_ray(launching_of(job, TWO_STAGES))
