@@ -6,6 +6,7 @@ Knows addresses and names; knows no messages. Start at `serve_store` (launcher) 
 from __future__ import annotations
 
 import json
+import socket
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -33,8 +34,17 @@ class Member:
 
 
 def serve_store(host: str = "127.0.0.1") -> tuple[dist.TCPStore, str]:
-    """Open the store at which ranks meet, on a free port. It lives as long as it is referenced."""
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    """Open the store at which ranks meet, on a free port. It lives as long as it is referenced.
+
+    It asks nobody who he is, so it listens on the address of `host` and on no other; a TCPStore
+    left to itself listens on every address of the machine.
+    """
+    family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((host, 0), family=family, backlog=2048)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
     return store, f"{host}:{store.port}"
 
 
