@@ -38,7 +38,7 @@ def chip(
     """A chip that does `speed` blocks a second, and loses a tenth to each doubling of `tp`."""
     costs = {}
     for layer, rows, tp in product(set(shape.layers), micro_batches, tps):
-        forward = layer.forward_flop * rows / (speed * tp ** 0.85)
+        forward = layer.forward_flop * rows / (speed * tp**0.85)
         costs[layer.kind, rows, tp] = LayerCost(
             forward_s=forward, backward_s=2 * forward, optimizer_s=0.01 / tp
         )

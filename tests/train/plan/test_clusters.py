@@ -95,7 +95,7 @@ def test_a_mistake_is_shown_with_its_line_and_what_was_meant(old, new, line, wha
 
 def test_a_link_names_groups_that_exist():
     with pytest.raises(ConfigError, match="did you mean 'right'"):
-        read(GOOD + '\n[[link]]\nbetween = ["left", "rightt"]\ngb_per_s = 1\n')
+        read(GOOD + '\n[[link]]\nbetween = ["left", "rigth"]\ngb_per_s = 1\n')
     found = read(GOOD + '\n[[link]]\nbetween = ["right", "left"]\ngb_per_s = 1\n')
     assert found.cluster.link("left", 0, "right", 0).bytes_per_s == 1e9
 
