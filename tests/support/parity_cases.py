@@ -74,19 +74,26 @@ def plan_of(
 def small_model(*, is_for_teams: bool = False) -> Path:
     """Return a folder with the shipped tokenizer and a config small enough for quick tests.
 
-    `is_for_teams`: with heads that two ranks can share out.
+    `is_for_teams`: with heads that two ranks can share out. The folder appears whole under its name
+    and is never written again: other runs may be reading it.
     """
-    kind = "teams" if is_for_teams else "parity"
-    folder = Path(tempfile.gettempdir()) / f"mxn-{kind}-{os.getuid()}"
+    told = json.loads((LLAMA / "config.json").read_text()) | SMALL
+    config = json.dumps(told | (FOR_TEAMS if is_for_teams else {}))
+    digest = hashlib.sha256(config.encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"mxn-parity-{os.getuid()}-{digest}"
+    if folder.is_dir():
+        return folder
     partial = Path(tempfile.mkdtemp())
     for file in LLAMA.iterdir():
         if file.suffix not in (".safetensors", ".md"):
             shutil.copy(file, partial)
-    config = json.loads((LLAMA / "config.json").read_text()) | SMALL
-    config |= FOR_TEAMS if is_for_teams else {}
-    (partial / "config.json").write_text(json.dumps(config))
-    shutil.copytree(partial, folder, dirs_exist_ok=True)
-    shutil.rmtree(partial)
+    (partial / "config.json").write_text(config)
+    try:
+        partial.rename(folder)
+    except OSError:  # another run was faster
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial)
     return folder
 
 

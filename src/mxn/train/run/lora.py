@@ -69,6 +69,12 @@ def attach(stage: StageModule, settings: LoraSettings, *, seed: int) -> list[str
     return found
 
 
+def targeted(stage: StageModule, settings: LoraSettings) -> list[str]:
+    """Return the modules of a stage that `attach` would give an adapter. Raises: as `attach`."""
+    names = [linear.name for linear in _linears(stage)]
+    return [name for name in names if _is_target(name, settings.targets, stage)]
+
+
 def check_targets(settings: LoraSettings, modules: list[str]) -> None:
     """Raise UnsupportedError for a target that none of the adapted modules of the model answers."""
     if settings.targets == ALL_LINEAR:

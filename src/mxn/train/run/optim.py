@@ -171,7 +171,7 @@ class AdamW:
                 slot.master.mul_(1 - learning_rate * slot.weight_decay)
             spread = slot.exp_avg_sq.sqrt().div_(second).add_(settings.eps)
             slot.master.addcdiv_(slot.exp_avg, spread, value=-learning_rate / first)
-            if slot.master is not slot.parameter.data:
+            if slot.master.dtype != slot.parameter.dtype:  # else it is the parameter's own memory
                 slot.parameter.data.copy_(slot.master)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:

@@ -167,10 +167,18 @@ def plan_of_job(job: Job, task: Task) -> tuple[TrainPlan, Prediction, Found | No
         return found.best.plan, found.best.prediction, found
     plan = read_plan(Path(job.plan.file))
     rows = plan.micro_batches * plan.micro_batch
-    if rows != job.global_batch:
+    # Data comes in the job's micro-batches, so one of another size would fit no message.
+    if (rows, plan.micro_batch) != (job.global_batch, job.micro_batch):
         raise UserError(
-            f"{job.plan.file} is for steps of {rows} rows, the job has {job.global_batch}",
+            f"{job.plan.file} is for steps of {rows} rows in micro-batches of {plan.micro_batch}, "
+            f"the job has {job.global_batch} in {job.micro_batch}",
             hint="make a plan for this job: `mxn train plan JOB --out FILE`",
+        )
+    if plan.micro_batch != job.micro_batch:  # its numbers of micro-batches mean other rows
+        raise UserError(
+            f"{job.plan.file} is for micro-batches of {plan.micro_batch} rows, the job's have "
+            f"{job.micro_batch}",
+            hint=f"micro_batch: {plan.micro_batch}, or make a plan for this job",
         )
     return plan, task.predict(plan), None
 
