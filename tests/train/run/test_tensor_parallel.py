@@ -97,6 +97,13 @@ def test_adapters_train_as_on_one_device():
         assert rank["norm"] == pytest.approx(want["norm"], rel=100 * LOSS_NOISE)
 
 
+def test_a_team_computes_in_bfloat16_beside_float32():
+    ranks = run("two beside one", dtypes=["bfloat16", "bfloat16", "float32"])
+    want = reference(STEPS, MICRO_BATCHES)
+    assert ranks[0]["loss"] == pytest.approx(want["loss"], rel=2e-2)
+    assert ranks[0]["loss"][-1] < ranks[0]["loss"][0]
+
+
 @pytest.mark.parametrize("name", ["two beside one", "two pipelines of two"])
 def test_divided_optimizer_state_changes_nothing_but_memory(name):
     whole, divided = run(name), run(name, shards_optimizer=True)
