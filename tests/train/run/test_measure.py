@@ -76,7 +76,10 @@ def test_each_kind_of_layer_has_its_costs(found):
     assert not found.is_reused
 
 
-def test_widths_of_tensor_parallelism_are_measured_where_a_plan_has_them(job, monkeypatch):
+def test_widths_of_tensor_parallelism_are_measured_where_a_plan_has_them(
+    job, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("MXN_HOME", str(tmp_path))  # two processors have been measured for others
     wide = replace(job, devices=(DeviceSettings(name="w", device="cpu", count=2),))
     found = measure.measure(wide, tps=(2,), quality=QUICK)
     (profile,), (kept,) = found.profiles.values(), found.stored.values()
