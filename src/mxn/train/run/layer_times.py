@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from mxn.train.plan.profile import LayerCost
 
 _FEWEST_BLOCKS = 3
+_MOST_REPEATS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +114,15 @@ class _Runner:
         output = chain.forward()[1]
         self.gradient = torch.ones_like(output) / max(1, output.numel())
         self.depth = 1 if output.device.type == "cpu" else 4  # passes between two waits
+        self.repeats = 1  # of forward and backward between two updates
 
     def warm_up(self, seconds: float) -> None:
+        """Also settle how many micro-batches follow an update: it empties the caches, and in a job
+        comes once in many. A device so slow that few passes fill a block does fewer.
+        """
         self._passes()
+        spent_s, _ = self._timed(self._passes)
+        self.repeats = max(1, min(_MOST_REPEATS, int(seconds / max(spent_s, 1e-9))))
         self.block(seconds)
 
     def block(self, seconds: float) -> tuple[float, float, float, float]:
@@ -131,17 +139,18 @@ class _Runner:
         return forward, backward, weight, update
 
     def _passes(self) -> tuple[float, float, float, float]:
-        """Run forward, backward, forward, backward of inputs, update; return their seconds."""
-        forward_s, runs = self._timed(self._forwards)
-        backward_s, _ = self._timed(lambda: self._backwards(runs))
-        inputs_s = 0.0
+        """Run passes forward and backward, one for inputs alone, an update; return their means."""
+        forward_s = backward_s = inputs_s = 0.0
+        for _ in range(self.repeats):
+            spent_s, runs = self._timed(self._forwards)
+            forward_s += spent_s
+            backward_s += self._timed(partial(self._backwards, runs))[0]
         if self.chain.first_input is not None:
-            again_s, runs = self._timed(self._forwards)
-            forward_s = (forward_s + again_s) / 2
-            inputs_s, _ = self._timed(lambda: self._input_backwards(runs))
+            _, runs = self._timed(self._forwards)
+            inputs_s, _ = self._timed(partial(self._input_backwards, runs))
         update_s = self._update()
-        each = 1.0 / self.depth
-        return forward_s * each, backward_s * each, inputs_s * each, update_s
+        each, of_all = 1.0 / self.depth, 1.0 / (self.depth * self.repeats)
+        return forward_s * of_all, backward_s * of_all, inputs_s * each, update_s
 
     def _timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
         started = time.perf_counter()
