@@ -149,15 +149,13 @@ def time_links(bridge: Any, repeats: int) -> list[dict[str, float]]:
     rows = []
     for size in SIZES:
         host, own = (torch.zeros(size // 4, device=place) for place in ("cpu", bridge.device))
-        raw = lambda: _raw_round(bridge, host)  # noqa: E731
-        bridged = lambda: _round(bridge, own)  # noqa: E731
         spent: dict[str, list[float]] = {"raw": [], "bridge": []}
         for number in range(repeats + 1):
-            for name, once in (("raw", raw), ("bridge", bridged)):
+            for name, once, tensor in (("raw", _raw_round, host), ("bridge", _round, own)):
                 bridge.barrier()
                 begin = time.perf_counter()
                 for _ in range(4):
-                    once()
+                    once(bridge, tensor)
                 if number:  # the first one warms up
                     spent[name].append((time.perf_counter() - begin) / 8)
         raw_s, bridge_s = (statistics.median(spent[name]) for name in ("raw", "bridge"))

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -178,6 +179,11 @@ def table(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield "| " + " | ".join(str(row.get(name, "-")) for name in names) + " |"
 
 
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, action="append")
@@ -192,7 +198,8 @@ def main() -> None:
         kept[part] = rows
         print("\n".join(table(part, rows)), flush=True)
     document = {
-        "schema": 1, "case": "train-cluster",
+        "schema": 1, "case": "train-cluster", "git": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "os": platform.system()},
         "params": {"seq_tokens": SEQ_TOKENS, "rows": ROWS, "micro_batches": MICRO_BATCHES,
                    "widths": WIDTHS, "models": MODELS},

@@ -93,9 +93,7 @@ def sailor_part() -> Row:
         "derived GPT-Neo profiles": _scores(
             [_sailor_row(c, sailor_seconds(c, tuning)) for c in apart if "26 layers" not in c.fault]
         ),
-        "choices": _sailor_choices(
-            sailor_cases(), [sailor_seconds(case, tuning) for case in sailor_cases()]
-        ),
+        "choices": _sailor_choices(valid, [sailor_seconds(case, tuning) for case in valid]),
         "memory": _memory_scores(valid),
     }
 

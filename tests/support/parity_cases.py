@@ -30,28 +30,36 @@ LAYERS = 6  # embedding, four blocks, head
 SEQ_TOKENS, MICRO_BATCH = 24, 1
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16,
          "num_key_value_heads": 1, "num_hidden_layers": 4}  # fmt: skip
+FOR_TEAMS = {"num_attention_heads": 4, "head_dim": 8, "num_key_value_heads": 2}
 
 
 def plan_of(
     *pipelines: tuple[int, list[list[tuple[int, int]]]],
     schedule: str = "1f1b",
     recompute: str = "none",
+    tps: list[int] | None = None,
 ) -> TrainPlan:
-    """Return a plan from (micro-batches, stages); a stage is a list of (first, end) chunks."""
+    """Return a plan from (micro-batches, stages); a stage is a list of (first, end) chunks.
+
+    `tps`: tensor parallelism of all stages, in order; without it, none.
+    """
     number = 0
     made = []
+    wide = iter(tps or [])
     for micro_batches, stages in pipelines:
         cut = []
         for chunks in stages:
+            tp = next(wide, 1)
             cut.append(
                 Stage(
                     group="all",
                     first_device=number,
                     chunks=tuple(Chunk(first=first, end=end) for first, end in chunks),
                     recompute=recompute,  # type: ignore[arg-type]
+                    tp=tp,
                 )
             )
-            number += 1
+            number += tp
         made.append(Pipeline(stages=tuple(cut), micro_batches=micro_batches))
     return TrainPlan(
         model="shakespeare",
@@ -63,17 +71,29 @@ def plan_of(
     )
 
 
-def small_model() -> Path:
-    """Return a folder with the shipped tokenizer and a config small enough for quick tests."""
-    folder = Path(tempfile.gettempdir()) / f"mxn-parity-{os.getuid()}"
+def small_model(*, is_for_teams: bool = False) -> Path:
+    """Return a folder with the shipped tokenizer and a config small enough for quick tests.
+
+    `is_for_teams`: with heads that two ranks can share out. The folder appears whole under its name
+    and is never written again: other runs may be reading it.
+    """
+    told = json.loads((LLAMA / "config.json").read_text()) | SMALL
+    config = json.dumps(told | (FOR_TEAMS if is_for_teams else {}))
+    digest = hashlib.sha256(config.encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"mxn-parity-{os.getuid()}-{digest}"
+    if folder.is_dir():
+        return folder
     partial = Path(tempfile.mkdtemp())
     for file in LLAMA.iterdir():
         if file.suffix not in (".safetensors", ".md"):
             shutil.copy(file, partial)
-    config = json.loads((LLAMA / "config.json").read_text()) | SMALL
-    (partial / "config.json").write_text(json.dumps(config))
-    shutil.copytree(partial, folder, dirs_exist_ok=True)
-    shutil.rmtree(partial)
+    (partial / "config.json").write_text(config)
+    try:
+        partial.rename(folder)
+    except OSError:  # another run was faster
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial)
     return folder
 
 
@@ -89,9 +109,11 @@ def job(
     return source, rows, RunSettings(schedule=schedule, micro_batches=micro_batches, **changes)
 
 
-def single(steps: int, micro_batches: int, **changes: Any) -> dict[str, Any]:
+def single(
+    steps: int, micro_batches: int, *, model: str | None = None, **changes: Any
+) -> dict[str, Any]:
     """Return losses and norms of the job on one device."""
-    trainer = SingleTrainer(*job(steps, micro_batches, str(small_model()), **changes))
+    trainer = SingleTrainer(*job(steps, micro_batches, model or str(small_model()), **changes))
     logs = trainer.run()
     return {"loss": [log.loss for log in logs], "norm": [log.gradient_norm for log in logs]}
 
@@ -121,7 +143,7 @@ def train(
     digests = {}
     for module in trainer.chunks:
         for layer in range(module.first, module.end):
-            state = module.layer_state(layer)
+            state = module.whole_of(layer, module.layer_state(layer))
             for name, tensor in sorted(state.items()):
                 data = tensor.float().cpu().numpy().tobytes()
                 digests[f"{layer} {name}"] = hashlib.sha256(data).hexdigest()[:12]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
 from mxn.train.plan.memory import MemoryModel
@@ -38,7 +38,7 @@ def chip(
     """A chip that does `speed` blocks a second, and loses a tenth to each doubling of `tp`."""
     costs = {}
     for layer, rows, tp in product(set(shape.layers), micro_batches, tps):
-        forward = layer.forward_flop * rows / (speed * tp ** 0.85)
+        forward = layer.forward_flop * rows / (speed * tp**0.85)
         costs[layer.kind, rows, tp] = LayerCost(
             forward_s=forward, backward_s=2 * forward, optimizer_s=0.01 / tp
         )
@@ -79,7 +79,7 @@ def every_plan(shape: ModelShape, cluster: Cluster, rows: int) -> Iterator[Train
     groups = [group.name for group in cluster.groups]
     most = {group.name: group.num_devices for group in cluster.groups}
     lines = [
-        tuple(zip(order, zip(bounds, bounds[1:], strict=False), strict=True))
+        tuple(zip(order, pairwise(bounds), strict=True))
         for size in range(1, cluster.num_devices + 1)
         for order in product(groups, repeat=size)
         if all(order.count(name) <= most[name] for name in groups)

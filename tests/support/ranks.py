@@ -85,7 +85,8 @@ def _ask(tasks: list[dict[str, Any]], timeout_s: float) -> list[int]:
     if not select.select([_forker.stdout], [], [], timeout_s)[0]:
         os.killpg(_forker.pid, 9)
         _forker.wait()
-        logs = [Path(f"{task['out']}.log").read_text()[-1500:] for task in tasks]
+        files = [Path(f"{task['out']}.log") for task in tasks]
+        logs = [file.read_text()[-1500:] if file.is_file() else "not started" for file in files]
         raise AssertionError(f"no end in {timeout_s} s:\n" + "\n---\n".join(logs))
     return json.loads(_forker.stdout.readline())
 

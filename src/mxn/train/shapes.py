@@ -177,6 +177,7 @@ def _block(
         params=params,
         forward_flop=flop,
         activation_bytes=float(kept.block(layer)),
+        core_bytes=float(kept.core(layer.attention)),
         output_bytes=float(spec.hidden * kept.size),
         active_params=params - inactive if inactive else None,
         routed_to=layer.ffn.router.top_k if isinstance(layer.ffn, MoeSpec) else 1,
@@ -304,6 +305,13 @@ class _Kept:
             return result + 4 * heads * (2 * dim + v_dim + self.seq_tokens)
         groups = spec.num_kv_heads
         return (heads + 2 * groups) * dim * size + result + 4 * heads + self.mask(spec)
+
+    def core(self, spec: AttentionSpec) -> float:
+        """Of `scores`, what is not kept when attention is computed again from its inputs."""
+        v_dim = spec.mla.v_dim if spec.mla else spec.head_dim
+        groups = spec.num_heads if spec.mla else spec.num_kv_heads
+        inputs = spec.num_heads * spec.head_dim + groups * (spec.head_dim + v_dim)
+        return self.scores(spec, v_dim) - (inputs + spec.num_heads * v_dim) * self.size
 
     def mask(self, spec: AttentionSpec) -> float:
         """A mask becomes numbers to add, in each layer anew."""

@@ -1,8 +1,17 @@
 """What a stage takes on its devices."""
 
+from dataclasses import replace
+
 import pytest
 
-from mxn.train.plan.memory import FLOAT32, MemoryModel, in_flight, kept_bytes, stage_bytes
+from mxn.train.plan.memory import (
+    FLOAT32,
+    MemoryModel,
+    anew_bytes,
+    in_flight,
+    kept_bytes,
+    stage_bytes,
+)
 from mxn.train.plan.shape import LayerShape
 
 BLOCK = LayerShape(
@@ -29,6 +38,26 @@ def test_an_interleaved_stage_keeps_more_than_a_plain_one():
 def test_recomputation_keeps_less():
     none, selective, full = (kept_bytes(BLOCK, 10, 1, r) for r in ("none", "selective", "full"))
     assert (none, selective, full) == (1000.0, 340.0, 20.0)
+
+
+def test_selective_recomputation_leaves_out_the_core_where_it_is_known():
+    """Fused attention keeps next to nothing: then there is next to nothing to win."""
+    fused = replace(BLOCK, core_bytes=4.0)
+    assert kept_bytes(fused, 10, 1, "selective") == 960.0
+    assert kept_bytes(fused, 10, 2, "selective", 700.0) == 680.0
+    assert kept_bytes(fused, 10, 1, "full") == 20.0
+    assert anew_bytes(fused, 10, 1, "selective") == 40.0
+    assert anew_bytes(fused, 10, 1, "full") == 1000.0
+    assert anew_bytes(fused, 10, 1, "full", 600.0) == 600.0
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["embedding", "head"])
+def test_only_blocks_are_computed_again(kind, recompute):
+    """A head hands on nothing, so its logits were once taken as free under recomputation."""
+    end = replace(BLOCK, kind=kind, output_bytes=0.0)
+    assert kept_bytes(end, 10, 1, recompute) == 1000.0
+    assert anew_bytes(end, 10, 1, recompute) == 0.0
 
 
 def test_a_measured_activation_goes_before_the_shape():

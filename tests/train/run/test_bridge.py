@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from mxn.chips.sim.testing import skip_reason
@@ -104,3 +106,14 @@ def test_a_link_limit_slows_messages_between_islands_and_bytes_are_counted():
         sender, receiver = run_ranks(f"{CASES}:timed", devices, arguments, options={"limit": limit})
         assert receiver["s"] == pytest.approx(4 * (0.05 + 0.02), rel=0.3)
         assert sender["sent"] == receiver["received"] == 5 * 400_000
+
+
+def test_the_store_listens_on_its_own_address_only():
+    from mxn.train.run.bridge import open_store, serve_store
+
+    store, address = serve_store()
+    port = int(address.rpartition(":")[2])
+    open_store(address, timeout_s=10).set("who", "a rank")
+    assert store.get("who") == b"a rank"
+    with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too
+        socket.create_connection(("127.0.0.2", port), timeout=5)

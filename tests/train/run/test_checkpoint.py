@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 from mxn.errors import MxnError, UserError
 from mxn.train.run.checkpoint import Checkpointer, Position, find
 from mxn.train.run.checkpoint import manifest as manifests
-from mxn.train.run.checkpoint.files import write_tensors
+from mxn.train.run.checkpoint import writer as writer_module
+from mxn.train.run.checkpoint.files import write_json, write_tensors
 from mxn.train.run.checkpoint.manifest import BrokenError
 from mxn.train.run.checkpoint.stored import Stored, check_job
 from mxn.train.run.checkpoint.writer import Identity, due, owned_layers
@@ -132,6 +134,39 @@ def test_a_rank_that_cannot_write_spoils_one_checkpoint_and_no_step(tmp_path, mo
     writers[0].close()
     assert find(tmp_path, "newest").manifest.position.step == 2
     assert writers[0].costs.num_failed == writers[0].costs.num_saved == 1
+
+
+@pytest.mark.parametrize("full_for", [0, 1])
+def test_a_full_disk_is_not_kept_full_by_what_could_be_written(tmp_path, monkeypatch, full_for):
+    writers = [
+        Checkpointer(tmp_path, rank=rank, identity=identity(num_ranks=2), keep=3, patience_s=5)
+        for rank in range(2)
+    ]
+    other = 1 - full_for
+
+    def write_until_full(path, tensors):
+        if path.name.startswith("layer-00002") and path.name.endswith(
+            f".{full_for:04d}.safetensors"
+        ):
+            path.write_bytes(b"what fitted")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_tensors(path, tensors)
+
+    def piece_needs_room(path, content):
+        if "error" in content and list(path.parent.glob(f"*.{full_for:04d}.safetensors")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_json(path, content)
+
+    monkeypatch.setattr(writer_module, "write_tensors", write_until_full)
+    monkeypatch.setattr(writer_module, "write_json", piece_needs_room)
+    owned = {full_for: [1, 2], other: [0]}
+    for rank in (1, 0):
+        writers[rank].save(Position(step=1, micro_batch=0), layers(1, owned[rank]))
+    with pytest.raises(MxnError, match="No space left"):
+        writers[full_for].close()
+    with pytest.raises(MxnError, match=f"rank {full_for} could not write its part"):
+        writers[0].close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_layer_nobody_wrote_is_no_checkpoint(tmp_path):

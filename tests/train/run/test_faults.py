@@ -113,7 +113,7 @@ class Run:
         return thread
 
 
-def wait_for(condition, timeout_s: float = 90.0) -> None:
+def wait_for(condition, timeout_s: float = 240.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
@@ -148,7 +148,7 @@ steps: {STEPS}
 devices: [{{name: a, device: cpu}}, {{name: b, device: "{second}"}}]
 optimizer: {{lr: 1e-4, warmup_steps: 3, schedule: constant}}
 checkpoint: {{every_steps: 3, keep: 100}}
-faults: {{backoff_s: 0.01, stall_s: 60, grow_every_s: 0.01, max_restarts: 9, drop_after: 99}}
+faults: {{backoff_s: 0.01, stall_s: 280, grow_every_s: 0.01, max_restarts: 9, drop_after: 99}}
 seed: 3
 """)
         return read_job(path, out=folder / "out")

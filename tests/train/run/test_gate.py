@@ -60,7 +60,7 @@ def test_the_simulated_chip(case, tmp_path):
     log = tmp_path / "log"
     process = forkserver().Process(target=gate_cases.run, args=(case.__name__, str(log)))
     process.start()
-    process.join(120)
+    process.join(280)
     assert process.exitcode == 0, log.read_text()[-3000:]
 
 

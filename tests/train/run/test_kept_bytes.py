@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from mxn.train.plan.memory import kept_bytes as planned_bytes
 from mxn.train.run.chains import Workload, chains_of, made_up_batch, make_chain
 from mxn.train.run.layer_times import kept_bytes
 from mxn.train.run.net.losses import PIECE_BYTES as LOSS_PIECE_BYTES
@@ -34,6 +37,29 @@ def test_kept_bytes_are_what_autograd_keeps(case, dtype, is_packed, tmp_path):
     for kind, layers in chains_of(source.spec).items():
         chain = make_chain(work, layers, ROWS, torch.device("cpu"), lambda stage: None)
         assert told[kind] == pytest.approx(kept_bytes(chain) / chain.num_layers, rel=0.05), kind
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["llama3", "gemma2", "deepseek_v2-lite"])
+def test_recomputation_keeps_what_the_planner_says(case, dtype, recompute, tmp_path):
+    tiny.write(case, tmp_path)
+    source = ModelSource.open(tmp_path, seq_tokens=TOKENS)
+    work = Workload(
+        spec=source.spec, names=source.family.names, biases=source.biases, seq_tokens=TOKENS,
+        dtype=dtype, is_packed=False,
+    )  # fmt: skip
+    shape = model_shape(source.spec, name=case, seq_tokens=TOKENS, dtype=dtype)
+    last = shape.num_layers - 1
+    for first, end in ((last - 1, last), (last, last + 1)):  # a block, the head
+        chain = make_chain(work, (first, end), ROWS, torch.device("cpu"), lambda stage: None)
+        stage = source.empty_stage(
+            first, end, dtype=getattr(torch, dtype), device=torch.device("cpu"),
+            recompute=recompute,
+        )  # fmt: skip
+        told = planned_bytes(shape.layers[first], ROWS * TOKENS, 1, recompute)
+        # MLA's keys and values are parts of larger tensors, which stay whole.
+        assert told == pytest.approx(kept_bytes(replace(chain, module=stage)), rel=0.06)
 
 
 def test_the_loss_is_cut_into_the_pieces_that_the_shape_knows_of():

@@ -10,6 +10,7 @@ import pytest
 from mxn.chips.chip import Device
 from mxn.chips.sim.testing import sim
 from mxn.errors import CapacityError, ConfigError
+from mxn.train.plan.links import ring_s
 from mxn.train.run import cpu_share, measure, stored
 from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
 from mxn.train.run.job_file import read_job
@@ -73,6 +74,26 @@ def test_each_kind_of_layer_has_its_costs(found):
     assert profile.layer("embedding", 1, 1).forward_s < block.forward_s / 2
     assert 50e6 < profile.framework_bytes < 2e9
     assert not found.is_reused
+
+
+def test_widths_of_tensor_parallelism_are_measured_where_a_plan_has_them(job, monkeypatch):
+    wide = replace(job, devices=(DeviceSettings(name="w", device="cpu", count=2),))
+    found = measure.measure(wide, tps=(2,), quality=QUICK)
+    (profile,), (kept,) = found.profiles.values(), found.stored.values()
+    assert {(kind, tp) for kind, _, tp in profile.costs} == {
+        (k, tp) for k in KINDS for tp in (1, 2)
+    }
+    reading = next(r for r in kept.readings if (r.kind, r.tp) == ("block", 2))
+    (group,) = found.cluster.groups
+    sums_s = 2 * ring_s(2, 4 * 32 * 192, group.node_link)  # float32 of 32 tokens of 192
+    block = profile.layer("block", 1, 2)
+    assert block.forward_s == pytest.approx(reading.cost.forward_s + sums_s)
+    assert block.activation_bytes < profile.layer("block", 1, 1).activation_bytes
+    monkeypatch.setattr(measure, "ask_ranks", None)  # from here on nothing is measured
+    assert measure.measure(wide, tps=(2,)).is_reused
+    alone = measure.measure(wide)
+    assert alone.is_reused
+    assert alone.profiles == found.profiles
 
 
 def test_the_link_between_the_groups_is_measured(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ from mxn.train.run.job import CheckpointSettings, FaultSettings, Job
 from mxn.train.run.job_file import read_job
 from mxn.train.run.supervise import status
 from mxn.train.run.supervise.ranks import Death, Launching, culprit
-from mxn.train.run.supervise.shell import GateError, SpeedError, Supervisor
+from mxn.train.run.supervise.shell import GateError, SpeedError, Supervisor, _last_line
 from mxn.train.run.track import read_metrics
 from support import one_rank
 from support.one_rank import Kill
@@ -46,7 +47,7 @@ global_batch: 2
 steps: {STEPS}
 devices: [{{name: a, device: cpu}}, {{name: b, device: cpu}}]
 checkpoint: {{every_steps: 3}}
-faults: {{backoff_s: 0.01, stall_s: 60, grow_every_s: 0.1, max_restarts: 5}}
+faults: {{backoff_s: 0.01, stall_s: 280, grow_every_s: 0.1, max_restarts: 5}}
 seed: 3
 """)
     return read_job(path, out=tmp_path / "out")
@@ -181,7 +182,7 @@ def test_a_user_drops_a_group_and_takes_it_back(job):
         assert harness.launches[2].resume_step > 0
         ask(harness.out, "stop")
     finally:
-        thread.join(60)
+        thread.join(280)
     assert harness.plans == [("a", "b"), ("b",), ("a", "b")]
     assert harness.supervisor.state.phase == "stopped"
     stopped_at = harness.supervisor.state.checkpoint_step
@@ -208,9 +209,59 @@ def test_ctrl_c_writes_a_last_checkpoint(job):
     assert [launch.resume_step for launch in again.launches] == [state.checkpoint_step]
 
 
+@pytest.mark.parametrize("busy_in", ["make_plan", "run_gate"])
+def test_ctrl_c_leaves_planning_and_checking_at_once(job, busy_in):
+    began = threading.Event()
+
+    def stay(job, _):
+        began.set()
+        time.sleep(30)
+
+    def press() -> None:
+        assert began.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    harness = Harness(job, **{busy_in: stay})
+    thread = threading.Thread(target=press)
+    thread.start()
+    start_s = time.monotonic()
+    state = harness.run()
+    thread.join()
+    assert time.monotonic() - start_s < 15
+    assert (state.phase, harness.launches) == ("stopped", [])
+    assert status.read(harness.out).phase == "stopped"
+
+
+def test_a_finished_job_that_is_given_more_steps_is_not_done_before_them(job):
+    Harness(replace(job, steps=2)).run()
+    longer = replace(job, steps=4000, checkpoint=replace(job.checkpoint, every_steps=None))
+    harness = Harness(longer)
+
+    def press() -> None:
+        wait_for(lambda: len(read_metrics(harness.out / "metrics.jsonl")) > 4)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    state = harness.run()
+    thread.join()
+    assert (state.phase, state.launch) == ("stopped", 2)
+
+
+def test_the_last_step_is_found_however_long_its_line_is(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    long = {f"rank{rank}_busy_s": 0.123456789 for rank in range(10_000)}
+    path.write_text("".join(json.dumps({"step": step, **long}) + "\n" for step in (0, 1)) + '{"s')
+    assert _last_line(path) == {"step": 1, **long}
+    path.write_text('{"step": 0}\n')
+    assert _last_line(path) == {"step": 0}
+    path.write_text('{"st')
+    assert _last_line(path) == {}
+
+
 def test_a_second_supervisor_stays_out(job):
     harness = Harness(job)
-    with harness.supervisor._held(), pytest.raises(UserError, match="another `mxn train run`"):
+    with harness.supervisor.held(), pytest.raises(UserError, match="another `mxn train run`"):
         Harness(job).run()
 
 
@@ -280,7 +331,7 @@ def test_blame_goes_to_who_went_first():
     assert culprit(deaths[:1]).group is None
 
 
-def wait_for(condition, timeout_s: float = 60.0) -> None:
+def wait_for(condition, timeout_s: float = 240.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not come"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mxn.errors import CapacityError, UnsupportedError, UserError
@@ -75,8 +77,7 @@ def test_ranks_and_holders_follow_the_plan():
     assert list(placement.channels())[:3] == [(0, 1, "F0"), (1, 0, "B0"), (1, 0, "F1")]
 
 
-def test_tensor_parallel_plans_are_refused_by_name():
-    plan = plan_of((1, [[(0, 6)]]))
-    text = plan.to_json().replace('"tp": 1', '"tp": 2')
-    with pytest.raises(UnsupportedError, match="tensor parallelism of 2 in group 'all'"):
-        Placement(type(plan).from_json(text))
+def test_expert_parallel_plans_are_refused_by_name():
+    plan = replace(plan_of((1, [[(0, 6)]])), expert_parallel=2)
+    with pytest.raises(UnsupportedError, match="expert_parallel 2 can be predicted and not yet"):
+        Placement(plan)

@@ -25,6 +25,13 @@ class Link:
     points: tuple[tuple[float, float], ...] = ()
     basis: str = "assumed"
 
+    def __post_init__(self) -> None:
+        if not (self.bytes_per_s > 0 and self.latency_s >= 0):
+            raise UserError(
+                f"a link of {self.bytes_per_s!r} bytes/s and {self.latency_s!r} s latency: a rate "
+                "is more than 0, a latency at least 0"
+            )
+
     def transfer_s(self, num_bytes: float) -> float:
         """Return the seconds that a message takes; 0 for an empty one."""
         if num_bytes <= 0:

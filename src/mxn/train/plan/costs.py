@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from mxn.errors import UserError
 from mxn.train.plan.experts import held_params
-from mxn.train.plan.memory import kept_bytes
+from mxn.train.plan.memory import anew_bytes, kept_bytes
 from mxn.train.plan.plan import Recompute, Stage
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.shape import LayerShape, ModelShape
@@ -43,7 +43,7 @@ def core_share(layer: LayerShape) -> float:
 
     It is what remains after two operations per weight; selective recomputation does it twice.
     """
-    if layer.forward_flop <= 0 or not layer.kind.startswith("block"):
+    if layer.forward_flop <= 0 or not layer.is_block:
         return 0.0
     weights = layer.params if layer.active_params is None else layer.active_params
     return min(max(1 - 2 * weights / layer.forward_flop, 0.0), 1.0)
@@ -60,6 +60,7 @@ class CostBook:
         self._micro_batch = micro_batch
         self._expert_parallel = expert_parallel
         self._sums: dict[tuple[str, int, Recompute], tuple[list[float], ...]] = {}
+        self._anew: dict[tuple[str, int, Recompute], list[float]] = {}
 
     def stage(self, chip: str, stage: Stage) -> StageCost:
         """Return the cost of `stage` on `chip`.
@@ -72,6 +73,12 @@ class CostBook:
             for column in sums
         ]
         forward_s, backward_s, weight_s, optimizer_s, params, kept = total
+        if self._shape.is_tied and stage.num_layers == self._shape.num_layers:
+            # Embedding and head are one matrix here: held and updated once.
+            optimizer_s, params = (
+                whole - column[1]
+                for whole, column in zip((optimizer_s, params), sums[3:5], strict=True)
+            )
         return StageCost(
             forward_s=forward_s,
             backward_s=backward_s,
@@ -79,16 +86,24 @@ class CostBook:
             optimizer_s=optimizer_s,
             params=params,
             kept_bytes=kept,
-            working_bytes=self._working(stage) if stage.recompute != "none" else 0.0,
+            working_bytes=self._working(chip, stage) if stage.recompute != "none" else 0.0,
         )
 
-    def _working(self, stage: Stage) -> float:
-        tokens = self._micro_batch * self._shape.seq_tokens
-        return max(
-            kept_bytes(layer, tokens, stage.tp, "none")
-            for chunk in stage.chunks
-            for layer in self._shape.layers[chunk.first : chunk.end]
-        )
+    def _working(self, chip: str, stage: Stage) -> float:
+        key = (chip, stage.tp, stage.recompute)
+        if key not in self._anew:
+            profile, tokens = self._profiles[chip], self._micro_batch * self._shape.seq_tokens
+            self._anew[key] = [
+                anew_bytes(
+                    layer,
+                    tokens,
+                    stage.tp,
+                    stage.recompute,
+                    profile.layer(layer.kind, self._micro_batch, stage.tp).activation_bytes,
+                )
+                for layer in self._shape.layers
+            ]
+        return max(max(self._anew[key][chunk.first : chunk.end]) for chunk in stage.chunks)
 
     def _prefixes(self, chip: str, tp: int, recompute: Recompute) -> tuple[list[float], ...]:
         key = (chip, tp, recompute)
@@ -110,7 +125,8 @@ class CostBook:
             known = ", ".join(sorted(self._profiles))
             raise UserError(f"chip {chip!r} has no profile", hint=f"there are: {known}")
         cost = profile.layer(layer.kind, self._micro_batch, tp)
-        again = {"none": 0.0, "selective": core_share(layer), "full": 1.0}[recompute]
+        shares = {"none": 0.0, "selective": core_share(layer), "full": 1.0}
+        again = shares[recompute] if layer.is_block else 0.0
         weight_s = cost.backward_s / 2 if cost.weight_s is None else cost.weight_s
         tokens = self._micro_batch * self._shape.seq_tokens
         held = held_params(layer, self._expert_parallel)

@@ -7,35 +7,21 @@ batch; a new search could gain more. Start at `explain`.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from mxn.train.plan.bounds import Bounds
-from mxn.train.plan.cluster import Cluster, Link
-from mxn.train.plan.costs import CostBook
+from mxn.train.plan.cluster import Cluster
+from mxn.train.plan.losses import WORDS, Asked, shares_of, with_links
 from mxn.train.plan.memory import MemoryModel
 from mxn.train.plan.plan import Pipeline, TrainPlan
-from mxn.train.plan.predict import predict
-from mxn.train.plan.prediction import Prediction
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.search.choices import Candidate, Found
 from mxn.train.plan.shape import ModelShape
 from mxn.units import format_bytes, format_rate, format_seconds
-
-_WORDS = {
-    "useful": "the model's work, at each chip's best rate",
-    "kernels": "slower kernels: this micro-batch and width against the chip's best",
-    "recompute": "activations computed again",
-    "fill": "filling and draining the pipelines, and whole micro-batches",
-    "uneven": "stages that wait for a slower one: whole layers and memory limits",
-    "links": "activations on their way between stages",
-    "reduce": "sums of gradients",
-    "optimizer": "the optimizer",
-    "idle": "devices that the plan leaves out",
-    "other": "layers that suit one chip better than another",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +75,7 @@ class Explanation:
         yield "where the pool's compute goes:"
         for name, share in self.shares.items():
             if abs(share) >= 0.0005:
-                yield f"  {share:6.1%}  {_WORDS[name]}"
+                yield f"  {share:6.1%}  {WORDS[name]}"
         yield "memory:"
         for m in self.margins:
             yield (
@@ -126,7 +112,7 @@ def explain(
 ) -> Explanation:
     """Return why `found.best` was chosen. `bounds` are those of the same model, rows and pool."""
     best = found.best
-    asked = _Asked(shape, cluster, profiles, memory or MemoryModel())
+    asked = Asked(shape, cluster, profiles, memory or MemoryModel())
     ratio, strict = bounds.ratios(best.prediction.tokens_per_s)
     return Explanation(
         summary=_summary(best),
@@ -134,7 +120,7 @@ def explain(
         tokens_per_s=best.prediction.tokens_per_s,
         ratio=ratio,
         strict_ratio=strict,
-        shares=_shares(best, asked, bounds),
+        shares=shares_of(best, asked, bounds),
         margins=tuple(_margins(best)),
         rivals=tuple(_rivals(found)),
         rejected=tuple(dict.fromkeys(r.reason for r in found.rejected)),
@@ -143,17 +129,6 @@ def explain(
         is_exact=found.is_exact,
         basis=best.prediction.basis,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    shape: ModelShape
-    cluster: Cluster
-    profiles: Profiles
-    memory: MemoryModel
-
-    def predict(self, plan: TrainPlan, cluster: Cluster | None = None) -> Prediction:
-        return predict(plan, self.shape, cluster or self.cluster, self.profiles, memory=self.memory)
 
 
 def _summary(candidate: Candidate) -> str:
@@ -183,9 +158,14 @@ def _outline(pipeline: Pipeline) -> str:
             runs.append((key, []))
         runs[-1][1].append(stage.num_layers)
     return " → ".join(
-        f"{group}{f' tp{tp}' if tp > 1 else ''}: {'+'.join(map(str, layers))}"
-        for (group, tp), layers in runs
+        f"{group}{f' tp{tp}' if tp > 1 else ''}: {_counted(layers)}" for (group, tp), layers in runs
     )
+
+
+def _counted(layers: list[int]) -> str:
+    """Return "3+4x7+8" for 3, 7, 7, 7, 7, 8."""
+    runs = ((size, len(list(like))) for size, like in groupby(layers))
+    return "+".join(f"{num}x{size}" if num > 1 else str(size) for size, num in runs)
 
 
 def _reasons(plan: TrainPlan, cluster: Cluster) -> Iterator[str]:
@@ -206,49 +186,6 @@ def _reasons(plan: TrainPlan, cluster: Cluster) -> Iterator[str]:
     unused = [group.name for group in cluster.groups if group.name not in groups]
     if unused:
         yield f"{', '.join(unused)} would slow the others down and is left out"
-
-
-def _shares(best: Candidate, asked: _Asked, bounds: Bounds) -> dict[str, float]:
-    """Return on what the pool's compute is spent, each device weighed by its compute rate."""
-    plan, seen = best.plan, best.prediction
-    rates = {group.group: group.compute for group in bounds.groups}
-    free_s = asked.predict(plan, _with_links(asked.cluster, _FREE)).pipeline_s
-    links_s = max(0.0, asked.predict(plan).pipeline_s - free_s)
-    slowest: dict[int, float] = defaultdict(float)
-    for stage in seen.stages:
-        slowest[stage.pipeline] = max(slowest[stage.pipeline], stage.busy_s)
-    book = CostBook(asked.shape, asked.profiles, plan.micro_batch)
-    spent: dict[str, float] = dict.fromkeys(_WORDS, 0.0)
-    used = 0.0
-    for at in seen.stages:
-        pipeline = plan.pipelines[at.pipeline]
-        stage = pipeline.stages[at.stage]
-        chip = asked.cluster.group(stage.group).chip
-        weight = stage.tp * rates[stage.group]
-        used += weight
-        plain_s = book.stage(chip, replace(stage, recompute="none")).busy_s * pipeline.micro_batches
-        whole_s = book.stage(
-            chip,
-            replace(stage, recompute="none", chunks=_whole(stage.chunks, plan.num_layers)),
-        ).busy_s
-        best_rate = plan.micro_batch * plan.seq_tokens / (whole_s * stage.tp) / rates[stage.group]
-        rest_s = seen.pipeline_s - slowest[at.pipeline]
-        spent["useful"] += weight * plain_s * best_rate
-        spent["kernels"] += weight * plain_s * (1 - best_rate)
-        spent["recompute"] += weight * max(at.busy_s - plain_s, 0.0)
-        spent["uneven"] += weight * (slowest[at.pipeline] - at.busy_s)
-        spent["links"] += weight * min(links_s, rest_s)
-        spent["fill"] += weight * (rest_s - min(links_s, rest_s))
-    pool = bounds.compute_tokens_per_s
-    spent["reduce"] = used * seen.reduce_s
-    spent["optimizer"] = used * seen.optimizer_s
-    spent["idle"] = (pool - used) * seen.iteration_s
-    spent["other"] = pool * seen.iteration_s - sum(spent.values())
-    return {name: value / (pool * seen.iteration_s) for name, value in spent.items()}
-
-
-def _whole(chunks: tuple[Any, ...], num_layers: int) -> tuple[Any, ...]:
-    return (replace(chunks[0], first=0, end=num_layers),)
 
 
 def _margins(best: Candidate) -> Iterator[Margin]:
@@ -282,10 +219,7 @@ def _rivals(found: Found) -> Iterator[Rival]:
         )  # fmt: skip
 
 
-_FREE = "free"
-
-
-def _helps(plan: TrainPlan, asked: _Asked) -> Iterator[tuple[str, float]]:
+def _helps(plan: TrainPlan, asked: Asked) -> Iterator[tuple[str, float]]:
     """Return what changing one thing would gain, the plan kept."""
     base = asked.predict(plan).tokens_per_s
     more = replace(
@@ -297,36 +231,14 @@ def _helps(plan: TrainPlan, asked: _Asked) -> Iterator[tuple[str, float]]:
     )
     changes = [("twice the rows a step", asked.predict(more).tokens_per_s)]
     if len(asked.cluster.groups) > 1:
-        faster = _with_links(asked.cluster, "between")
+        faster = with_links(asked.cluster, "between")
         changes.append(
             ("links between groups 10 times as fast", asked.predict(plan, faster).tokens_per_s)
         )
-    inner = _with_links(asked.cluster, "inside")
+    inner = with_links(asked.cluster, "inside")
     changes.append(
         ("links inside groups 10 times as fast", asked.predict(plan, inner).tokens_per_s)
     )
     for what, rate in sorted(changes, key=lambda change: -change[1]):
         if rate > base * 1.001:
             yield what, rate / base - 1
-
-
-def _with_links(cluster: Cluster, which: str) -> Cluster:
-    """Return the cluster with some links faster, or all of them free."""
-
-    def faster(link: Link) -> Link:
-        factor = 1e9 if which == _FREE else 10.0
-        points = tuple((size, seconds / factor) for size, seconds in link.points)
-        return replace(
-            link, latency_s=link.latency_s / factor, bytes_per_s=link.bytes_per_s * factor,
-            points=points,
-        )  # fmt: skip
-
-    groups, links = cluster.groups, cluster.links
-    if which in ("inside", _FREE):
-        groups = tuple(
-            replace(g, node_link=faster(g.node_link), group_link=faster(g.group_link))
-            for g in groups
-        )
-    if which in ("between", _FREE):
-        links = {pair: faster(link) for pair, link in links.items()}
-    return Cluster(groups=groups, links=links)

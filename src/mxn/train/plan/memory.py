@@ -45,14 +45,30 @@ def kept_bytes(
 
     `measured` (nothing recomputed, per device) goes before the shape's figure. Activations are
     taken as split over the tensor-parallel devices; the input kept by full recomputation is too.
+    Only blocks are computed again, so embedding and head keep theirs. Selective recomputation
+    leaves out the shape's `core_bytes`, or keeps what a block of GPT keeps where those are unknown.
     """
     whole = measured if measured is not None else layer.activation_bytes * tokens / tp
     border = layer.output_bytes * tokens / tp
+    if recompute == "none" or not layer.is_block:
+        return whole
     if recompute == "full":
         return min(whole, border)
-    if recompute == "selective":
+    if layer.core_bytes is None:
         return min(whole, _KEPT_PER_OUTPUT * border)
-    return whole
+    return max(whole - layer.core_bytes * tokens / tp, 0.0)
+
+
+def anew_bytes(
+    layer: LayerShape, tokens: int, tp: int, recompute: Recompute, measured: float | None = None
+) -> float:
+    """Return the bytes that recomputing one layer takes for a moment; arguments as above."""
+    if recompute == "none" or not layer.is_block:
+        return 0.0
+    whole = kept_bytes(layer, tokens, tp, "none", measured)
+    if recompute == "full":
+        return whole
+    return whole - kept_bytes(layer, tokens, tp, recompute, measured)
 
 
 def in_flight(
@@ -92,7 +108,7 @@ def stage_bytes(
     """Return the bytes on one device of a stage at its fullest.
 
     `params` are on this device (already divided by tensor parallelism). `working_bytes` is what
-    full recomputation makes anew of the largest layer; 0 when nothing is recomputed.
+    recomputation makes anew of the largest layer; 0 when nothing is recomputed.
     """
     optimizer = model.optimizer_bytes * model.trainable_share / optimizer_shards
     per_param = model.weight_bytes + model.trainable_share * model.grad_bytes + optimizer

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mxn.errors import UserError
 
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
+
+_RECOMPUTE = get_args(Recompute)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,15 +97,18 @@ class TrainPlan:
     def from_json(cls, text: str) -> TrainPlan:
         """Raises: UserError for what is no plan."""
         try:
-            return _plan(json.loads(text))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            plan = _plan(json.loads(text))
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is no training plan: {error}") from error
+        plan.check()
+        return plan
 
     def check(self) -> None:
-        """Raises: UserError when a pipeline does not cover each layer once, in order."""
+        """Raises: UserError when a pipeline does not cover each layer once, in order, or a device
+        is used twice, or a count or a word is none that a plan can have.
+        """
+        self._check_counts()
         for number, pipeline in enumerate(self.pipelines):
-            if pipeline.micro_batches < 1:
-                raise UserError(f"pipeline {number} has no micro-batch")
             warmup = pipeline.extra_warmup
             if warmup and len(warmup) != len(pipeline.stages):
                 raise UserError(
@@ -113,6 +118,11 @@ class TrainPlan:
             depth = len(pipeline.stages[0].chunks)
             if any(len(stage.chunks) != depth for stage in pipeline.stages):
                 raise UserError(f"the stages of pipeline {number} have different numbers of chunks")
+            if depth > 1 and self.schedule in ("gpipe", "1f1b"):
+                raise UserError(
+                    f"the stages of pipeline {number} have {depth} chunks, {self.schedule} has one",
+                    hint="the schedules with chunks are interleaved and zero-bubble",
+                )
             row = [stage.chunks[c] for c in range(depth) for stage in pipeline.stages]
             at = 0
             for chunk in row:
@@ -126,6 +136,38 @@ class TrainPlan:
                 raise UserError(f"pipeline {number} ends at layer {at} of {self.num_layers}")
         self._check_devices()
 
+    def _check_counts(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise UserError(
+                f"unknown schedule {self.schedule!r}",
+                hint=f"one of {', '.join(get_args(Schedule))}",
+            )
+        if not self.pipelines:
+            raise UserError("a plan has at least one pipeline")
+        if min(self.micro_batch, self.seq_tokens, self.expert_parallel) < 1:
+            raise UserError(
+                f"micro-batches of {self.micro_batch} rows of {self.seq_tokens} tokens, "
+                f"expert_parallel {self.expert_parallel}: each is at least 1"
+            )
+        for number, pipeline in enumerate(self.pipelines):
+            if pipeline.micro_batches < 1:
+                raise UserError(f"pipeline {number} has no micro-batch")
+            if not pipeline.stages:
+                raise UserError(f"pipeline {number} has no stage")
+            if pipeline.extra_warmup and min(pipeline.extra_warmup) < 0:
+                raise UserError(f"extra_warmup of pipeline {number} is {pipeline.extra_warmup}")
+            for stage in pipeline.stages:
+                if stage.tp < 1 or stage.first_device < 0:
+                    raise UserError(
+                        f"pipeline {number} has a stage of {stage.tp} devices from "
+                        f"{stage.first_device} of group {stage.group!r} on"
+                    )
+                if stage.recompute not in _RECOMPUTE:
+                    raise UserError(
+                        f"unknown recomputation {stage.recompute!r}",
+                        hint=f"one of {', '.join(_RECOMPUTE)}",
+                    )
+
     def _check_devices(self) -> None:
         taken: set[tuple[str, int]] = set()
         for pipeline in self.pipelines:
@@ -136,20 +178,30 @@ class TrainPlan:
                     taken.add((stage.group, device))
 
 
-def _plan(data: dict[str, Any]) -> TrainPlan:
+def _fields(data: dict[str, Any], numbers: tuple[str, ...]) -> dict[str, Any]:
+    """Return a copy. Raises: TypeError when one of `numbers` is there and no whole number."""
     rest: dict[str, Any] = dict(data)
+    for name in numbers:
+        value = rest.get(name, 0)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, expected a whole number")
+    return rest
+
+
+def _plan(data: dict[str, Any]) -> TrainPlan:
+    rest = _fields(data, ("num_layers", "seq_tokens", "micro_batch", "expert_parallel"))
     pipelines = tuple(map(_pipeline, rest.pop("pipelines")))
     return TrainPlan(pipelines=pipelines, **rest)
 
 
 def _pipeline(data: dict[str, Any]) -> Pipeline:
-    rest: dict[str, Any] = dict(data)
+    rest = _fields(data, ("micro_batches",))
     stages = tuple(map(_stage, rest.pop("stages")))
     warmup = tuple(rest.pop("extra_warmup", ()))
     return Pipeline(stages=stages, extra_warmup=warmup, **rest)
 
 
 def _stage(data: dict[str, Any]) -> Stage:
-    rest: dict[str, Any] = dict(data)
-    chunks = tuple(Chunk(**chunk) for chunk in rest.pop("chunks"))
+    rest = _fields(data, ("first_device", "tp"))
+    chunks = tuple(Chunk(**_fields(chunk, ("first", "end"))) for chunk in rest.pop("chunks"))
     return Stage(chunks=chunks, **rest)

@@ -92,6 +92,7 @@ def predict(
     tuning = tuning or Tuning()
     plan.check()
     _check_shape(plan, shape)
+    _check_pool(plan, cluster)
     solved = _solve_all(plan, shape, cluster, profiles, memory, tuning, timer or pipeline_time)
     sums = reductions(
         plan,
@@ -107,6 +108,11 @@ def predict(
     optimizer_s = max(cost.optimizer_s for one in solved for cost in one.costs) / shards
     reduce_s = max([pipeline_s, *done.values()]) - pipeline_s
     iteration_s = pipeline_s + reduce_s + optimizer_s + tuning.step_s
+    if not 0 < pipeline_s <= iteration_s < math.inf:
+        raise UserError(
+            f"a step of {iteration_s!r} s, {pipeline_s!r} s of them in pipelines, is no prediction",
+            hint="a profile or a link holds a time that is zero, negative or no number",
+        )
     return Prediction(
         iteration_s=iteration_s,
         pipeline_s=pipeline_s,
@@ -129,6 +135,22 @@ def _check_shape(plan: TrainPlan, shape: ModelShape) -> None:
         raise UserError(
             f"the plan has rows of {plan.seq_tokens} tokens, the model's shape {shape.seq_tokens}"
         )
+
+
+def _check_pool(plan: TrainPlan, cluster: Cluster) -> None:
+    """Raise UserError for a device that the cluster does not have."""
+    sizes = {group.name: group.num_devices for group in cluster.groups}
+    for pipeline in plan.pipelines:
+        for stage in pipeline.stages:
+            size = sizes.get(stage.group)
+            if size is None:
+                cluster.group(stage.group)
+            elif stage.first_device + stage.tp > size:
+                raise UserError(
+                    f"the plan uses device {stage.first_device + stage.tp - 1} of group "
+                    f"{stage.group!r}, which has {size}",
+                    hint="devices are counted from 0; make a plan for this pool",
+                )
 
 
 def _solve_all(

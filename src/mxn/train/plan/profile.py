@@ -5,6 +5,7 @@ Start at `ChipProfile.layer`. A profile never guesses: what it does not hold is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,6 +25,15 @@ class LayerCost:
     optimizer_s: float  # once per step, of the whole layer
     weight_s: float | None = None
     activation_bytes: float | None = None  # measured, of this micro-batch; None: from the shape
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for what is negative or no number: sums would hide it."""
+        numbers = (
+            self.forward_s, self.backward_s, self.optimizer_s, self.weight_s or 0.0,
+            self.activation_bytes or 0.0,
+        )  # fmt: skip
+        if not all(0 <= number < math.inf for number in numbers):
+            raise UserError(f"{self!r} holds a number that is negative or none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

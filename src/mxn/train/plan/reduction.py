@@ -65,6 +65,8 @@ def _by_layers(
     for first, end in pairwise([*starts, plan.num_layers]):
         # Shared-out experts are summed over fewer pipelines; their part is taken as over all.
         params = sum(held_params(layer, plan.expert_parallel) for layer in shape.layers[first:end])
+        if shape.is_tied and end - first == plan.num_layers:
+            params -= shape.layers[0].params  # embedding and head are one matrix everywhere
         members = tuple((p, row[first]) for p, row in enumerate(holders))
         stages = [plan.pipelines[p].stages[s] for p, s in members]
         num_bytes = params * reduce_bytes / min(stage.tp for stage in stages)

@@ -18,8 +18,15 @@ class LayerShape:
     forward_flop: float  # of all products of the forward pass, attention over the context included
     activation_bytes: float  # kept until backward when nothing is recomputed
     output_bytes: float  # of what goes to the next layer
+    # Of `activation_bytes`, what selective recomputation makes anew; None: unknown, see `memory`.
+    core_bytes: float | None = None
     active_params: int | None = None  # used per token, where experts make it fewer than `params`
     routed_to: int = 1  # experts that a token is sent to, where there are some
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is one of the repeated layers: those alone are computed again."""
+        return self.kind.startswith("block")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,11 +13,10 @@ one order; gloo takes no device tensors.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,35 +25,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mxn.errors import PeerError, UserError
-from mxn.train.run.wire import Done, Handle, LinkLimit, PeerCount, Wire
+from mxn.train.run.background import Done, Handle
+from mxn.train.run.rendezvous import Member, meet, open_store, serve_store
+from mxn.train.run.wire import LinkLimit, PeerCount, Wire
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
     from mxn.train.run.sums import SumGroup
 
-__all__ = ["Bridge", "Channel", "Done", "Handle", "LinkLimit", "Member", "PeerCount"]
+__all__ = [
+    "Bridge",
+    "BridgeOptions",
+    "Channel",
+    "Done",
+    "Handle",
+    "LinkLimit",
+    "Member",
+    "PeerCount",
+    "open_store",
+    "serve_store",
+]
 
 TAGGED = frozenset({"gloo", "simccl"})
 """Backends whose point-to-point messages are matched by tag. The others are given channels."""
 
 Channel = tuple[int, int, str]
 """Sender, receiver, and what runs there in one order, such as "forward 3"."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """A rank as the others see it."""
-
-    rank: int
-    device: str  # as a user types it: "cpu:0", "cuda:1"
-    chip: str
-    collective: str  # torch.distributed backend of its maker
-    island: str  # ranks of one island talk through their collective
-    limit: LinkLimit | None = None  # of its messages to other islands; for tests and emulation
-
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank} ({self.device})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +121,7 @@ class Bridge:
             island=island or device.collective,
             limit=options.limit,
         )
-        members = _meet(store, me, size, options.connect_timeout_s)
+        members = meet(store, me, size, options.connect_timeout_s)
         if store_address.startswith(("127.", "localhost")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
@@ -356,43 +352,3 @@ class _NativeHandle:
 
     def is_done(self) -> bool:
         return self.work is None or self.work.is_completed()
-
-
-def serve_store(host: str = "127.0.0.1") -> tuple[dist.TCPStore, str]:
-    """Open the store at which ranks meet, on a free port. It lives as long as it is referenced."""
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    return store, f"{host}:{store.port}"
-
-
-def open_store(address: str, *, timeout_s: float) -> dist.TCPStore:
-    """Connect to a store. Raises: PeerError when nobody listens there in time."""
-    host, _, port = address.rpartition(":")
-    try:
-        wait = timedelta(seconds=timeout_s)
-        return dist.TCPStore(host, int(port), is_master=False, timeout=wait)
-    except (RuntimeError, ValueError) as error:
-        raise PeerError(
-            f"no store at {address!r} in {timeout_s:g} s: {str(error).splitlines()[0]}",
-            rank=-1,
-            hint="the launcher serves it; is it still running, and is the address right?",
-        ) from error
-
-
-def _meet(store: dist.Store, me: Member, size: int, timeout_s: float) -> list[Member]:
-    store.set(f"member/{me.rank}", json.dumps(asdict(me)))
-    members: list[Member] = []
-    deadline_s = time.monotonic() + timeout_s
-    for rank in range(size):
-        left_s = max(0.001, deadline_s - time.monotonic())
-        try:
-            store.wait([f"member/{rank}"], timedelta(seconds=left_s))
-        except RuntimeError as error:
-            raise PeerError(
-                f"rank {rank} of {size} did not come in {timeout_s:g} s",
-                rank=rank,
-                hint="its log says why; it may have failed to get its device",
-            ) from error
-        told = json.loads(store.get(f"member/{rank}"))
-        limit = LinkLimit(**told["limit"]) if told["limit"] else None
-        members.append(Member(**told | {"limit": limit}))
-    return members

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mxn.models.names import Names
 from mxn.models.spec import DecoderSpec
@@ -34,6 +35,23 @@ class Workload:
     seq_tokens: int
     dtype: str  # of this device
     is_packed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SilentTeam:
+    """A team of tensor parallelism of which one rank is here: what it computes, without the sums.
+
+    The rank's times depend on no other then; what its sums take follows from the measured link.
+    """
+
+    size: int
+    index: int = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Leave it: values change no time."""
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        return [part] * self.size
 
 
 def chains_of(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
@@ -61,12 +79,24 @@ def make_chain(
     micro_batch: int,
     device: torch.device,
     make_optimizer: MakeOptimizer,
+    *,
+    tp: int = 1,
 ) -> Chain:
-    """Return layers [first, end) on `device` with random weights and `micro_batch` random rows."""
+    """Return layers [first, end) on `device` with random weights and `micro_batch` random rows.
+
+    `tp`: what one of so many ranks has of them. Raises: UnsupportedError when they cannot be cut.
+    """
     first, end = layers
     dtype = getattr(torch, work.dtype)
     module = StageModule(
-        work.spec, work.names, first, end, biases=work.biases, dtype=dtype, device=device
+        work.spec,
+        work.names,
+        first,
+        end,
+        biases=work.biases,
+        dtype=dtype,
+        device=device,
+        team=SilentTeam(tp) if tp > 1 else None,
     )
     generator = torch.Generator().manual_seed(first)
     _fill(module, generator)

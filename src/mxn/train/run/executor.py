@@ -22,6 +22,7 @@ from mxn.train.run.data.batch import MicroBatch
 from mxn.train.run.deferred import DeferredWeights
 from mxn.train.run.net import StageModule
 from mxn.train.run.placement import Place, Placement, channel
+from mxn.train.run.team import RankTeam
 
 AHEAD = 4
 """Receives posted before they are needed. More hides longer links and takes more memory."""
@@ -59,21 +60,25 @@ class Executor:
         bridge: Bridge,
         *,
         dtypes: Sequence[torch.dtype],
+        team: RankTeam | None = None,
         deferred: Sequence[DeferredWeights] = (),
         before_last: Callable[[int], None] = lambda chunk: None,
         after_last: Callable[[int], None] = lambda chunk: None,
     ) -> None:
-        """`modules` by chunk; `dtypes` of what each part of this pipeline computes in.
+        """`modules` by chunk; `dtypes` of what each part of this pipeline computes in; `team`:
+        the ranks of this stage, where it has several.
 
         `deferred` by chunk, needed where the row has weight halves. `before_last` and `after_last`
         are called around the action that completes a chunk's gradients.
         """
         self._placement, self._place, self._row = placement, place, row
         self._modules, self._bridge, self._dtypes = modules, bridge, dtypes
-        self._deferred = deferred
+        self._team, self._deferred = team, deferred
         self._before_last, self._after_last = before_last, after_last
         self._num_stages = len(placement.pipeline_of(place.rank).stages)
         self._num_parts = placement.num_parts(place.pipeline)
+        plan = placement.plan
+        self.shape = (plan.micro_batch, plan.seq_tokens, modules[0].spec.hidden)
         self._split = split_backwards(row)
         self._needs = {action: self._need_of(action) for action in row}
         self._last = {
@@ -100,19 +105,24 @@ class Executor:
     def part(self, chunk: int) -> int:
         return chunk * self._num_stages + self._place.stage
 
-    def rank_of(self, part: int) -> int:
-        return self._placement.rank_of_part(self._place.pipeline, part)
+    def peer(self, part: int) -> int | None:
+        return self._placement.peer(self._place.rank, part)
+
+    def is_spread(self, part: int) -> bool:
+        """Return whether what comes from a part is given on by the first rank of this team."""
+        theirs = self._placement.team_of_part(self._place.pipeline, part)
+        return len(theirs) != len(self._placement.team_of(self._place.rank)) > 1
 
     def _need_of(self, action: Action) -> _Need | None:
         """Return what must come from another rank before an action, if anything."""
         part = self.part(action.chunk)
         if action.kind == "F" and part > 0:
-            sender, boundary = self.rank_of(part - 1), part - 1
+            sender, boundary = self.peer(part - 1), part - 1
         elif action.kind == "B" and part < self._num_parts - 1:
-            sender, boundary = self.rank_of(part + 1), part
+            sender, boundary = self.peer(part + 1), part
         else:
             return None
-        if sender == self._place.rank:
+        if sender is None or sender == self._place.rank:
             return None
         return _Need(
             kind=action.kind, boundary=boundary, micro_batch=action.micro_batch, sender=sender
@@ -175,7 +185,7 @@ class _Step:
             self.work.losses.append(out.detach())
             self.work.num_tokens += batch.num_tokens
         else:
-            self._give("F", part, micro_batch, out.detach(), executor.rank_of(part + 1))
+            self._give("F", part, micro_batch, out.detach(), executor.peer(part + 1))
         self._kept[chunk, micro_batch] = x, out
 
     def _backward(self, chunk: int, micro_batch: int) -> None:
@@ -193,9 +203,13 @@ class _Step:
             self._owed[chunk, micro_batch] = owed
         if x is not None:
             assert x.grad is not None
-            self._give("B", part - 1, micro_batch, x.grad, executor.rank_of(part - 1))
+            self._give("B", part - 1, micro_batch, x.grad, executor.peer(part - 1))
 
-    def _give(self, kind: str, boundary: int, micro_batch: int, tensor: Tensor, to: int) -> None:
+    def _give(
+        self, kind: str, boundary: int, micro_batch: int, tensor: Tensor, to: int | None
+    ) -> None:
+        if to is None:
+            return  # the first rank of this team has the same and gives it
         if to == self._executor._place.rank:
             self._here[kind, boundary, micro_batch] = tensor
             return
@@ -214,8 +228,16 @@ class _Step:
         key = kind, boundary, micro_batch
         if key in self._here:
             return self._here.pop(key)
-        begin_s = time.perf_counter()
-        tensor = self._incoming.pop(key).wait()
+        executor, begin_s = self._executor, time.perf_counter()
+        if key in self._incoming:
+            tensor = self._incoming.pop(key).wait()
+        else:
+            tensor = torch.empty(
+                executor.shape, dtype=executor._dtypes[boundary], device=self._bridge.device
+            )
+        if executor.is_spread(boundary if kind == "F" else boundary + 1):
+            assert executor._team is not None
+            executor._team.spread(tensor)
         self.work.waited_s += time.perf_counter() - begin_s
         return tensor
 
@@ -228,9 +250,8 @@ class _Step:
 
     def _post(self, need: _Need) -> None:
         executor, key = self._executor, (need.kind, need.boundary, need.micro_batch)
-        plan = executor._placement.plan
         self._incoming[key] = self._bridge.recv(
-            (plan.micro_batch, plan.seq_tokens, executor._modules[0].spec.hidden),
+            executor.shape,
             executor._dtypes[need.boundary],
             need.sender,
             executor.tag(*key),

@@ -15,7 +15,7 @@ from mxn.models.hub import resolve
 from mxn.models.tokenizer import Tokenizer
 from mxn.train.run.data import DataSettings, Rows, TokenCache, prepare
 from mxn.train.run.job import Job
-from mxn.train.run.lora import LoraSettings
+from mxn.train.run.lora import LoraSettings, check_targets, targeted
 from mxn.train.run.optim import AdamSettings
 from mxn.train.run.schedule import Schedule
 from mxn.train.run.single import RunSettings
@@ -42,7 +42,19 @@ def open_job(job: Job) -> Opened:
     """
     source = open_source(job)
     rows = open_rows(job, source)
-    return Opened(source=source, rows=rows, settings=run_settings(job, rows))
+    settings = run_settings(job, rows)
+    if settings.lora is not None:
+        _check_adapters(source, settings.lora)
+    return Opened(source=source, rows=rows, settings=settings)
+
+
+def _check_adapters(source: ModelSource, settings: LoraSettings) -> None:
+    """Look at the whole model: a rank sees a part of it, where a target may rightly be missing.
+
+    Raises: UnsupportedError for a target that no matrix answers; the job would train nothing.
+    """
+    whole = source.empty_stage(0, source.num_layers, device="meta")
+    check_targets(settings, targeted(whole, settings))
 
 
 def open_source(job: Job) -> ModelSource:
@@ -120,12 +132,16 @@ def _check_broken(job: Job, cache: TokenCache) -> None:
 
 def facts(job: Job, opened: Opened) -> dict[str, object]:
     """Return what a checkpoint of this job tells of itself, and a tracker as parameters."""
+    return settings_of(job) | {"rows": opened.rows.fingerprint}
+
+
+def settings_of(job: Job) -> dict[str, object]:
+    """Return what of a job decides its steps, its data left out."""
     told = json.loads(job.to_json())
     return {
         "method": job.method,
         "model": job.model.source,
         "begin": job.model.begin,
-        "rows": opened.rows.fingerprint,
         "seq_tokens": job.seq_tokens,
         "micro_batch": job.micro_batch,
         "global_batch": job.global_batch,

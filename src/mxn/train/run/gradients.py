@@ -4,11 +4,15 @@ Layers that the same ranks hold share buckets of float32 memory, in which their 
 the start, so nothing is copied together. A bucket is summed as soon as its last gradient is there
 and those before it are under way: from the last layer down, the same order on all its ranks. The
 matrix that embedding and head share is a sum of its own, over all ranks that hold either.
+Under tensor parallelism a rank sums its part with those of the same part. Where the pipelines cut a
+layer differently, the sum is of whole tensors: each rank puts in what it has, zeros elsewhere, and
+takes its part out.
 Knows placement, sums of gradients and the bridge; knows no micro-batches. Start at `Gradients`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,17 +22,24 @@ from torch import Tensor
 
 from mxn.train.run.bridge import Bridge, Handle
 from mxn.train.run.net import StageModule
+from mxn.train.run.net.shard import Cut
 from mxn.train.run.optim import GradientSums, Key
-from mxn.train.run.placement import Placement
+from mxn.train.run.placement import Placement, Team
 
 BUCKET_BYTES = 8 << 20
 """Large enough that a link runs at its rate, small enough that summing starts early."""
+
+
+Where = tuple[int, Key]
+"""Chunk and key of a gradient."""
 
 
 @dataclass(slots=True)
 class _Bucket:
     layers: frozenset[int]
     memory: Tensor
+    views: dict[Where, Tensor]  # of the memory: the gradients themselves, or places of whole ones
+    is_whole: bool
     handle: Handle | None = None
     waiting: set[int] = field(default_factory=set)  # layers whose gradients are not complete
 
@@ -47,16 +58,26 @@ class Gradients:
     ) -> None:
         """Every rank of the job makes one at the same time, as it opens groups for sums."""
         self._bridge, self._modules, self._sums = bridge, modules, sums
-        self._holders = placement.holders()
+        self._index = placement.places[bridge.rank].index
+        self._size = len(placement.team_of(bridge.rank))
+        layers = range(placement.plan.num_layers)
+        self._firsts = [layer for layer in layers if bridge.rank in placement.teams_with(layer)[0]]
+        by_layer = {layer: placement.sharers([layer]) for layer in layers}
+        self._sharers = {layer: self._mine(sets) for layer, sets in by_layer.items()}
+        self._cuts = [_cuts_of(module) for module in modules]
         self._is_tied = modules[0].spec.is_tied
-        last = placement.plan.num_layers - 1
-        both = sorted({*self._holders[0], *self._holders[last]})
-        self._tied_ranks = both if self._is_tied else []
+        tied_sets = placement.sharers([layers[0], layers[-1]]) if self._is_tied else []
+        self._tied_ranks = self._mine(tied_sets)
+        # Teams of several sizes sum in one set, and all ranks of a team are in it.
+        self._tied_are_together = {*placement.team_of(bridge.rank)} <= {*self._tied_ranks}
         self._tied = list(self._tied_keys()) if self._is_tied else []
-        sets = sorted({tuple(ranks) for ranks in self._holders.values()})
-        bridge.open_sums([*sets, self._tied_ranks] if self._tied_ranks else sets)
+        sets = sorted({ranks for sets in by_layer.values() for ranks in sets})
+        bridge.open_sums([*sets, *tied_sets])
+        teams = {frozenset(team) for team in placement.all_teams() if len(team) > 1}
         self._queues = {
-            ranks: self._buckets(ranks, bucket_bytes)
+            ranks: self._buckets(
+                ranks, bucket_bytes, is_whole=any(team <= {*ranks} for team in teams)
+            )
             for ranks in sets
             if len(ranks) > 1 and bridge.rank in ranks
         }
@@ -96,6 +117,9 @@ class Gradients:
             for bucket in queue:
                 assert bucket.handle is not None
                 bucket.handle.wait()
+                if bucket.is_whole:
+                    for (chunk, key), view in bucket.views.items():
+                        self._sums[chunk][key].copy_(self._part(bucket, (chunk, key), view))
         if tied is not None:
             tied()
 
@@ -109,15 +133,15 @@ class Gradients:
         for ranks, queue in self._queues.items():
             for bucket in queue:
                 bucket.memory.zero_()
-                for chunk, key in self._in(bucket):
-                    if is_owned(key):
-                        self._sums[chunk][key].copy_(self._parameter(chunk, key))
+                for where, view in bucket.views.items():
+                    if is_owned(where[1]):
+                        self._put(bucket, where, view, self._parameter(*where))
                 handles.append((bucket, self._bridge.sum_(bucket.memory, ranks, is_exact=True)))
         for bucket, handle in handles:
             handle.wait()
-            for chunk, key in self._in(bucket):
-                if not is_owned(key):
-                    self._parameter(chunk, key).copy_(self._sums[chunk][key])
+            for where, view in bucket.views.items():
+                if not is_owned(where[1]):
+                    self._parameter(*where).copy_(self._part(bucket, where, view))
 
     @property
     def tied_keys(self) -> set[Key]:
@@ -134,8 +158,10 @@ class Gradients:
     def _counts(self, chunk: int, key: Key) -> bool:
         if (chunk, key) in self._tied:
             is_first = (chunk, key) == self._tied[0]
+            is_first = is_first and self._index == 0
             return is_first and self._tied_ranks[0] == self._bridge.rank
-        return self._holders[key[0]][0] == self._bridge.rank
+        # What is whole on every rank of a team counts on its first one.
+        return key[0] in self._firsts and (self._index == 0 or key[1] in self._cuts[chunk])
 
     def _tied_keys(self) -> Iterator[tuple[int, Key]]:
         """Yield chunk and key of this rank's copies of the tied matrix."""
@@ -146,36 +172,63 @@ class Gradients:
                 if any(sums.parameter(key) is copy for copy in copies):
                     yield chunk, key
 
-    def _buckets(self, ranks: tuple[int, ...], bucket_bytes: int) -> list[_Bucket]:
+    def _mine(self, sets: Sequence[Team]) -> Team:
+        """Return the set that this rank is in; empty where it is in none."""
+        return next((ranks for ranks in sets if self._bridge.rank in ranks), ())
+
+    def _buckets(self, ranks: Team, bucket_bytes: int, *, is_whole: bool) -> list[_Bucket]:
         """Lay the gradients of the layers that just these ranks hold into buckets, last first."""
-        layers = [layer for layer, held in self._holders.items() if tuple(held) == ranks]
+        layers = [layer for layer, held in self._sharers.items() if held == ranks]
         groups: list[list[int]] = [[]]
         filled = 0
         for layer in sorted(layers, reverse=True):
-            size = 4 * sum(self._parameter(*where).numel() for where in self._of_layer(layer))
+            shapes = [self._shape(where, is_whole=is_whole) for where in self._of_layer(layer)]
+            size = 4 * sum(map(math.prod, shapes))
             if groups[-1] and filled + size > bucket_bytes:
                 groups.append([])
                 filled = 0
             groups[-1].append(layer)
             filled += size
-        return [self._bucket(group) for group in groups]
+        return [self._bucket(group, is_whole=is_whole) for group in groups]
 
-    def _bucket(self, layers: list[int]) -> _Bucket:
+    def _bucket(self, layers: list[int], *, is_whole: bool) -> _Bucket:
         places = [where for layer in layers for where in self._of_layer(layer)]
-        total = sum(self._parameter(*where).numel() for where in places)
-        memory = torch.zeros(total, dtype=torch.float32, device=self._modules[0].device)
-        at = 0
-        for chunk, key in places:
-            like = self._parameter(chunk, key)
-            view = memory[at : at + like.numel()].view(like.shape)
-            self._sums[chunk].place(key, view)
-            at += like.numel()
-        return _Bucket(frozenset(layers), memory)
+        shapes = [self._shape(where, is_whole=is_whole) for where in places]
+        sizes = [math.prod(shape) for shape in shapes]
+        memory = torch.zeros(sum(sizes), dtype=torch.float32, device=self._modules[0].device)
+        views = {
+            where: view.view(shape)
+            for where, shape, view in zip(places, shapes, memory.split(sizes), strict=True)
+        }
+        if not is_whole:
+            for (chunk, key), view in views.items():
+                self._sums[chunk].place(key, view)
+        return _Bucket(frozenset(layers), memory, views, is_whole)
+
+    def _shape(self, where: Where, *, is_whole: bool) -> tuple[int, ...]:
+        shape, cut = self._parameter(*where).shape, self._cut(where)
+        return cut.whole_shape(shape, self._size) if cut is not None and is_whole else tuple(shape)
+
+    def _cut(self, where: Where) -> Cut | None:
+        return self._cuts[where[0]].get(where[1][1])
+
+    def _put(self, bucket: _Bucket, where: Where, view: Tensor, values: Tensor) -> None:
+        """Put this rank's values into zeroed memory, such that each counts once in the sum."""
+        if not bucket.is_whole:
+            view.copy_(values)
+        elif (cut := self._cut(where)) is not None:
+            cut.put(view, values, self._index, self._size)
+        elif self._index == 0:
+            view.copy_(values)
+
+    def _part(self, bucket: _Bucket, where: Where, view: Tensor) -> Tensor:
+        cut = self._cut(where) if bucket.is_whole else None
+        return view if cut is None else cut.part(view, self._index, self._size)
 
     def _parameter(self, chunk: int, key: Key) -> Tensor:
         return self._sums[chunk].parameter(key)
 
-    def _of_layer(self, layer: int) -> list[tuple[int, Key]]:
+    def _of_layer(self, layer: int) -> list[Where]:
         """Return chunk and key of what a layer trains but the tied matrix, by name."""
         return sorted(
             (chunk, key)
@@ -183,9 +236,6 @@ class Gradients:
             for key in sums
             if key[0] == layer and (chunk, key) not in self._tied
         )
-
-    def _in(self, bucket: _Bucket) -> Iterator[tuple[int, Key]]:
-        return (where for layer in bucket.layers for where in self._of_layer(layer))
 
     def _arrived(self, chunk: int, layer: int, _: Tensor) -> None:
         """A parameter's gradient was added to; called by autograd."""
@@ -196,15 +246,23 @@ class Gradients:
             self._complete_layer(layer)
 
     def _complete_layer(self, layer: int) -> None:
-        queue = self._queues.get(tuple(self._holders[layer]), [])
+        queue = self._queues.get(self._sharers[layer], [])
         for bucket in queue:
             bucket.waiting.discard(layer)
         for bucket in queue:
             if bucket.waiting:
                 return
             if bucket.handle is None:
-                ranks = self._holders[next(iter(bucket.layers))]
+                if bucket.is_whole:
+                    self._fill(bucket)
+                ranks = self._sharers[next(iter(bucket.layers))]
                 bucket.handle = self._bridge.sum_(bucket.memory, ranks)
+
+    @torch.no_grad()
+    def _fill(self, bucket: _Bucket) -> None:
+        bucket.memory.zero_()
+        for (chunk, key), view in bucket.views.items():
+            self._put(bucket, (chunk, key), view, self._sums[chunk][key])
 
     def _sum_tied(self) -> Callable[[], None] | None:
         """Start the sum of the tied matrix; the result puts it into all copies of this rank."""
@@ -213,6 +271,8 @@ class Gradients:
         copies = [self._sums[chunk][key] for chunk, key in self._tied]
         for copy in copies[1:]:
             copies[0].add_(copy)
+        if self._index > 0 and self._tied_are_together:
+            copies[0].zero_()  # the first rank of the team has the same, and all are added
         handle = self._bridge.sum_(copies[0], self._tied_ranks)
 
         def spread() -> None:
@@ -221,3 +281,8 @@ class Gradients:
                 copy.copy_(copies[0])
 
         return spread
+
+
+def _cuts_of(module: StageModule) -> dict[str, Cut]:
+    layers = range(module.first, module.end)
+    return {name: cut for layer in layers for name, cut in module.layer_cuts(layer).items()}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.checkpoint import Checkpointer, Position, Stored
@@ -28,6 +28,9 @@ from mxn.train.run.control import Control
 from mxn.train.run.job import Job
 from mxn.train.run.net import StageModule
 from mxn.train.run.optim import AdamW
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GO_ON, SAVE, SAVE_AND_END = 0.0, 1.0, 2.0
 
@@ -49,8 +52,8 @@ class Keeper:
         num_ranks: int,
         facts: Mapping[str, Any],
     ) -> None:
-        """`parts`: the chunks of this rank; `holders`: which ranks hold a layer, by layer;
-        `facts`: what `from_job.facts` says, kept for errors.
+        """`parts`: the chunks of this rank; `holders`: which ranks hold a layer as this one does,
+        by layer; `facts`: what `from_job.facts` says, kept for errors.
         """
         self.job, self.rank, self.parts = job, rank, tuple(parts)
         self._owned = set(owned_layers(holders, rank))
@@ -109,12 +112,14 @@ class Keeper:
         """Begin to write a checkpoint; every rank calls it behind the same step."""
         if steps_done == self._saved_step:
             return
-        layers = {
-            layer: optimizer.layer_state(layer)
-            for stage, optimizer in self.parts
-            for layer in range(stage.first, stage.end)
-            if layer in self._owned
-        }
+        layers: dict[int, dict[str, Tensor]] = {}
+        for stage, optimizer in self.parts:
+            for layer in sorted(self._owned & {*range(stage.first, stage.end)}):
+                state = optimizer.whole_layer_state(layer)  # its whole team comes by here
+                if stage.team is None:
+                    layers[layer] = state
+                elif layer % stage.team.size == stage.team.index:
+                    layers[layer] = {name: tensor.cpu() for name, tensor in state.items()}
         position = Position(
             step=steps_done,
             micro_batch=steps_done * self.job.micro_batches,

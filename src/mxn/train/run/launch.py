@@ -192,7 +192,7 @@ def rank_specs(launching: Launching, store_address: str) -> list[RankSpec]:
             RankSpec(
                 rank=place.rank,
                 group=stage.group,
-                device=device_of(job, stage.group, stage.first_device),
+                device=device_of(job, stage.group, stage.first_device + place.index),
                 # A limited link is one between makers, also where one backend could hold both.
                 island=stage.group if is_emulated else None,
                 store=store_address,

@@ -63,9 +63,16 @@ def attach(stage: StageModule, settings: LoraSettings, *, seed: int) -> list[str
         linear.lora_A = Linear(make, f"{linear.name}.lora_A", linear.in_features, settings.rank)
         linear.lora_B = Linear(make, f"{linear.name}.lora_B", settings.rank, linear.out_features)
         linear.lora_scale = settings.scale
+        _cut_as(linear, linear.lora_A, linear.lora_B)
         _draw(linear.lora_A, linear.lora_B, seed)
         found.append(linear.name)
     return found
+
+
+def targeted(stage: StageModule, settings: LoraSettings) -> list[str]:
+    """Return the modules of a stage that `attach` would give an adapter. Raises: as `attach`."""
+    names = [linear.name for linear in _linears(stage)]
+    return [name for name in names if _is_target(name, settings.targets, stage)]
 
 
 def check_targets(settings: LoraSettings, modules: list[str]) -> None:
@@ -135,12 +142,25 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def _cut_as(linear: Linear, a_rD: Linear, b_Fr: Linear) -> None:
+    """Say how the adapter of a matrix that is cut over a team is cut with it."""
+    cut = linear.cuts.get("weight")
+    if cut is not None:
+        part = b_Fr if cut.dim == 0 else a_rD
+        part.team, part.cuts = linear.team, {"weight": cut}
+
+
 @torch.no_grad()
 def _draw(a_rD: Linear, b_Fr: Linear, seed: int) -> None:
     """A as PEFT begins it (Kaiming uniform with a = √5: bound 1/√D), B zero."""
-    bound = 1 / math.sqrt(a_rD.in_features)
-    values = torch.empty(a_rD.weight.shape).uniform_(
+    shape, cut, team = a_rD.weight.shape, a_rD.cuts.get("weight"), a_rD.team
+    if cut is not None and team is not None:
+        shape = cut.whole_shape(shape, team.size)
+    bound = 1 / math.sqrt(shape[1])
+    values = torch.empty(shape).uniform_(
         -bound, bound, generator=generator_for(f"{a_rD.name}.weight", seed)
     )
+    if cut is not None and team is not None:
+        values = cut.part(values, team.index, team.size)
     a_rD.weight.copy_(values)
     b_Fr.weight.zero_()

@@ -11,9 +11,11 @@ import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
+from mxn.train.plan.links import ring_s
 from mxn.train.plan.memory import FLOAT32, MemoryModel
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.shape import ModelShape
@@ -41,6 +43,7 @@ log = logging.getLogger("mxn.train")
 Progress = Callable[[str], None]
 _ROWS_LOOKED_AT = 4  # micro-batches, to see whether any row holds more than one document
 
+_SUMS = 2  # of a block in a team, forward and as many backward, see `net.shard`
 Pair = tuple[str, str]  # of group names; twice the same: between two devices of a group
 
 
@@ -69,17 +72,21 @@ def measure(
     job: Job,
     *,
     micro_batches: Sequence[int] = (),
+    tps: Sequence[int] = (),
     fresh: bool = False,
     quality: Quality | None = None,
     on_progress: Progress = log.info,
 ) -> Measured:
     """Return shape, cluster and profiles of a job, measuring what is not stored yet.
 
-    `micro_batches` defaults to the job's. `fresh` measures everything again.
+    `micro_batches` defaults to the job's; `tps` are widths of tensor parallelism besides 1.
+    `fresh` measures everything again.
     Raises: NotFoundError for a device or model that is not there; ConfigError, naming the file, for
     a stored profile that is damaged.
     """
-    bench = _Bench(job, tuple(sorted(set(micro_batches) or {job.micro_batch})))
+    bench = _Bench(
+        job, tuple(sorted(set(micro_batches) or {job.micro_batch})), tps=tuple(sorted({1, *tps}))
+    )
     profiles = {} if fresh else bench.stored_profiles()
     links = {} if fresh else bench.stored_links()
     lacks_layers = bench.lacks_layers(profiles)
@@ -95,10 +102,12 @@ def measure(
 class _Bench:
     """The devices of a job and what is known about them."""
 
-    def __init__(self, job: Job, micro_batches: tuple[int, ...]) -> None:
+    def __init__(
+        self, job: Job, micro_batches: tuple[int, ...], *, tps: tuple[int, ...] = (1,)
+    ) -> None:
         from mxn.chips import find_device
 
-        self.job = job
+        self.job, self.tps = job, tps
         self.micro_batches = micro_batches
         self.model, self.shape, self.is_packed, self.trainable_share = look_at(job)
         self.spec = self.model.spec
@@ -150,11 +159,13 @@ class _Bench:
         from mxn.train.shapes import layer_kinds
 
         kinds = set(layer_kinds(self.spec))
-        wanted = {(kind, size, 1) for kind in kinds for size in self.micro_batches}
-        labels = {self.label(group) for group in self.job.devices}
-        return any(
-            label not in profiles or profiles[label].lacks(wanted) for label in sorted(labels)
-        )
+        for group in self.job.devices:
+            tps = [tp for tp in self.tps if tp <= group.count]
+            wanted = set(product(kinds, self.micro_batches, tps))
+            profile = profiles.get(self.label(group))
+            if profile is None or profile.lacks(wanted):
+                return True
+        return False
 
     def run(
         self,
@@ -174,6 +185,7 @@ class _Bench:
             job=self.job.to_json(), members=self.members, micro_batches=self.micro_batches,
             pairs=tuple(self._ranks(pair) for pair in pairs), blocks=quality.blocks,
             block_s=quality.block_s, is_packed=self.is_packed, has_layers=has_layers,
+            tps=self.tps,
         )  # fmt: skip
         answers = ask_ranks(self.job, request, self.model)
         if has_layers:
@@ -235,12 +247,33 @@ class _Bench:
         return Measured(
             shape=self.shape,
             cluster=Cluster(groups=groups, links=between),
-            profiles={label: profile.to_chip_profile() for label, profile in profiles.items()},
+            profiles={
+                label: self._with_sums(profile.to_chip_profile(), groups)
+                for label, profile in profiles.items()
+            },
             stored=profiles,
             links=links,
             memory=memory_of(self.job, trainable_share=self.trainable_share),
             is_reused=is_reused,
         )
+
+    def _with_sums(self, profile: ChipProfile, groups: Sequence[DeviceGroup]) -> ChipProfile:
+        """Add to the blocks of a team what their sums take on the slowest link of these chips."""
+        links = [g.node_link for g in groups if g.chip == profile.chip and g.num_devices > 1]
+        costs = dict(profile.costs)
+        for (kind, size, tp), cost in profile.costs.items():
+            layer = next((layer for layer in self.shape.layers if layer.kind == kind), None)
+            if tp == 1 or layer is None or not kind.startswith("block"):
+                continue
+            if not links:  # measured for a job of more devices
+                del costs[kind, size, tp]
+                continue
+            num_bytes = layer.output_bytes * self.shape.seq_tokens * size
+            sums_s = _SUMS * max(ring_s(tp, num_bytes, link) for link in links)
+            costs[kind, size, tp] = replace(
+                cost, forward_s=cost.forward_s + sums_s, backward_s=cost.backward_s + sums_s
+            )
+        return replace(profile, costs=costs)
 
     def _group(self, group: DeviceSettings, links: dict[Pair, StoredLink]) -> DeviceGroup:
         device = self.device(group)

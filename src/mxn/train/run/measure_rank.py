@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +104,14 @@ def _layers(
     )  # fmt: skip
     effort = Effort(blocks=request.blocks, block_s=request.block_s, warmup_s=request.block_s)
     found: list[Reading] = []
-    for micro_batch in request.micro_batches:
+    for micro_batch, tp in product(request.micro_batches, request.tps):
         for kind, layers in chains_of(model.spec).items():
             bridge.barrier(f"the measurement of {kind}")
-            reading = measure_kind(work, job, kind, layers, micro_batch, device, effort, wait)
+            if tp > job.group(me.group).count:
+                continue
+            reading = measure_kind(
+                work, job, kind, layers, micro_batch, device, effort, wait, tp=tp
+            )
             found.append(reading)
     return found
 
@@ -120,13 +125,20 @@ def measure_kind(
     device: Device,
     effort: Effort,
     wait: Callable[[], object],
+    *,
+    tp: int = 1,
 ) -> Reading:
-    """Return what one kind of layer costs on this device, in this process."""
+    """Return what one kind of layer costs on this device, in this process.
+
+    With `tp` the part that one of so many ranks computes; its sums are not in it.
+    """
     torch_device = torch.device(device.torch_device)
-    chain = make_chain(work, layers, micro_batch, torch_device, lambda stage: updates(stage, job))
+    chain = make_chain(
+        work, layers, micro_batch, torch_device, lambda stage: updates(stage, job), tp=tp
+    )
     times = time_chain(chain, effort, synchronize=wait)
     return Reading(
-        kind=kind, micro_batch=micro_batch, tp=1, cost=times.cost, noise=times.noise,
+        kind=kind, micro_batch=micro_batch, tp=tp, cost=times.cost, noise=times.noise,
         repeats=times.blocks,
     )  # fmt: skip
 

@@ -66,6 +66,7 @@ class Request:
     block_s: float
     is_packed: bool  # rows hold several documents, so attention has a mask
     has_layers: bool = True  # False: links only
+    tps: tuple[int, ...] = (1,)  # tensor parallelism; a group has those it is wide enough for
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -77,6 +78,7 @@ class Request:
         pairs = tuple((a, b) for a, b in told["pairs"])
         return cls(**told | {
             "members": members, "pairs": pairs, "micro_batches": tuple(told["micro_batches"]),
+            "tps": tuple(told["tps"]),
         })  # fmt: skip
 
 

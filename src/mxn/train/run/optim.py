@@ -171,7 +171,7 @@ class AdamW:
                 slot.master.mul_(1 - learning_rate * slot.weight_decay)
             spread = slot.exp_avg_sq.sqrt().div_(second).add_(settings.eps)
             slot.master.addcdiv_(slot.exp_avg, spread, value=-learning_rate / first)
-            if slot.master is not slot.parameter.data:
+            if slot.master.dtype != slot.parameter.dtype:  # else it is the parameter's own memory
                 slot.parameter.data.copy_(slot.master)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
@@ -190,8 +190,10 @@ class AdamW:
     def load_layer_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
         """Copy state into a layer, and the master weights into its parameters.
 
-        `num_steps` is the caller's to set. Raises: UserError for other names or shapes.
+        `num_steps` is the caller's to set. `state` is of whole tensors also where the stage holds
+        parts. Raises: UserError for other names or shapes.
         """
+        state = self._stage.part_of(layer, state)
         own = self.layer_state(layer)
         odd = sorted(own.keys() ^ state.keys())
         if odd:
@@ -208,6 +210,10 @@ class AdamW:
             tensor.copy_(state[name])
         for _, slot in self._of_layer(layer):
             slot.parameter.data.copy_(slot.master)
+
+    def whole_layer_state(self, layer: int) -> dict[str, Tensor]:
+        """Return `layer_state` with whole tensors; the team of the stage calls it together."""
+        return self._stage.whole_of(layer, self.layer_state(layer))
 
     def master_state(self, layer: int) -> dict[str, Tensor]:
         """Return all weights of a layer as they are exported: masters where there are any."""

@@ -118,7 +118,7 @@ def task_of_job(
     if groups is not None:
         kept = tuple(job.group(name) for name in groups)
         job = replace(job, devices=kept)
-    measured = measure(job, fresh=fresh, on_progress=on_progress)
+    measured = measure(job, tps=widths_of(job), fresh=fresh, on_progress=on_progress)
     return Task(
         shape=measured.shape,
         rows=job.global_batch,
@@ -130,8 +130,22 @@ def task_of_job(
     )
 
 
+def widths_of(job: Job) -> set[int]:
+    """Return the widths of tensor parallelism that the job's plan file has.
+
+    Raises: NotFoundError, ConfigError as `read_plan`.
+    """
+    if job.plan.file is None:
+        return set()
+    plan = read_plan(Path(job.plan.file))
+    return {stage.tp for pipeline in plan.pipelines for stage in pipeline.stages}
+
+
 def limits_of(job: Job) -> Limits:
-    """Return what the planner may choose for a job: what the runner does and the job allows."""
+    """Return what the planner may choose for a job: what the runner does and the job allows.
+
+    Tensor parallelism runs, and is left to plan files: searching it would measure every width.
+    """
     plan, free = job.plan, Limits()
     return Limits(
         micro_batches=(job.micro_batch,),
@@ -153,10 +167,18 @@ def plan_of_job(job: Job, task: Task) -> tuple[TrainPlan, Prediction, Found | No
         return found.best.plan, found.best.prediction, found
     plan = read_plan(Path(job.plan.file))
     rows = plan.micro_batches * plan.micro_batch
-    if rows != job.global_batch:
+    # Data comes in the job's micro-batches, so one of another size would fit no message.
+    if (rows, plan.micro_batch) != (job.global_batch, job.micro_batch):
         raise UserError(
-            f"{job.plan.file} is for steps of {rows} rows, the job has {job.global_batch}",
+            f"{job.plan.file} is for steps of {rows} rows in micro-batches of {plan.micro_batch}, "
+            f"the job has {job.global_batch} in {job.micro_batch}",
             hint="make a plan for this job: `mxn train plan JOB --out FILE`",
+        )
+    if plan.micro_batch != job.micro_batch:  # its numbers of micro-batches mean other rows
+        raise UserError(
+            f"{job.plan.file} is for micro-batches of {plan.micro_batch} rows, the job's have "
+            f"{job.micro_batch}",
+            hint=f"micro_batch: {plan.micro_batch}, or make a plan for this job",
         )
     return plan, task.predict(plan), None
 

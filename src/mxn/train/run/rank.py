@@ -110,7 +110,7 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
         rank=spec.rank,
         launch=spec.launch,
         parts=list(zip(trainer.chunks, trainer.optimizers, strict=True)),
-        holders=placement.holders(),
+        holders=placement.holders(placement.places[spec.rank].index),
         num_ranks=placement.num_ranks,
         facts=facts(job, opened),
     )

@@ -43,10 +43,6 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
     from mxn.train.run.supervise.words import State
 
     job = with_devices(job)
-    keep_job(job)
-    if (steps := _steps_done(job)) is not None:
-        on_say(f"all {steps} steps are done")
-        return State(groups=tuple(g.name for g in job.devices), phase="done", checkpoint_step=steps)
     checks = Checks(on_say)
     supervisor = Supervisor(
         job,
@@ -57,7 +53,12 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
         start_probe=start_probe,
         on_say=on_say,
     )
-    return supervisor.run()
+    with supervisor.held():  # before the folder is written to: another command may be at work there
+        keep_job(job)
+        if (steps := _steps_done(job)) is None:
+            return supervisor.run()
+        on_say(f"all {steps} steps are done")
+        return State(groups=tuple(g.name for g in job.devices), phase="done", checkpoint_step=steps)
 
 
 class Checks:
@@ -135,15 +136,35 @@ def _steps_done(job: Job) -> int | None:
 
 
 def keep_job(job: Job) -> None:
-    """Write the job into its folder. Raises: UserError when the folder is another job's."""
+    """Write the job into its folder.
+
+    Raises: UserError when the checkpoints there are of a job that learns something else: whoever
+    exports them later must not find this job beside them.
+    """
+    if job.checkpoint.resume != "never":
+        _check_checkpoints(job)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "job.json"
-    if path.is_file():
-        before = kept_job(out)
-        if before.fingerprint != job.fingerprint and any(out.glob("checkpoints/step-*")):
-            log.info("%s holds a job that learns something else", out)
-    write_whole(path, job.to_json())
+    write_whole(out / "job.json", job.to_json())
+
+
+def _check_checkpoints(job: Job) -> None:
+    from mxn.train.run.checkpoint import Stored
+    from mxn.train.run.checkpoint import manifest as manifests
+    from mxn.train.run.checkpoint.stored import check_job
+    from mxn.train.run.from_job import settings_of
+
+    found = manifests.complete(Path(job.checkpoint.folder))
+    if not found:
+        return
+    folder = found[-1][1]
+    try:
+        manifest = manifests.read(folder)
+    except manifests.BrokenError:
+        return  # `find` says it, with what to do
+    learns, _, rows = manifest.job.partition("-")
+    if learns != job.fingerprint:  # a rank compares the rows as well, once it has them
+        check_job(Stored(folder, manifest), f"{job.fingerprint}-{rows}", settings_of(job))
 
 
 def kept_job(out: Path) -> Job:

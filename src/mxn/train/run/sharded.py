@@ -51,6 +51,7 @@ class ShardedAdamW(AdamW):
         """
         own = self.layer_state(layer)
         super().load_layer_state(layer, {name: state[name] for name in own if name in state})
+        state = self._stage.part_of(layer, state)
         for name, parameter in self._stage.layer_parameters(layer).items():
             if not parameter.requires_grad or f"{name}.master" in own:
                 continue

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mxn.errors import InternalError
-from mxn.train.run.wire import Done, Handle, Worker, background
+from mxn.train.run.background import Background, Done, Handle, Worker
 
 if TYPE_CHECKING:
     from mxn.train.run.bridge import Bridge
@@ -63,7 +63,7 @@ class SumGroup:
         stream = None
         if tensor.device.type != "cpu":
             stream = torch.accelerator.current_stream(tensor.device).record_event()
-        return background(self._worker.submit(lambda: self._across(tensor, stream, is_exact)))
+        return Background(self._worker.submit(lambda: self._across(tensor, stream, is_exact)))
 
     def close(self) -> None:
         if self._worker is not None:

@@ -27,6 +27,7 @@ from mxn.train.run.placement import Placement
 from mxn.train.run.schedule import learning_rate
 from mxn.train.run.sharded import ShardedAdamW, owner_of
 from mxn.train.run.single import RunSettings, StepLog
+from mxn.train.run.team import open_teams
 from mxn.train.run.weights import ModelSource
 
 
@@ -71,6 +72,7 @@ class RankTrainer:
         rank = bridge.rank
         self.rows, self.settings, self.placement, self.bridge = rows, settings, placement, bridge
         self.place = placement.places[rank]
+        self.team = open_teams(bridge, placement.all_teams())
         stage, pipeline = placement.stage_of(rank), placement.pipeline_of(rank)
         self.chunks: list[StageModule] = []
         for chunk in stage.chunks:
@@ -80,13 +82,14 @@ class RankTrainer:
                 dtype=dtypes[rank],
                 device=bridge.device,
                 recompute=stage.recompute,
+                team=self.team,
             )
             if settings.lora:
                 lora.attach(module, settings.lora, seed=settings.seed)
             self.chunks.append(module)
         self.sums = [GradientSums(module) for module in self.chunks]
         self.gradients = Gradients(placement, bridge, self.chunks, self.sums)
-        self._holders = placement.holders()
+        self._holders = placement.holders(self.place.index)
         self.optimizers = [self._optimizer(module) for module in self.chunks]
         self.step = 0  # the next one
         bridge.open_channels(list(placement.channels()))
@@ -100,6 +103,7 @@ class RankTrainer:
             row,
             self.chunks,
             bridge,
+            team=self.team,
             dtypes=[
                 dtypes[placement.rank_of_part(number, part)]
                 for part in range(placement.num_parts(number))
@@ -182,8 +186,11 @@ class RankTrainer:
 
         Numbers are added in the order of ranks, so that every rank has the same bits.
         """
-        loss = torch.stack(work.losses).cpu().double().sum().item() if work.losses else 0.0
-        mine = [self.gradients.square_norm(), loss, float(work.num_tokens), float(flags)]
+        loss, num_tokens = 0.0, 0
+        if work.losses and self.place.index == 0:  # the rest of its team has the same
+            loss = torch.stack(work.losses).cpu().double().sum().item()
+            num_tokens = work.num_tokens
+        mine = [self.gradients.square_norm(), loss, float(num_tokens), float(flags)]
         said = 0
         square = total = tokens = 0.0
         seen: list[RankTimes] = []

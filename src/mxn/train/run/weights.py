@@ -26,6 +26,7 @@ from mxn.models.native.files import is_artifact
 from mxn.models.spec import DecoderSpec
 from mxn.models.storage import read_json
 from mxn.train.run.net import StageModule
+from mxn.train.run.net.shard import Team
 from mxn.train.run.net.stage import Recompute
 
 log = logging.getLogger("mxn.train")
@@ -111,11 +112,20 @@ class ModelSource:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: Recompute = "none",
+        team: Team | None = None,
     ) -> StageModule:
-        """Return plan layers `first` to `end` - 1 with their weights, on the device."""
-        stage = self.empty_stage(first, end, dtype=dtype, device=device, recompute=recompute)
+        """Return plan layers `first` to `end` - 1 with their weights, on the device.
+
+        With a `team`, this rank's part: each tensor is read or drawn whole and then cut.
+        """
+        stage = self.empty_stage(
+            first, end, dtype=dtype, device=device, recompute=recompute, team=team
+        )
         for layer in range(first, end):
-            stage.load_layer_state(layer, self.layer_state(layer, stage.layer_state(layer)))
+            like = stage.layer_state(layer)
+            if team is not None:
+                like = self.empty_stage(layer, layer + 1, device="meta").layer_state(layer)
+            stage.load_layer_state(layer, stage.part_of(layer, self.layer_state(layer, like)))
         return stage
 
     def empty_stage(
@@ -126,6 +136,7 @@ class ModelSource:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: Recompute = "none",
+        team: Team | None = None,
     ) -> StageModule:
         """Return the layers without values; on the device ``meta`` they take no memory."""
         return StageModule(
@@ -137,6 +148,7 @@ class ModelSource:
             dtype=dtype,
             device=device,
             recompute=recompute,
+            team=team,
         )
 
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:

@@ -11,19 +11,19 @@ calls are expected one at a time per group, so posting is done under a lock; wai
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mxn.errors import PeerError, UserError
+from mxn.train.run.background import Background, Handle, Job, Worker
 
 CHUNK_BYTES = 1 << 20
 """Of a message that one side stages. Large enough for the link's rate, small enough to overlap the
@@ -56,28 +56,8 @@ class PeerCount:
     send_s: float = 0.0  # in the sender's thread, from taking a message to its last byte's leaving
     waited_s: float = 0.0
 
-
-class Handle(Protocol):
-    """Something under way. `wait` returns the tensor once it may be used on the current stream."""
-
-    def wait(self) -> Tensor: ...
-
-    def is_done(self) -> bool:
-        """Whether `wait` would return at once; may say no of what is done and not waited for."""
-        ...
-
-
-@dataclass(slots=True)
-class Done:
-    """A handle of what is already there."""
-
-    tensor: Tensor
-
-    def wait(self) -> Tensor:
-        return self.tensor
-
-    def is_done(self) -> bool:
-        return True
+    def wait_for(self, seconds: float) -> None:
+        self.waited_s += seconds
 
 
 class TokenBucket:
@@ -112,41 +92,6 @@ class HostBuffers:
     def give_back(self, buffer: Tensor) -> None:
         with self._lock:
             self._free.setdefault(buffer.numel(), []).append(buffer)
-
-
-@dataclass(slots=True)
-class _Job:
-    run: Callable[[], Tensor | _Job]  # a job: that one goes on with it
-    done: threading.Event = field(default_factory=threading.Event)
-    result: Tensor | _Job | None = None
-    error: BaseException | None = None
-
-
-class Worker:
-    """A thread that does jobs in order. What a job raises comes out of its handle."""
-
-    def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, run: Callable[[], Tensor | _Job]) -> _Job:
-        job = _Job(run)
-        self._jobs.put(job)
-        return job
-
-    def close(self, timeout_s: float) -> None:
-        """Finish what was submitted; a thread that still waits for a peer is left behind."""
-        self._jobs.put(None)
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.result = job.run()
-            except BaseException as error:  # raised again where the handle is waited for
-                job.error = error
-            job.done.set()
 
 
 class Wire:
@@ -193,12 +138,12 @@ class Wire:
         if tensor.device.type == "cpu" and bucket is None:
             host = _bytes(tensor.to(sent_dtype))
             works = [self._isend(chunk, to, tag) for chunk in self._chunks(host, to)]
-            return _Background(self._finish(works, tensor, to, what))
+            return Background(self._finish(works, tensor, to, what))
         ready = _record(tensor)
         job = self._worker(f"mxn-send-{to}").submit(
             lambda: self._post_staged(tensor, sent_dtype, ready, to, tag, what, bucket)
         )
-        return _Background(job)
+        return Background(job)
 
     def recv(
         self,
@@ -231,7 +176,7 @@ class Wire:
         job = self._worker(f"mxn-receive-{from_}-{lane}").submit(
             lambda: self._land(works, host, target, sent_dtype, ready, from_, what)
         )
-        return _Background(job, self.count(from_))
+        return Background(job, self.count(from_).wait_for)
 
     def count(self, peer: int) -> PeerCount:
         return self.counts.setdefault(peer, PeerCount())
@@ -295,7 +240,7 @@ class Wire:
 
     def _finish(
         self, works: list[Any], tensor: Tensor, to: int, what: str, host: Tensor | None = None
-    ) -> _Job:
+    ) -> Job:
         """Keep what is being sent until it left; apart from posting, which must not wait."""
         begin_s = time.monotonic()
 
@@ -318,7 +263,7 @@ class Wire:
         tag: int,
         what: str,
         bucket: TokenBucket | None,
-    ) -> _Job:
+    ) -> Job:
         host, copied = self._stage(tensor, dtype, ready)
         works = []
         for chunk, event in zip(_chunks(host), copied, strict=True):
@@ -401,38 +346,6 @@ class _Posted:
 
     def is_done(self) -> bool:
         return not self.works
-
-
-@dataclass(slots=True)
-class _Background:
-    """A job of a worker thread."""
-
-    job: _Job
-    count: PeerCount | None = None
-
-    def wait(self) -> Tensor:
-        begin_s = time.monotonic()
-        result: Tensor | _Job | None = self.job
-        while isinstance(result, _Job):
-            result.done.wait()
-            if result.error is not None:
-                raise result.error
-            result = result.result
-        if self.count is not None:
-            self.count.waited_s += time.monotonic() - begin_s
-        assert result is not None
-        return result
-
-    def is_done(self) -> bool:
-        job: Tensor | _Job | None = self.job
-        while isinstance(job, _Job) and job.done.is_set() and job.error is None:
-            job = job.result
-        return not isinstance(job, _Job)
-
-
-def background(job: _Job) -> Handle:
-    """Return the handle of what a `Worker` was given."""
-    return _Background(job)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Large pools: sets of pipelines by family. Start at `Families.drafts`, and `alike` for copies.
+"""Large pools: sets of pipelines by family. Start at `Families.drafts`.
 
 Groups are put into parts; the pipelines of a part run over all of its groups, their slots dealt out
 as evenly as they go. One part with everything is the family of crossing pipelines, a part for each
@@ -12,29 +12,19 @@ last word.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
-from math import prod
+from itertools import combinations
 
-from mxn.train.plan.search.draft import Draft, Style
-from mxn.train.plan.search.packing import soonest
-from mxn.train.plan.search.shares import Pace
+from mxn.train.plan.search.rough import Rough, Sets, draft_of, pace_of
 from mxn.train.plan.search.tables import Kind
-from mxn.train.plan.search.ways import Row, Way, Ways
+from mxn.train.plan.search.ways import Way, Ways
 
 Deal = Counter[tuple[tuple[Kind, int], ...]]
 """How many pipelines get which slots."""
-Sets = tuple[tuple[Way, int], ...]
-
-WaysOf = Callable[[int, int], Ways]
-"""(optimizer shards, pipelines that share experts) → ways."""
 
 _DEPTHS = 6  # how many depths of a part are tried, from the shallowest that fits
 _WHOLE_LATTICE = 6  # up to so many groups every subset is a part
-_FEW_WIDTHS = 150  # combinations of widths: up to so many, all are tried
-_FEW_COPIES = 4  # with each of them
-_NUM_ALIKE = 12  # numbers of like pipelines that are cut exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,49 +35,7 @@ class Part:
     sets: Sets
 
     def done_in(self, seconds: float, crossing: bool) -> int:
-        return sum(_pace(way, crossing).done_in(seconds) * n for way, n in self.sets)
-
-
-@dataclass(frozen=True, slots=True)
-class Rough:
-    """A set of pipelines that is not cut yet."""
-
-    ways: Ways
-    sets: Sets
-    estimate_s: float
-    origin: str
-
-    def exact(self, ways_of: WaysOf, styles: Sequence[Style]) -> list[Draft]:
-        """Cut these pipelines for each schedule, with as much memory as that one leaves.
-
-        With as many optimizer shards as there are pipelines, if it has any.
-        """
-        num = sum(num for _, num in self.sets)
-        ways = ways_of(num if self.ways.tables.shards > 1 else 1, self.ways.tables.experts)
-        drafts = (self._cut(ways, style, ways.micro_batches // num) for style in styles)
-        return [draft for draft in drafts if draft]
-
-    def _cut(self, ways: Ways, style: Style, micro_batches: int) -> Draft | None:
-        crossing, fill = len(self.sets) > 1, style.fill
-        found = [
-            (ways.exact(way.row, style, max(micro_batches, 1), crossing=crossing), num)
-            for way, num in self.sets
-        ]
-        cuts = [(of, num) for of, num in found if of]
-        if not cuts:
-            return None
-        paces = [(tuple(t.pace(fill) for t in of), num) for of, num in cuts]
-        seconds = soonest(paces, ways.micro_batches)
-        lines = tuple(
-            (max(of, key=lambda t: t.pace(fill).done_in(seconds)), num)
-            for of, num in cuts
-            if max(t.pace(fill).done_in(seconds) for t in of)
-        )
-        tables = ways.tables
-        return Draft(
-            tables.micro_batch, lines, seconds, self.origin, tables.shards > 1, style,
-            tables.experts,
-        )  # fmt: skip
+        return sum(pace_of(way, crossing).done_in(seconds) * n for way, n in self.sets)
 
 
 class Families:
@@ -233,110 +181,6 @@ class Families:
         if widest > 1 and len(parts) > 1:
             origin = "inside and across groups"
         return draft_of(self._ways, tuple(s for part in parts for s in part.sets), origin)
-
-
-def alike(
-    ways_of: WaysOf, options: Sequence[Sequence[Kind]], *, sharded: bool, experts: int = 1
-) -> list[Rough]:
-    """Return copies of one pipeline, each group with the width that suits the number of copies.
-
-    Like stages of all copies stand in one group, so no sum of gradients leaves it. The optimizer
-    state is shared by all copies if `sharded`, the experts of a layer by `experts` of them.
-    """
-
-    def ways(num: int) -> Ways:
-        return ways_of(num if sharded else 1, experts)
-
-    found: list[Rough] = []
-    if prod(len(of) + 1 for of in options) <= _FEW_WIDTHS:
-        found += _alike_by_width(ways, options, experts)
-    for narrowest in sorted({kind.tp for of in options for kind in of}):
-        wide = [[k for k in of if k.tp >= narrowest] or [max(of, key=_width)] for of in options]
-        found += _alike(ways, wide, experts)
-    return sorted(found, key=lambda draft: draft.estimate_s)
-
-
-def _alike_by_width(
-    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], experts: int
-) -> list[Rough]:
-    """Return a few copies of one pipeline, or one alone, with any widths and groups left out."""
-    plain = ways_of(1)
-    found: list[Rough] = []
-    for kinds in product(*((None, *of) for of in options)):
-        slots = {kind: plain.tables.job.num_slots(kind) for kind in kinds if kind}
-        for num in range(experts, min(_FEW_COPIES, plain.micro_batches) + 1, experts):
-            counts = Counter({kind: n // num for kind, n in slots.items() if n // num})
-            ways = ways_of(num)
-            way = ways.rough(counts) if counts and depth_fits(ways, counts) else None
-            draft = draft_of(ways, ((way, num),), "copies of one pipeline") if way else None
-            if draft is not None:
-                found.append(draft)
-    return found
-
-
-def _alike(
-    ways_of: Callable[[int], Ways], options: Sequence[Sequence[Kind]], experts: int
-) -> list[Rough]:
-    plain = ways_of(1)
-    ranked: list[tuple[float, int, Counter[Kind]]] = []
-    most = sum(max(plain.tables.job.num_slots(kind) for kind in of) for of in options)
-    for num in range(max(2, experts), min(most, plain.micro_batches) + 1):
-        if num % experts:
-            continue
-        counts = _like_shares(plain, options, num)
-        depth = sum(counts.values())
-        if 0 < depth <= plain.max_stages:
-            rate = num * sum(n / plain.tables.work_s(kind) for kind, n in counts.items())
-            bubble = (depth - 1) * num / plain.micro_batches * plain.fill
-            ranked.append(((1 + bubble) / rate, num, counts))
-    found: list[Rough] = []
-    for _, num, counts in sorted(ranked, key=lambda entry: entry[:2]):
-        if len(found) == _NUM_ALIKE:
-            break
-        ways = ways_of(num)
-        way = ways.rough(counts) if depth_fits(ways, counts) else None
-        draft = draft_of(ways, ((way, num),), "copies of one pipeline") if way else None
-        if draft is not None:
-            found.append(draft)
-    return found
-
-
-def _width(kind: Kind) -> int:
-    return kind.tp
-
-
-def depth_fits(ways: Ways, counts: Counter[Kind]) -> bool:
-    """Return whether so many slots could hold the model at all."""
-    return ways.shallowest(counts) <= sum(counts.values())
-
-
-def _like_shares(ways: Ways, options: Sequence[Sequence[Kind]], num: int) -> Counter[Kind]:
-    counts: Counter[Kind] = Counter()
-    for of in options:
-        shares = {kind: ways.tables.job.num_slots(kind) // num for kind in of}
-        kind = max(of, key=lambda k: (shares[k] / ways.tables.work_s(k), -k.tp))
-        if shares[kind]:
-            counts[kind] = shares[kind]
-    return counts
-
-
-def draft_of(ways: Ways, sets: Sets, origin: str) -> Rough | None:
-    """Return a rough draft. None: nothing, or fewer pipelines than optimizer shards."""
-    if not sets or sum(num for _, num in sets) < ways.tables.shards:
-        return None
-    rows: dict[Row, int] = {}
-    by_row = {way.row: way for way, _ in sets}
-    for way, num in sets:
-        rows[way.row] = rows.get(way.row, 0) + num
-    merged = tuple((by_row[row], num) for row, num in rows.items())
-    paces = [((_pace(way, len(rows) > 1),), num) for way, num in merged]
-    if sum(num for _, num in merged) == 1:
-        origin = "one pipeline"
-    return Rough(ways, merged, soonest(paces, ways.micro_batches), origin)
-
-
-def _pace(way: Way, crossing: bool) -> Pace:
-    return way.across if crossing else way.inside
 
 
 def _partitions(parts: dict[frozenset[int], Part], guess_s: float, num: int) -> list[list[Part]]:

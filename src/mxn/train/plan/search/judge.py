@@ -22,7 +22,8 @@ from mxn.units import format_bytes
 
 _HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
 
-_NUM_POLISHED = 3  # of the best, that are improved by small steps
+_NUM_POLISHED = 4  # kinds of plans whose best is improved by small steps
+_FEWEST_LOOKS = 48
 _MOST_LOOKS = 400  # of one such climb in a small pool, fewer in a large one
 _MOST_SIMULATED = 24  # whatever the closed form promises
 _NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
@@ -65,7 +66,7 @@ class Judge:
                 self._look_at(replace(draft, style=style))
         for candidate in self._ranked()[:_NUM_RESCHEDULED]:
             self._place_otherwise(candidate)
-        for candidate in self._ranked()[:_NUM_POLISHED]:
+        for candidate in self._tops():
             self._climb(candidate)
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
         if not allowed:
@@ -113,23 +114,33 @@ class Judge:
             )
         return replace(candidate, prediction=seen, is_simulated=True)
 
+    def _tops(self) -> list[Candidate]:
+        """Return the best plan of each of the best few kinds: copies, schedule, micro-batch."""
+        found: dict[object, Candidate] = {}
+        for candidate in self._ranked():
+            plan = candidate.plan
+            chunks = len(plan.pipelines[0].stages[0].chunks)
+            found.setdefault(
+                (len(plan.pipelines), plan.schedule, chunks, plan.micro_batch), candidate
+            )
+        return list(found.values())[:_NUM_POLISHED]
+
     def _climb(self, candidate: Candidate) -> None:
-        """Change a plan by small steps while that makes it quicker, within a number of looks."""
-        left = max(_MOST_LOOKS // max(candidate.plan.num_devices // 8, 1), 16)
+        """Change a plan by small steps that make it quicker, within a number of looks."""
+        left = max(_MOST_LOOKS // max(candidate.plan.num_devices // 8, 1), _FEWEST_LOOKS)
         draft = settled(self._drafts[candidate.plan], self._rows)
-        while left > 0:
-            better: Candidate | None = None
+        by_stage = candidate.plan in self._by_stage
+        best_s, climbs = candidate.prediction.iteration_s, True
+        while climbs:
+            climbs = False
             for other in neighbours(draft):
                 left -= 1
-                found = self._look_at(other, by_stage=candidate.plan in self._by_stage)
-                best_s = (better or candidate).prediction.iteration_s
+                found = self._look_at(other, by_stage=by_stage)
                 if found and found.prediction.iteration_s < best_s * (1 - 1e-9):
-                    better, kept = found, other
-                if left <= 0:
+                    best_s, draft, climbs = found.prediction.iteration_s, other, left > 0
                     break
-            if better is None:
-                return
-            candidate, draft = better, kept
+                if left <= 0:
+                    return
 
     def _place_otherwise(self, candidate: Candidate) -> None:
         """Look at the other placement of a plan; the slower of the two is of no more interest."""

@@ -106,10 +106,11 @@ class Tables:
 
     def recompute(self, kind: Kind, in_flight: float, first: int, end: int) -> Recompute:
         """Return the cheapest recomputation under which these layers fit."""
-        options = {
-            how: self._fitting(kind, how, in_flight)[first, end] for how in self.job.recompute
-        }
-        return min(options, key=lambda how: options[how])
+
+        def seconds(how: Recompute) -> float:
+            return float(self._fitting(kind, how, in_flight)[first, end])
+
+        return min(self.job.recompute, key=seconds)
 
     def bytes(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         """Return the bytes on one device."""
@@ -185,7 +186,12 @@ class _Columns:
     def of(self, kind: Kind, how: Recompute) -> dict[str, Table]:
         key = (kind, how)
         if key not in self._known:
-            self._known[key] = _run_tables(self._layer_costs(kind, how))
+            costs = self._layer_costs(kind, how)
+            self._known[key] = tables = _run_tables(costs)
+            if self._job.shape.is_tied:
+                # A stage that holds all layers holds and updates the shared matrix once.
+                for name in ("optimizer_s", "params"):
+                    tables[name][0, -1] -= getattr(costs[0], name)
         return self._known[key]
 
     def _layer_costs(self, kind: Kind, how: Recompute) -> list[StageCost]:

@@ -42,7 +42,7 @@ class Ways:
         self.max_stages = min(max_stages or 64, tables.job.shape.num_layers)
         self.fill = fill
         self._rough: dict[Row, Way | None] = {}
-        self._exact: dict[tuple[Row, Style, int, bool], tuple[Template, ...]] = {}
+        self._exact: dict[tuple[Row, Style, int, bool, bool], tuple[Template, ...]] = {}
         groups = tables.job.cluster.groups
         links = [tables.job.cluster.link(a.name, 0, b.name, 0) for a, b in pairwise(groups)]
         self._outer = max(links, key=lambda link: link.transfer_s(1e9), default=None)
@@ -55,16 +55,17 @@ class Ways:
         return self._rough[row]
 
     def exact(
-        self, row: Row, style: Style, micro_batches: int, *, crossing: bool
+        self, row: Row, style: Style, micro_batches: int, *, crossing: bool, waits: bool = True
     ) -> tuple[Template, ...]:
         """Return cuts of this row and of the reverse one, none worse than another in all.
 
-        They fit under `style` when a pipeline does about `micro_batches`.
+        They fit under `style` when a pipeline does about `micro_batches`. Without `waits` handing
+        over is taken as hidden behind compute.
         """
-        key = (row, style, micro_batches, crossing)
+        key = (row, style, micro_batches, crossing, waits)
         if key not in self._exact:
             orders = dict.fromkeys((row, row[::-1]))
-            found = [c for o in orders for c in self._cut(o, style, micro_batches, crossing)]
+            found = [c for o in orders for c in self._cut(o, style, micro_batches, crossing, waits)]
             self._exact[key] = tuple(_undominated(found))
         return self._exact[key]
 
@@ -113,8 +114,10 @@ class Ways:
             worst = max(worst, sum(2 * link.transfer_s(size) for link in links))
         return worst
 
-    def _cut(self, row: Row, style: Style, micro_batches: int, crossing: bool) -> list[Template]:
-        size, hops = len(row), [self.tables.hop(a, b) for a, b in pairwise(row)]
+    def _cut(
+        self, row: Row, style: Style, micro_batches: int, crossing: bool, waits: bool
+    ) -> list[Template]:
+        size, hops = len(row), [self.tables.hop(a, b) * waits for a, b in pairwise(row)]
         busy = [
             self.tables.busy(kind, style.in_flight(s, size, micro_batches))
             for s, kind in enumerate(row)

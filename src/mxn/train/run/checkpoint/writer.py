@@ -157,19 +157,24 @@ class Checkpointer:
         name = manifests.partial_name(position.step, self.identity.launch)
         partial = self.folder / name
         partial.mkdir(exist_ok=True)
+        problem: Exception | None = None
         try:
             files: dict[str, ShardFile] = {}
             for layer, tensors in layers.items():
                 self._write_file(partial, files, f"layer-{layer:05d}", layer, tensors)
             if own:
                 self._write_file(partial, files, "rank", None, own)
-            told = {name: asdict(file) for name, file in files.items()}
+            told: dict[str, Any] = {"files": {n: asdict(file) for n, file in files.items()}}
         except Exception as error:
-            write_json(partial / _piece(self.rank), {"error": str(error)})
-            raise
-        write_json(partial / _piece(self.rank), {"files": told})
+            # What was written goes first: on a full disk there is no room to say so otherwise.
+            for path in partial.glob(f"*.{self.rank:04d}.safetensors"):
+                path.unlink()
+            problem, told = error, {"error": str(error)}
+        write_json(partial / _piece(self.rank), told)
         if self.rank == 0:
-            self._complete(position, partial)
+            self._complete(position, partial)  # removes what the others wrote, if one has failed
+        elif problem is not None:
+            raise problem
 
     def _write_file(
         self,

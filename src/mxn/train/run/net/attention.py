@@ -1,10 +1,13 @@
 """Attention that can be trained: grouped queries, or queries and keys from latents (MLA).
 
-Knows one layer; masks and angles come with the `Context`. Start at `make_attention`.
+Knows one layer; masks and angles come with the `Context`. In a team (tensor parallelism) each rank
+has its part of the heads. Start at `make_attention`.
 Shape letters: R rows, T tokens, D hidden, N heads, G key/value heads, H head dim, L latent rank.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +17,15 @@ from mxn.models.names import Names
 from mxn.models.spec import AttentionSpec
 from mxn.train.run.net.context import Context
 from mxn.train.run.net.parts import RmsNorm, Tree
+from mxn.train.run.net.shard import Team, enter, share_of
 
 
 class Attention:
     """x [R, T, D] -> y [R, T, D]. The weights hang in the tree of the block, not here."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: AttentionSpec, team: Team | None) -> None:
+        """`spec`: of the heads that this rank has."""
+        self.spec, self.team = spec, team
         self.recomputes = False
 
     def __call__(self, x: Tensor, context: Context) -> Tensor:
@@ -73,27 +78,32 @@ class GroupedAttention(Attention):
     """Queries of N heads over keys and values of G heads."""
 
     def __init__(self, spec: AttentionSpec, names: Names, tree: Tree) -> None:
-        super().__init__(spec)
+        super().__init__(spec, tree.make.team)
         dim, hidden = spec.head_dim, tree.model.hidden
         widths = (spec.num_heads * dim, spec.num_kv_heads * dim, spec.num_kv_heads * dim)
-        if len(names.qkv) == 1:
-            widths = (sum(widths),)
         self.is_grouped = names.qkv_layout == "grouped"
-        self.qkv = [
-            tree.linear(path, hidden, width) for path, width in zip(names.qkv, widths, strict=True)
-        ]
-        self.out = tree.linear(names.attn_out, spec.num_heads * dim, hidden)
+        if len(names.qkv) == 1:
+            # Groups stand one behind the other, so they are cut as one section.
+            sections = (sum(widths),) if self.is_grouped else widths
+            self.qkv = [tree.linear_in(names.qkv[0], hidden, *sections)]
+        else:
+            self.qkv = [
+                tree.linear_in(path, hidden, width)
+                for path, width in zip(names.qkv, widths, strict=True)
+            ]
+        self.out = tree.linear_out(names.attn_out, spec.num_heads * dim, hidden)
         self.norms: list[RmsNorm] = []
         if spec.qk_norm != "none":
-            factors = (spec.num_heads, spec.num_kv_heads) if spec.qk_norm == "full" else (1, 1)
+            is_full = spec.qk_norm == "full"
+            factors = (spec.num_heads, spec.num_kv_heads) if is_full else (1, 1)
             self.norms = [
-                tree.norm(path, factor * dim)
+                tree.norm_of_heads(path, factor * dim, is_cut=is_full)
                 for path, factor in zip((names.q_norm, names.k_norm), factors, strict=True)
             ]
 
     def __call__(self, x: Tensor, context: Context) -> Tensor:
         spec = self.spec
-        q, k, v = self._project(x)
+        q, k, v = self._project(enter(x, self.team))
         if spec.qk_norm == "full":
             q, k = self.norms[0](q), self.norms[1](k)
         q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in (q, k, v))
@@ -130,38 +140,40 @@ class LatentAttention(Attention):
     """
 
     def __init__(self, spec: AttentionSpec, names: Names, tree: Tree) -> None:
-        super().__init__(spec)
+        super().__init__(spec, tree.make.team)
         mla, heads, hidden = spec.mla, spec.num_heads, tree.model.hidden
         assert mla is not None
         self.mla = mla
         queries = heads * (mla.nope_dim + mla.rope_dim)
         if mla.q_lora_rank is None:
-            self.query: list[nn.Module] = [tree.linear(names.mla_q, hidden, queries)]
+            self.query: list[nn.Module] = [tree.linear_in(names.mla_q, hidden, queries)]
         else:
             rank = mla.q_lora_rank
             self.query = [
                 tree.linear(names.mla_q_a, hidden, rank),
                 tree.norm(names.mla_q_a_norm, rank, mla.norm_eps),
-                tree.linear(names.mla_q_b, rank, queries),
+                tree.linear_in(names.mla_q_b, rank, queries),
             ]
         latent = mla.kv_lora_rank
         self.kv_a = tree.linear(names.mla_kv_a, hidden, latent + mla.rope_dim)
         self.kv_norm = tree.norm(names.mla_kv_a_norm, latent, mla.norm_eps)
-        self.kv_b = tree.linear(names.mla_kv_b, latent, heads * (mla.nope_dim + mla.v_dim))
-        self.out = tree.linear(names.attn_out, heads * mla.v_dim, hidden)
+        self.kv_b = tree.linear_in(names.mla_kv_b, latent, heads * (mla.nope_dim + mla.v_dim))
+        self.out = tree.linear_out(names.attn_out, heads * mla.v_dim, hidden)
 
     def __call__(self, x: Tensor, context: Context) -> Tensor:
         spec, mla = self.spec, self.mla
         assert spec.rope is not None
         q = x
-        for step in self.query:
+        for step in self.query[:-1]:
             q = step(q)
+        q = self.query[-1](enter(q, self.team))
         q_nope, q_rope = q.unflatten(-1, (spec.num_heads, -1)).split(
             (mla.nope_dim, mla.rope_dim), dim=-1
         )
         latent, k_rope = self.kv_a(x).split((mla.kv_lora_rank, mla.rope_dim), dim=-1)
+        latent, k_rope = enter(self.kv_norm(latent), self.team), enter(k_rope, self.team)
         k_nope, v = (
-            self.kv_b(self.kv_norm(latent))
+            self.kv_b(latent)
             .unflatten(-1, (spec.num_heads, -1))
             .split((mla.nope_dim, mla.v_dim), dim=-1)
         )
@@ -174,7 +186,15 @@ class LatentAttention(Attention):
 
 
 def make_attention(spec: AttentionSpec, names: Names, tree: Tree) -> Attention:
-    return (LatentAttention if spec.mla else GroupedAttention)(spec, names, tree)
+    """Raises: UnsupportedError for heads that the team cannot share out evenly."""
+    team = tree.make.team
+    kv_heads = spec.num_kv_heads
+    if spec.mla is None:
+        kv_heads = share_of(kv_heads, team, "key/value heads")
+    mine = replace(
+        spec, num_heads=share_of(spec.num_heads, team, "attention heads"), num_kv_heads=kv_heads
+    )
+    return (LatentAttention if spec.mla else GroupedAttention)(mine, names, tree)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> Tensor:

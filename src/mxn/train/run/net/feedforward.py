@@ -1,7 +1,8 @@
 """The second half of a block: an MLP, or experts behind a router.
 
 The router's choice bias (DeepSeek-V3) is carried along and not trained; there is no auxiliary loss
-that balances the experts. Start at `make_feedforward`.
+that balances the experts. In a team (tensor parallelism) each rank has a part of the inner width of
+every MLP. Start at `make_feedforward`.
 Shape letters: S tokens in a line, D hidden, E experts, k chosen ones.
 """
 
@@ -15,20 +16,29 @@ from mxn.kernels.ops.route.torch_ import route
 from mxn.models.names import Names, Part
 from mxn.models.spec import MlpSpec, MoeSpec
 from mxn.train.run.net.parts import Tree
+from mxn.train.run.net.shard import enter, leave, share_of
 
 
 class Mlp:
     """down(act(gate(x)) · up(x)); the names decide whether gate and up are stored as one."""
 
-    def __init__(self, spec: MlpSpec, up: Part, down: str, tree: Tree) -> None:
+    def __init__(
+        self, spec: MlpSpec, up: Part, down: str, tree: Tree, *, is_summed: bool = True
+    ) -> None:
+        """`is_summed` False: the caller enters and leaves the team, for many MLPs at once."""
         self.is_gated = spec.is_gated
         self.activate = ACTIVATIONS[spec.activation]
-        hidden = tree.model.hidden
-        width = spec.intermediate * (2 if spec.is_gated else 1) // len(up)
-        self.up = [tree.linear(path, hidden, width) for path in up]
-        self.down = tree.linear(down, spec.intermediate, hidden)
+        hidden, width = (
+            tree.model.hidden,
+            share_of(spec.intermediate, tree.make.team, "MLP columns"),
+        )
+        sections = (width,) * ((2 if spec.is_gated else 1) // len(up))
+        self._enters = tree.make.team if is_summed else None
+        self.up = [tree.linear_in(path, hidden, *sections) for path in up]
+        self.down = tree.linear_out(down, width, hidden, is_summed=is_summed)
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = enter(x, self._enters)
         parts = [linear(x) for linear in self.up]
         if not self.is_gated:
             return self.down(self.activate(parts[0]))
@@ -40,7 +50,7 @@ class Experts:
     """Each token goes through its k best experts; shared ones see all tokens."""
 
     def __init__(self, spec: MoeSpec, names: Names, tree: Tree) -> None:
-        self.spec = spec
+        self.spec, self.team = spec, tree.make.team
         count = spec.router.num_experts
         self.router = tree.linear(names.router, tree.model.hidden, count)
         is_biased = spec.router.scoring == "sigmoid"
@@ -52,6 +62,7 @@ class Experts:
                 tuple(path.format(e=e) for path in names.expert_gate_up),
                 names.expert_down.format(e=e),
                 tree,
+                is_summed=False,
             )
             for e in range(count)
         ]
@@ -76,6 +87,7 @@ class Experts:
         logits_SE = nn.functional.linear(x_SD.float(), self.router.weight.float())
         bias_E = getattr(*self._bias) if self._bias else None
         weights_Sk, chosen_Sk = route(logits_SE, bias_E, self.spec.router)
+        x_SD, weights_Sk = enter(x_SD, self.team), enter(weights_Sk, self.team)
         order = chosen_Sk.flatten().argsort(stable=True)
         tokens = order // chosen_Sk.shape[1]
         # The one wait for the device: how many rows each expert has decides the shapes.
@@ -85,7 +97,7 @@ class Experts:
         ]
         weighted = torch.cat(parts).float() * weights_Sk.flatten()[order].unsqueeze(1)
         total = torch.zeros(x_SD.shape, dtype=torch.float32, device=x_SD.device)
-        return total.index_add(0, tokens, weighted).to(x_SD.dtype)
+        return leave(total.index_add(0, tokens, weighted), self.team).to(x_SD.dtype)
 
 
 def make_feedforward(spec: MlpSpec | MoeSpec, names: Names, tree: Tree) -> Mlp | Experts:

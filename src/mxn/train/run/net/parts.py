@@ -1,7 +1,8 @@
 """The smallest trainable parts: a matrix, which may carry a LoRA adapter, and a norm.
 
 Modules stand in a tree whose paths are the names of the checkpoint, so that `named_parameters`
-speaks the language of every other program. Knows no layers and no plans. Start at `Tree`.
+speaks the language of every other program. Knows no layers and no plans. Under tensor parallelism
+a part holds what its rank has of it, and says how that is cut. Start at `Tree`.
 Shape letters: D inputs and F outputs of a matrix, r rank of an adapter.
 """
 
@@ -14,7 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from mxn.errors import UnsupportedError
 from mxn.models.spec import DecoderSpec
+from mxn.train.run.net.shard import Cut, Team, divide, enter, leave
 
 M = TypeVar("M", bound=nn.Module)
 Product = Callable[[Tensor, nn.Parameter, Tensor | None], Tensor]
@@ -23,11 +26,12 @@ Product = Callable[[Tensor, nn.Parameter, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Make:
-    """How parts are made: where, in which dtype, and which modules have a bias."""
+    """How parts are made: where, in which dtype, which modules have a bias, for which team."""
 
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     biases: Collection[str] = frozenset()  # full names of the modules
+    team: Team | None = None  # None: whole
 
     def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
         """Return a parameter without values: they come from a checkpoint or an initialisation."""
@@ -45,6 +49,8 @@ class Linear(nn.Module):
         self.lora_A: Linear | None = None  # spelled as PEFT does
         self.lora_B: Linear | None = None
         self.lora_scale = 0.0
+        self.team: Team | None = None  # where `cuts` says that this is a part of a matrix
+        self.cuts: dict[str, Cut] = {}  # by name of the parameter
         self.product: Product = nn.functional.linear  # replaced where weight gradients are put off
 
     @property
@@ -56,10 +62,35 @@ class Linear(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x, self.weight, self.bias)
+        y = self._apply(x)
         if self.lora_A is None or self.lora_B is None:
             return y
-        return y + self.lora_scale * self.lora_B(self.lora_A(x))
+        return y + self.lora_scale * self._adapt(x, self.lora_A, self.lora_B)
+
+    def _apply(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+    def _adapt(self, x: Tensor, down: Linear, up: Linear) -> Tensor:
+        # Of a matrix cut by its outputs, A is whole on every rank and B is cut as the matrix is.
+        return up(enter(down(divide(x, self.team)), self.team))
+
+
+class LinearOut(Linear):
+    """A matrix that leads out: cut by its inputs, so that y is the sum of what the ranks have.
+
+    `is_summed` False: the caller adds the parts, and there is no bias.
+    """
+
+    is_summed = True
+
+    def _apply(self, x: Tensor) -> Tensor:
+        y = self.product(x, self.weight, None)
+        if self.is_summed:
+            y = leave(y, self.team)
+        return y if self.bias is None else y + self.bias
+
+    def _adapt(self, x: Tensor, down: Linear, up: Linear) -> Tensor:
+        return up(leave(down(x), self.team))
 
 
 class Table(nn.Module):
@@ -82,13 +113,23 @@ class RmsNorm(nn.Module):
         self.weight = make.parameter(size)
         self.eps = eps
         self.is_offset = is_offset
+        self.team: Team | None = None
+        self.cuts: dict[str, Cut] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        normed = wide * torch.rsqrt(self._mean_square(wide) + self.eps)
+        # Whole on every rank, but used for the heads of one: its gradient is a sum.
+        weight = self.weight if self.cuts else enter(self.weight, self.team)
         if self.is_offset:
-            return (normed * (1.0 + self.weight.float())).to(x.dtype)
-        return normed.to(x.dtype) * self.weight
+            return (normed * (1.0 + weight.float())).to(x.dtype)
+        return normed.to(x.dtype) * weight
+
+    def _mean_square(self, wide: Tensor) -> Tensor:
+        if self.team is None or not self.cuts:
+            return wide.square().mean(-1, keepdim=True)
+        total = leave(wide.square().sum(-1, keepdim=True), self.team)
+        return enter(total, self.team) / (wide.shape[-1] * self.team.size)
 
 
 class Tree:
@@ -102,6 +143,42 @@ class Tree:
 
     def linear(self, path: str, inputs: int, outputs: int) -> Linear:
         return put(self.root, path, Linear(self.make, self.prefix + path, inputs, outputs))
+
+    def linear_in(self, path: str, inputs: int, *widths: int) -> Linear:
+        """Add a matrix that leads in. `widths`: outputs of each of its sections, of this rank."""
+        linear = self.linear(path, inputs, sum(widths))
+        linear.team = self.make.team
+        if linear.team is not None:
+            cut = Cut(0, widths)
+            linear.cuts = {"weight": cut} | ({} if linear.bias is None else {"bias": cut})
+        return linear
+
+    def linear_out(self, path: str, width: int, outputs: int, *, is_summed: bool = True) -> Linear:
+        """Add a matrix that leads out. `width`: its inputs, of this rank.
+
+        Raises: UnsupportedError for a bias that would be added by each rank.
+        """
+        linear = LinearOut(self.make, self.prefix + path, width, outputs)
+        linear.team, linear.is_summed = self.make.team, is_summed
+        if linear.team is not None:
+            linear.cuts = {"weight": Cut(1, (width,))}
+            if not is_summed and linear.bias is not None:
+                raise UnsupportedError(
+                    f"{linear.name} has a bias, which tensor parallelism of experts cannot add",
+                    hint="tp = 1",
+                )
+        return put(self.root, path, linear)
+
+    def norm_of_heads(self, path: str, size: int, *, is_cut: bool) -> RmsNorm:
+        """Add a norm of what one rank has; `is_cut`: over all heads together, of which it has some.
+
+        `size`: of the weight, on this rank.
+        """
+        norm = self.norm(path, size)
+        norm.team = self.make.team
+        if norm.team is not None and is_cut:
+            norm.cuts = {"weight": Cut(0, (size,))}
+        return norm
 
     def norm(self, path: str, size: int, eps: float | None = None) -> RmsNorm:
         eps = self.model.norm_eps if eps is None else eps

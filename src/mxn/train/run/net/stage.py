@@ -21,6 +21,7 @@ from mxn.train.run.data.batch import MicroBatch
 from mxn.train.run.net.context import Context, RopeTables
 from mxn.train.run.net.layers import Block, Embedding, Head
 from mxn.train.run.net.parts import Make
+from mxn.train.run.net.shard import Cut, Team, cut_of
 
 Recompute = Literal["none", "selective", "full"]
 PlanLayer = Embedding | Block | Head
@@ -44,11 +45,15 @@ class StageModule(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: Recompute = "none",
+        team: Team | None = None,
     ) -> None:
         """`biases`: full names of the modules that have one, as `ModelSource.biases` says.
 
         `recompute`: what the backward pass computes again instead of keeping it: the attention
         matrices (selective), or all of a block but its input (full).
+
+        `team`: the ranks that hold these layers together; blocks are cut over them, embedding and
+        head are whole on each. Raises: UnsupportedError for blocks that cannot be cut evenly.
         """
         super().__init__()
         count = len(spec.layers) + 2
@@ -57,7 +62,8 @@ class StageModule(nn.Module):
         self.spec, self.names, self.first, self.end = spec, names, first, end
         self.dtype, self.device = dtype, torch.device(device)
         self.recompute: Recompute = recompute
-        make = Make(dtype=dtype, device=self.device, biases=biases)
+        self.team = team
+        make = Make(dtype=dtype, device=self.device, biases=biases, team=team)
         self.layers: nn.ModuleDict = nn.ModuleDict(
             {str(i): _layer(spec, names, i, make) for i in range(first, end)}
         )
@@ -135,6 +141,48 @@ class StageModule(nn.Module):
         module = self._at(layer)
         named = module.named_parameters(remove_duplicate=False)
         return {module.prefix + name: parameter for name, parameter in named}
+
+    def layer_cuts(self, layer: int) -> dict[str, Cut]:
+        """Return how the parameters of a plan layer are cut over the team, by full name."""
+        module = self._at(layer)
+        return {
+            f"{module.prefix}{path}.{name}": cut
+            for path, part in module.named_modules()
+            for name, cut in getattr(part, "cuts", {}).items()
+        }
+
+    def part_of(self, layer: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what this rank holds of a layer's weights or of their optimizer state.
+
+        Raises: UserError for a tensor of another shape than the model's.
+        """
+        team, cuts = self.team, self.layer_cuts(layer)
+        if team is None:
+            return dict(state)
+        found: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            cut = cut_of(cuts, name)
+            if cut is None:
+                found[name] = tensor
+                continue
+            want = sum(cut.widths) * team.size
+            if tensor.ndim <= cut.dim or tensor.shape[cut.dim] != want:
+                raise UserError(
+                    f"{name} of layer {layer} is {tuple(tensor.shape)}, not {want} along dim"
+                    f" {cut.dim}"
+                )
+            found[name] = cut.part(tensor, team.index, team.size)
+        return found
+
+    def whole_of(self, layer: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state with the parts of all ranks joined; the whole team calls it together."""
+        team, cuts = self.team, self.layer_cuts(layer)
+        found = dict(state)
+        if team is not None:
+            for name, tensor in state.items():
+                if (cut := cut_of(cuts, name)) is not None:
+                    found[name] = cut.whole(team.gather(tensor))
+        return found
 
     def layer_state(self, layer: int, *, trainable_only: bool = False) -> dict[str, Tensor]:
         """Return parameters and buffers of a plan layer by full name, not copied.

@@ -103,6 +103,8 @@ class Supervisor:
         self._probes: dict[str, tuple[float, Probe | None]] = {}
         self._written_s = 0.0
         self._stops = 0
+        self._is_busy = False  # in a call that may last minutes, with no rank running
+        self._is_held = False
         self._asked: Asked | None = None
         self._groups = groups
         self.state = w.State(groups=groups)
@@ -112,7 +114,7 @@ class Supervisor:
 
         Raises: UserError when another supervisor holds the folder, or the checkpoint is broken.
         """
-        with self._held(), self._interruptible():
+        with self.held(), self._interruptible():
             Control(self.out, 0)
             self._asked = Asked(self.out)
             find(self._checkpoints, self.job.checkpoint.resume)
@@ -121,6 +123,8 @@ class Supervisor:
                 self._obey(orders)
                 while self.state.phase not in w.FINAL:
                     self._step()
+            except KeyboardInterrupt:  # while no rank ran
+                self.state, _ = decide(self.state, w.StopAsked(), time.monotonic(), self.policy)
             finally:
                 if self.ranks is not None:
                     self.ranks.kill()
@@ -164,7 +168,8 @@ class Supervisor:
     def _plan(self, groups: tuple[str, ...]) -> w.Event:
         self._write_status()
         try:
-            self.plan = self._make_plan(self.job, groups)
+            with self._leaving_at_once():
+                self.plan = self._make_plan(self.job, groups)
         except CapacityError as error:
             return w.PlanFailed(str(error), is_capacity=True)
         except MxnError as error:
@@ -176,7 +181,8 @@ class Supervisor:
         assert self.plan is not None
         self._write_status()
         try:
-            self._run_gate(self.job, self.plan)
+            with self._leaving_at_once():
+                self._run_gate(self.job, self.plan)
         except SpeedError as error:
             return w.SpeedOff(error.chip, error.message)
         except MxnError as error:
@@ -295,7 +301,14 @@ class Supervisor:
         )  # fmt: skip
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
+        """Be the only one at work in the job's folder; `run` sees to it where its caller did not.
+
+        Raises: UserError when another supervisor is.
+        """
+        if self._is_held:
+            yield
+            return
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / ".lock").open("w") as file:
             try:
@@ -305,17 +318,37 @@ class Supervisor:
                     f"another `mxn train run` is at work in {self.out}",
                     hint="wait for it, stop it, or give another `out`",
                 ) from None
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+    @contextmanager
+    def _leaving_at_once(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt for a ctrl-c that comes inside, or came just before."""
+        self._is_busy = True
+        try:
+            if self._stops:
+                raise KeyboardInterrupt
             yield
+        finally:
+            self._is_busy = False
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-c and SIGTERM become events; the second one ends ranks without a checkpoint."""
+        """Ctrl-c and SIGTERM become events; the second one ends ranks without a checkpoint.
+
+        A plan that is being made, and chips that are being checked, are left at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def heard(number: int, frame: Any) -> None:
             self._stops += 1
+            if self._is_busy:
+                raise KeyboardInterrupt
 
         kinds = (signal.SIGINT, signal.SIGTERM)
         before = {kind: signal.signal(kind, heard) for kind in kinds}
@@ -326,12 +359,6 @@ class Supervisor:
                 signal.signal(kind, handler)
 
 
-def last_launch(out: Path) -> int:
-    """Return the number of the last launch in a job's folder: numbers are never used twice."""
-    names = (path.name.removeprefix("launch-") for path in (out / "log").glob("launch-*"))
-    return max((int(name) for name in names if name.isdigit()), default=0)
-
-
 def _with_words(death: Death, control: Control) -> Death:
     if death.words is not None:
         return death
@@ -340,12 +367,25 @@ def _with_words(death: Death, control: Control) -> Death:
     )
 
 
+def last_launch(out: Path) -> int:
+    """Return the number of the last launch in a job's folder, 0 before the first.
+
+    Numbers go on over runs of the command: files of an earlier launch (it was asked to pause, it
+    had finished) and ranks that have just lost their supervisor must not be taken for the next's.
+    """
+    paths = (*out.glob("log/launch-*"), *out.glob("control/*-*"))  # logs may have been removed
+    numbers = (path.name.split("-")[1] for path in paths)
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
 def _last_line(path: Path) -> dict[str, Any]:
     """Return the last whole line of a JSONL file, read from its end."""
     if not path.is_file():
         return {}
     with path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - 8192))
-        lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else {}
+        begin, lines = file.seek(0, 2), [b""]
+        while len(lines) < 3 and begin > 0:  # a line of a job of many ranks is long
+            begin = max(0, begin - 65536)
+            file.seek(begin)
+            lines = file.read().split(b"\n")
+    return json.loads(lines[-2]) if len(lines) > 1 else {}

@@ -1,0 +1,60 @@
+"""The tables that cuts are made from say what the predictor says of the same stage."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
+from mxn.train.plan.memory import MemoryModel
+from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.plan.predict import predict
+from mxn.train.plan.profile import ChipProfile, LayerCost
+from mxn.train.plan.search.tables import Job, Kind, TableBook
+from mxn.train.plan.shape import LayerShape, ModelShape
+
+LINK = Link(latency_s=0.0, bytes_per_s=1e9)
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_bytes_and_seconds_of_every_run_are_the_predictors(is_tied, how):
+    rows = [("embedding", 500, 0.0), *[("block", 300, 40.0)] * 3, ("head", 510, 90.0)]
+    shape = ModelShape(
+        name="toy", seq_tokens=4, is_tied=is_tied,
+        layers=tuple(
+            LayerShape(kind=kind, params=params, forward_flop=900.0, activation_bytes=kept,
+                       core_bytes=kept / 4, output_bytes=8.0)
+            for kind, params, kept in rows
+        ),
+    )  # fmt: skip
+    costs = {
+        (kind, 1, 1): LayerCost(forward_s=s, backward_s=2 * s, optimizer_s=s / 10)
+        for kind, s in (("embedding", 0.1), ("block", 1.0), ("head", 0.7))
+    }
+    profiles = {"a": ChipProfile(chip="a", costs=costs, framework_bytes=77.0)}
+    group = DeviceGroup(
+        name="a", chip="a", num_devices=3, devices_per_node=3, memory_bytes=10**6,
+        node_link=LINK, group_link=LINK,
+    )  # fmt: skip
+    cluster, memory = Cluster(groups=(group,)), MemoryModel()
+    tables = TableBook(Job(shape=shape, cluster=cluster, profiles=profiles, memory=memory)).at(1)
+    for bounds in ((0, 5), (0, 1, 5), (0, 2, 5), (0, 1, 4, 5), (0, 3, 4, 5)):
+        plan = TrainPlan(
+            model="toy", num_layers=5, seq_tokens=4, micro_batch=1,
+            pipelines=(Pipeline(
+                stages=tuple(
+                    Stage(group="a", first_device=s, recompute=how,
+                          chunks=(Chunk(first=first, end=end),))
+                    for s, (first, end) in enumerate(pairwise(bounds))
+                ),
+                micro_batches=2,
+            ),),
+        )  # fmt: skip
+        told = predict(plan, shape, cluster, profiles, memory=memory).stages
+        for s, (first, end) in enumerate(pairwise(bounds)):
+            kept = min(2, len(told) - s)
+            assert tables.bytes(Kind("a", 1), how, kept)[first, end] == pytest.approx(
+                told[s].memory_bytes
+            )

@@ -1,0 +1,64 @@
+"""Which plan files are none for a job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mxn.errors import UserError
+from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
+from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.plan.profile import ChipProfile, LayerCost
+from mxn.train.run.job_file import read_job
+from mxn.train.run.measure import look_at, memory_of
+from mxn.train.run.prepare import Task, limits_of, plan_of_job
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def job(tmp_path):
+    folder = tmp_path
+    (folder / "text.txt").write_text((ROOT / "recipes/data/tinyshakespeare.txt").read_text()[:4000])
+    (folder / "job.yaml").write_text(
+        "model: mxn-shakespeare-llama\n"
+        "data: {files: [text.txt]}\n"
+        "seq_tokens: 32\nmicro_batch: 1\nglobal_batch: 4\nsteps: 2\n"
+        "devices:\n  - {name: a, device: cpu}\n"
+    )
+    return read_job(folder / "job.yaml", out=folder / "run")
+
+
+def test_a_plan_file_in_other_micro_batches_is_refused(job, tmp_path):
+    """Data comes in the job's: ranks would wait for messages of another size."""
+    shape = look_at(job)[1]
+    costs = {
+        (layer.kind, rows, 1): LayerCost(forward_s=1.0, backward_s=2.0, optimizer_s=0.1)
+        for layer in shape.layers
+        for rows in (1, 2)
+    }
+    link = Link(latency_s=0.0, bytes_per_s=1e9)
+    group = DeviceGroup(
+        name="a", chip="a", num_devices=1, devices_per_node=1, memory_bytes=10**9,
+        node_link=link, group_link=link,
+    )  # fmt: skip
+    task = Task(
+        shape=shape, rows=4, cluster=Cluster(groups=(group,)),
+        profiles={"a": ChipProfile(chip="a", costs=costs)}, memory=memory_of(job),
+        limits=limits_of(job),
+    )  # fmt: skip
+    stage = Stage(group="a", first_device=0, chunks=(Chunk(first=0, end=shape.num_layers),))
+    for rows in (1, 2):
+        plan = TrainPlan(
+            model=shape.name, num_layers=shape.num_layers, seq_tokens=32, micro_batch=rows,
+            pipelines=(Pipeline(stages=(stage,), micro_batches=4 // rows),),
+        )  # fmt: skip
+        (tmp_path / "plan.json").write_text(plan.to_json())
+        given = replace(job, plan=replace(job.plan, file=str(tmp_path / "plan.json")))
+        if rows == job.micro_batch:
+            assert plan_of_job(given, task)[0] == plan
+            continue
+        with pytest.raises(UserError, match="in micro-batches of 2"):
+            plan_of_job(given, task)

@@ -1,0 +1,96 @@
+"""What a job's folder may hold when a job begins in it, and what a job must not name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mxn.errors import UnsupportedError, UserError
+from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.run.checkpoint import Checkpointer, Position
+from mxn.train.run.checkpoint.writer import Identity
+from mxn.train.run.from_job import open_job, settings_of
+from mxn.train.run.job import Job
+from mxn.train.run.job_file import read_job
+from mxn.train.run.prepare import plan_of_job
+from mxn.train.run.session import keep_job, kept_job, run_job
+from mxn.train.run.supervise.shell import Supervisor
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    (tmp_path / "text.txt").write_text("to be or not to be " * 50)
+    path = tmp_path / "job.yaml"
+    path.write_text("""
+model: mxn-shakespeare-llama
+data: {files: text.txt}
+seq_tokens: 16
+global_batch: 4
+steps: 20
+devices: [{name: a, device: cpu}]
+""")
+    return read_job(path, out=tmp_path / "out")
+
+
+def finish(job: Job) -> None:
+    """Leave the folder as a job that did its last step does."""
+    identity = Identity(
+        job=f"{job.fingerprint}-rows", plan="p", plan_json="{}", num_layers=1, num_ranks=1,
+        launch=1, told=settings_of(job),
+    )  # fmt: skip
+    writer = Checkpointer(Path(job.checkpoint.folder), rank=0, identity=identity, keep=1)
+    writer.save(Position(step=job.steps or 0, micro_batch=0), {0: {"w": torch.zeros(1)}})
+    writer.close()
+    keep_job(job)
+
+
+def test_a_finished_job_is_done_and_another_one_in_its_folder_is_not(job):
+    finish(job)
+    assert run_job(job, on_say=lambda text: None).phase == "done"
+    other = replace(job, seed=1, steps=10)
+    with pytest.raises(UserError, match="seed: 0 then, 1 now"):
+        run_job(other)
+    assert kept_job(Path(job.out)).seed == 0  # an export still finds the job it belongs to
+
+
+def test_who_comes_second_writes_nothing(job):
+    keep_job(job)
+    first = Supervisor(
+        job,
+        ("a",),
+        make_plan=lambda job, groups: pytest.fail("begun"),
+        run_gate=lambda job, plan: None,
+        launch=lambda launching: pytest.fail("begun"),
+    )
+    with first.held(), pytest.raises(UserError, match="another `mxn train run` is at work"):
+        run_job(replace(job, seed=1))
+    assert kept_job(Path(job.out)).seed == 0
+
+
+def test_a_plan_for_other_micro_batches_is_refused(job, tmp_path):
+    stage = Stage(group="a", first_device=0, chunks=(Chunk(first=0, end=6),))
+    plan = TrainPlan(
+        model="m", num_layers=6, seq_tokens=16, micro_batch=2,
+        pipelines=(Pipeline(stages=(stage,), micro_batches=2),),
+    )  # fmt: skip
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    task = SimpleNamespace(predict=lambda plan: None)
+    job = replace(job, plan=replace(job.plan, file=str(path)))
+    with pytest.raises(UserError, match="micro-batches of 2 rows, the job's have 1"):
+        plan_of_job(job, task)
+    assert plan_of_job(replace(job, micro_batch=2), task)[0] == plan
+
+
+def test_an_adapter_target_that_no_matrix_answers_is_refused(job, tmp_path):
+    path = tmp_path / "lora.yaml"
+    text = (tmp_path / "job.yaml").read_text()
+    path.write_text(text + "method: lora\nlora: {targets: [q_proj, qproj]}\n")
+    with pytest.raises(UnsupportedError, match="'qproj' is no matrix of this model"):
+        open_job(read_job(path))
+    path.write_text(text + "method: lora\nlora: {targets: [q_proj]}\n")
+    assert open_job(read_job(path)).settings.lora is not None
