@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -55,8 +56,10 @@ def reference(steps: int, micro_batches: int, **changes: Any) -> dict[str, Any]:
     return parity_cases.single(steps, micro_batches, model=model(), **changes)
 
 
-def run(name: str, devices: list[str] | None = None, **more: Any) -> list[dict[str, Any]]:
-    plan = PLANS[name]
+def run(
+    name: str, devices: list[str] | None = None, *, shards_optimizer: bool = False, **more: Any
+) -> list[dict[str, Any]]:
+    plan = replace(PLANS[name], shards_optimizer=shards_optimizer)
     arguments = {"plan": plan.to_json(), "steps": STEPS, "model": model(), **more}
     devices = devices or ["cpu"] * plan.num_devices
     return run_ranks("support.parity_cases:train", devices, arguments)
@@ -92,6 +95,21 @@ def test_adapters_train_as_on_one_device():
     for rank in ranks:
         assert rank["loss"] == pytest.approx(want["loss"], rel=LOSS_NOISE)
         assert rank["norm"] == pytest.approx(want["norm"], rel=100 * LOSS_NOISE)
+
+
+def test_a_team_computes_in_bfloat16_beside_float32():
+    ranks = run("two beside one", dtypes=["bfloat16", "bfloat16", "float32"])
+    want = reference(STEPS, MICRO_BATCHES)
+    assert ranks[0]["loss"] == pytest.approx(want["loss"], rel=2e-2)
+    assert ranks[0]["loss"][-1] < ranks[0]["loss"][0]
+
+
+@pytest.mark.parametrize("name", ["two beside one", "two pipelines of two"])
+def test_divided_optimizer_state_changes_nothing_but_memory(name):
+    whole, divided = run(name), run(name, shards_optimizer=True)
+    check(divided, reference(STEPS, MICRO_BATCHES))
+    assert [rank["loss"] for rank in divided] == [rank["loss"] for rank in whole]
+    assert sum(rank["slots"] for rank in divided) < 0.8 * sum(rank["slots"] for rank in whole)
 
 
 @needs_sim

@@ -74,7 +74,7 @@ class Gradients:
         sets = sorted({ranks for sets in by_layer.values() for ranks in sets})
         bridge.open_sums([*sets, *tied_sets])
         teams = {frozenset(team) for team in placement.all_teams() if len(team) > 1}
-        self._queues = {
+        self._queues: dict[Team, list[_Bucket]] = {
             ranks: self._buckets(
                 ranks, bucket_bytes, is_whole=any(team <= {*ranks} for team in teams)
             )

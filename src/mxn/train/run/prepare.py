@@ -130,15 +130,15 @@ def task_of_job(
     )
 
 
-def widths_of(job: Job) -> set[int]:
+def widths_of(job: Job) -> list[int]:
     """Return the widths of tensor parallelism that the job's plan file has.
 
     Raises: NotFoundError, ConfigError as `read_plan`.
     """
     if job.plan.file is None:
-        return set()
+        return []
     plan = read_plan(Path(job.plan.file))
-    return {stage.tp for pipeline in plan.pipelines for stage in pipeline.stages}
+    return sorted({stage.tp for pipeline in plan.pipelines for stage in pipeline.stages})
 
 
 def limits_of(job: Job) -> Limits:

@@ -62,12 +62,12 @@ class Linear(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._apply(x)
+        y = self._multiply(x)
         if self.lora_A is None or self.lora_B is None:
             return y
         return y + self.lora_scale * self._adapt(x, self.lora_A, self.lora_B)
 
-    def _apply(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
 
     def _adapt(self, x: Tensor, down: Linear, up: Linear) -> Tensor:
@@ -83,7 +83,7 @@ class LinearOut(Linear):
 
     is_summed = True
 
-    def _apply(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
         y = self.product(x, self.weight, None)
         if self.is_summed:
             y = leave(y, self.team)
