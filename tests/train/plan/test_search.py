@@ -139,6 +139,17 @@ def test_slow_links_between_groups_are_crossed_by_little():
     assert slow.best.prediction.reduce_s < 0.1 * slow.best.prediction.iteration_s
 
 
+def test_only_allowed_schedules_and_depths_are_used():
+    shape = model(12)
+    profiles = {name: chip(name, speed, shape) for name, speed in (("a", 2), ("b", 1))}
+    cluster = pool({"a": 2, "b": 2}, memory=30_000)
+    for schedule in ("1f1b", "zero-bubble", "interleaved", "gpipe"):
+        found = find(shape, 16, cluster, profiles, Limits(schedules=(schedule,), max_stages=2))
+        for candidate in (found.best, *found.runners_up):
+            assert candidate.plan.schedule == schedule
+            assert max(len(pipeline.stages) for pipeline in candidate.plan.pipelines) <= 2
+
+
 def test_a_hopelessly_slow_group_is_left_out():
     shape = model(6)
     profiles = {"a": chip("a", 10.0, shape), "b": chip("b", 0.01, shape)}

@@ -19,6 +19,7 @@ from mxn.train.run.job_file import read_job
 from mxn.train.run.prepare import plan_of_job
 from mxn.train.run.session import keep_job, kept_job, run_job
 from mxn.train.run.supervise.shell import Supervisor
+from mxn.train.run.track import _without_password
 
 
 @pytest.fixture
@@ -94,3 +95,16 @@ def test_an_adapter_target_that_no_matrix_answers_is_refused(job, tmp_path):
         open_job(read_job(path))
     path.write_text(text + "method: lora\nlora: {targets: [q_proj]}\n")
     assert open_job(read_job(path)).settings.lora is not None
+
+
+def test_documents_that_lose_their_end_are_counted(job, tmp_path, caplog):
+    path = tmp_path / "fit.yaml"
+    text = (tmp_path / "job.yaml").read_text()
+    path.write_text(text.replace("text.txt}", "text.txt, packing: fit}"))
+    open_job(read_job(path))
+    assert "1 of 1 documents are longer than a row (seq_tokens 16)" in caplog.text
+
+
+def test_a_password_of_a_tracking_server_is_not_shown():
+    assert _without_password("http://me:secret@host:5000/x") == "http://…@host:5000/x"
+    assert _without_password("sqlite:///a@b.db") == "sqlite:///a@b.db"

@@ -4,8 +4,8 @@ ways. Start at `bounds`.
 U  = sum over groups of n_g · tau_g: tau_g is the throughput per device of the same model's best
      plan on devices of this group alone. A mixed plan can pass it where a group alone is short of
      memory and pays for that.
-U' = sum of the devices' compute rates: no bubble, no link, nothing recomputed. A plan can pass it
-     only where layers suit chips differently, and each gets those that it does best.
+U' = sum of the devices' compute rates: no bubble, no link, nothing recomputed. A plan passes it
+     only where layers suit chips differently, and each chip gets those that it does best.
 
 R = T / U is what papers call the share of the upper bound; R' = T / U' is the stricter one.
 """

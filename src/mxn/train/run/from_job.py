@@ -73,7 +73,7 @@ def open_rows(job: Job, source: ModelSource) -> Rows:
     tokenizer = Tokenizer.load(resolve(str(source.folder)))
     cache = prepare(settings, tokenizer, source.spec.vocab_size)
     _check_broken(job, cache)
-    return Rows(
+    rows = Rows(
         cache,
         seq_tokens=job.seq_tokens,
         micro_batch=job.micro_batch,
@@ -81,6 +81,13 @@ def open_rows(job: Job, source: ModelSource) -> Rows:
         packing=job.data.packing,
         shuffle=job.data.shuffle,
     )
+    if rows.num_cut:
+        log.warning(
+            "%d of %d documents are longer than a row (seq_tokens %d): %d have nothing to learn "
+            "in it and are left out, the others lose their end",
+            rows.num_cut, cache.num_documents, job.seq_tokens, rows.num_lost,
+        )  # fmt: skip
+    return rows
 
 
 def run_settings(job: Job, rows: Rows) -> RunSettings:

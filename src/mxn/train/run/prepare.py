@@ -118,7 +118,7 @@ def task_of_job(
     if groups is not None:
         kept = tuple(job.group(name) for name in groups)
         job = replace(job, devices=kept)
-    measured = measure(job, tps=widths_of(job), fresh=fresh, on_progress=on_progress)
+    measured = measure(job, tps=sorted(widths_of(job)), fresh=fresh, on_progress=on_progress)
     return Task(
         shape=measured.shape,
         rows=job.global_batch,

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -139,7 +140,7 @@ class _MlflowRun:
             run_id = self._client.create_run(experiment, run_name=name).info.run_id
         except Exception as error:  # MLflow passes on what its many stores raise
             raise UserError(
-                f"MLflow at {settings.mlflow!r} cannot be used: {str(error).splitlines()[0]}",
+                _refused(settings, error),
                 hint="tracking: {mlflow: …} takes http://host:port, or sqlite:///path.db",
             ) from error
         path.write_text(json.dumps({"uri": settings.mlflow, "run": run_id}), encoding="utf-8")
@@ -172,6 +173,16 @@ class _MlflowRun:
             self._client.set_terminated(self._run_id, status=content)
 
 
+def _refused(settings: TrackingSettings, error: Exception) -> str:
+    said = str(error).splitlines()[:1]
+    return _without_password(f"MLflow at {settings.mlflow!r} cannot be used: {''.join(said)}")
+
+
+def _without_password(text: str) -> str:
+    """Return what was said without passwords in its URIs: errors go into logs and status.json."""
+    return re.sub(r"://[^/@\s']*@", "://…@", text)
+
+
 def _connect(settings: TrackingSettings) -> Any:
     # Its own patience is minutes for each call; a server that is not there should be said at once.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -185,6 +196,6 @@ def _connect(settings: TrackingSettings) -> Any:
         return mlflow.MlflowClient(tracking_uri=settings.mlflow, registry_uri="")
     except Exception as error:  # as above
         raise UserError(
-            f"MLflow at {settings.mlflow!r} cannot be used: {str(error).splitlines()[0]}",
+            _refused(settings, error),
             hint="tracking: {mlflow: …} takes http://host:port, or sqlite:///path.db",
         ) from error

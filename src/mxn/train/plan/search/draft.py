@@ -65,6 +65,11 @@ class Draft:
     shares: tuple[int, ...] | None = None  # micro-batches, line by line; None: by the paces
 
     @property
+    def is_flat(self) -> bool:
+        """Whether no pipeline has a second stage."""
+        return all(line.num_stages == 1 for line, _ in self.lines)
+
+    @property
     def num_pipelines(self) -> int:
         return sum(count for _, count in self.lines)
 

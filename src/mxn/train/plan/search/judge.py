@@ -153,6 +153,8 @@ class Judge:
             del self._fit[slower.plan]
 
     def _look_at(self, draft: Draft, *, by_stage: bool = False) -> Candidate | None:
+        if draft.is_flat and draft.style != self._limits.styles[0]:
+            return None  # pipelines of one stage do the same under every schedule
         plan = plan_of(self._book, draft, self._rows, by_stage=by_stage)
         if plan is None or plan in self._seen:
             return None
@@ -185,6 +187,8 @@ class Judge:
         if self._refused:
             nearest = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
             reason += f"; the nearest plan: {nearest}"
+        elif state <= room:
+            reason += ", but no allowed cut leaves every stage within its device"
         return CapacityError(
             f"the model does not fit into this pool: {reason}",
             hint="more devices, larger tensor parallelism, a smaller micro-batch or shorter rows",
