@@ -82,7 +82,7 @@ def test_a_plan_for_other_micro_batches_is_refused(job, tmp_path):
     path.write_text(plan.to_json())
     task = SimpleNamespace(predict=lambda plan: None)
     job = replace(job, plan=replace(job.plan, file=str(path)))
-    with pytest.raises(UserError, match="micro-batches of 2 rows, the job's have 1"):
+    with pytest.raises(UserError, match="4 rows in micro-batches of 2, the job has 4 in 1"):
         plan_of_job(job, task)
     assert plan_of_job(replace(job, micro_batch=2), task)[0] == plan
 

@@ -174,12 +174,6 @@ def plan_of_job(job: Job, task: Task) -> tuple[TrainPlan, Prediction, Found | No
             f"the job has {job.global_batch} in {job.micro_batch}",
             hint="make a plan for this job: `mxn train plan JOB --out FILE`",
         )
-    if plan.micro_batch != job.micro_batch:  # its numbers of micro-batches mean other rows
-        raise UserError(
-            f"{job.plan.file} is for micro-batches of {plan.micro_batch} rows, the job's have "
-            f"{job.micro_batch}",
-            hint=f"micro_batch: {plan.micro_batch}, or make a plan for this job",
-        )
     return plan, task.predict(plan), None
 
 
