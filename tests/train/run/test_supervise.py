@@ -288,8 +288,14 @@ def test_a_broken_checkpoint_stops_the_job_and_says_which_file(job):
 
 
 def test_a_rank_that_hangs_is_stopped(job):
-    job = replace(job, faults=FaultSettings(stall_s=0.02, max_restarts=0))
-    state = Harness(job).run()  # it takes longer than that to begin
+    job = replace(job, faults=FaultSettings(stall_s=0.5, max_restarts=0))
+
+    def launch(launching):
+        rank = OneRank(launching, None)
+        os.kill(rank.process.pid, signal.SIGSTOP)  # no death, and no sign of life
+        return rank
+
+    state = Harness(job, launch=launch).run()
     assert state.phase == "failed"
     assert "no other sign of life" in state.reason
 
