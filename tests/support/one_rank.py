@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,9 @@ def run(job: Job, control: Control, resume: int | None, kill: Kill | None) -> No
             keeper.close()
             return
         if kill == Kill(control.launch, step):
+            # A checkpoint of an earlier step is whole; killed in the middle of one is another test.
+            while keeper.writer.is_writing():
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGKILL)
     keeper.close()
     tracker.close()
