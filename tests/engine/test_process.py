@@ -158,13 +158,16 @@ def test_an_engine_that_dies_again_and_again_is_given_up(tiny_config):
 
 
 def test_a_model_that_is_not_there_is_said_and_nothing_is_left_running(tiny_config):
+    before = set(psutil.Process().children(recursive=True))  # of other tests of this worker
+
     async def check() -> None:
         with pytest.raises(NotFoundError, match="no model at") as caught:
             await ProcessEngine.start(tiny_config("tiny?refuse=1"))
         assert caught.value.hint == "this is a test"
 
     run(check())
-    assert not [p for p in psutil.Process().children(recursive=True) if "mxn" in _name(p)]
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not [p for p in left if "mxn" in _name(p)]
 
 
 def test_a_loader_that_crashes_shows_the_end_of_its_log(tiny_config):
