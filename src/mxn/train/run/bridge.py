@@ -26,8 +26,9 @@ from torch import Tensor
 
 from mxn.errors import PeerError, UserError
 from mxn.train.run.background import Done, Handle
+from mxn.train.run.link_limit import LinkLimit
 from mxn.train.run.rendezvous import Member, meet, open_store, serve_store
-from mxn.train.run.wire import LinkLimit, PeerCount, Wire
+from mxn.train.run.wire import PeerCount, Wire
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
