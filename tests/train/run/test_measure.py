@@ -20,6 +20,7 @@ from mxn.train.run.measure import Quality
 from mxn.train.run.measured import chip_label
 from mxn.train.run.prepare import with_devices
 from mxn.train.run.session import make_plan
+from support.forked_start import quickly
 
 __all__ = ["sim"]
 
@@ -46,6 +47,7 @@ def job(tmp_path_factory) -> Job:
 def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MXN_HOME", str(tmp_path_factory.mktemp("home")))
+        quickly(patch)
         yield
 
 
