@@ -19,7 +19,7 @@ import pytest
 
 from mxn.train.run import launch, measure_start
 from mxn.train.run.job import DeviceSettings
-from support.forked_ranks import forkserver
+from support.forks import forkserver
 
 
 class ForkedProcess:

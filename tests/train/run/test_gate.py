@@ -26,7 +26,7 @@ from mxn.train.run.stored import Reading, StoredProfile
 from mxn.train.run.supervise.shell import GateError, SpeedError
 from mxn.train.run.weights import ModelSource
 from support import gate_cases
-from support.forked_ranks import forkserver
+from support.forks import forkserver
 
 
 @pytest.fixture(scope="module", params=["mxn-shakespeare-llama", "mxn-shakespeare-dsv3"])

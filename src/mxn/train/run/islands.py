@@ -11,6 +11,7 @@ one order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 
@@ -47,7 +48,7 @@ class Islands:
         if len(ranks) < 2:
             return None
         backend = self._members[ranks[0]].collective
-        group = dist.new_group(list(ranks), backend=backend)
+        group: Any = dist.new_group(list(ranks), backend=backend)
         return group if self._rank in ranks else None
 
     def open_channels(self, channels: Sequence[Channel]) -> None:
@@ -59,7 +60,7 @@ class Islands:
             backend = self._members[sender].collective
             if backend in TAGGED or channel in self._channels:
                 continue
-            group = dist.new_group([sender, receiver], backend=backend)
+            group: Any = dist.new_group([sender, receiver], backend=backend)
             if self._rank in (sender, receiver):
                 self._channels[channel] = group
 
