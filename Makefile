@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 PIP_ARGS ?=
 PORT   ?= 8000
 TESTS  ?= tests
+# Each has half of the tests in a row and takes over from the other at the end, so that what a file
+# sets up is set up once.
 WORKERS ?= 2
 
 .PHONY: up install dev test test-all test-sim check fix bench docs clean
@@ -29,13 +31,13 @@ $(VENV)/.dev: $(VENV)/.installed
 	@touch $@
 
 test: $(VENV)/.dev               ## the fast suite: no accelerator, no network, two cores
-	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.dev           ## everything that this machine can run
-	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS)
+	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist worksteal
 
 test-sim: $(VENV)/.dev           ## model and engine suites on the simulated chip
-	MXN_TEST_DEVICE=sim:0 $(BIN)/python -m pytest tests/parity tests/engine -n $(WORKERS) -m "not slow"
+	MXN_TEST_DEVICE=sim:0 $(BIN)/python -m pytest tests/parity tests/engine -n $(WORKERS) --dist worksteal -m "not slow"
 
 check: $(VENV)/.dev              ## lint, format, types, import floors, spelling
 	$(BIN)/ruff check .
