@@ -174,7 +174,7 @@ def train_apart(bridge: Bridge, plan: str, model: str) -> None:
     placement = Placement(TrainPlan.from_json(plan))
     micro_batches = placement.plan.micro_batches
     trainer = RankTrainer(
-        *job(2, micro_batches, model), placement, bridge, dtypes=[torch.float32] * 2
+        *job(4, micro_batches, model), placement, bridge, dtypes=[torch.float32] * 2
     )
     trainer.set_counts((micro_batches - 1 - bridge.rank, 1 + bridge.rank))
     trainer.train_step()

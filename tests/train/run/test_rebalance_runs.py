@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     cpu_share.why_not() is not None, reason=str(cpu_share.why_not())
 )  # fmt: skip
 
-STEPS = 16
+STEPS = 14
 EVEN = plan_of((12, [[(0, 6)]]), (12, [[(0, 6)]]))
 
 
@@ -49,7 +49,7 @@ def job(tmp_path):
     return small_job(
         tmp_path, STEPS,
         [group("fast", cpu_share=0.5), group("slow", cpu_share=0.25)],
-        seq_tokens=96, global_batch=24,
+        seq_tokens=64, global_batch=24,
         rebalance=RebalanceSettings(every_steps=4),
         checkpoint=CheckpointSettings(folder=str(tmp_path / "checkpoints"), every_steps=5, keep=9),
     )  # fmt: skip

@@ -59,7 +59,7 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
     )
     with supervisor.held():  # before the folder is written to: another command may be at work there
         keep_job(job)
-        _keep_counts(job)
+        keep_counts(job)
         if (steps := _steps_done(job)) is None:
             with CountsTold(
                 Path(job.out),
@@ -149,7 +149,7 @@ def _keep_prediction(out: Path, plan: TrainPlan, prediction: Prediction) -> None
     write_whole(out / "predicted.json", json.dumps(told))
 
 
-def _keep_counts(job: Job) -> None:
+def keep_counts(job: Job) -> None:
     """Forget how micro-batches were shared out by steps that do not count for this run."""
     from mxn.train.run.checkpoint import manifest as manifests
 
