@@ -197,20 +197,22 @@ def test_steps_that_are_done_again_have_the_counts_they_had(tmp_path):
     assert counts_log.read(tmp_path, planned.fingerprint) == decided
     assert len(counts_log.read_all(tmp_path)) == 3
     for first, counts in ((0, (6, 6)), (6, (6, 6)), (7, (8, 4)), (21, (8, 4)), (22, (9, 3))):
-        known = counts_log.read(tmp_path, planned.fingerprint)
+        known = counts_log.since(counts_log.read(tmp_path, planned.fingerprint), first)
         job = rebalancer(planned, first_step=first, recorded=known)
         assert job.counts == counts
-        again = run(job, [Pace(0, 1.0)] * 2, 22 - first, first=first)  # whatever is measured
-        assert again == [one for one in decided if one.step > first]
+        for step in range(first, 22):
+            expected = [one.after for one in decided if one.step <= step]
+            assert job.counts == (expected or [(6, 6)])[-1]
+            assert run(job, [Pace(0, 1.0)] * 2, 1, first=step) == []  # whatever is measured
+        assert job.counts == (9, 3)
     counts_log.forget(tmp_path)
     assert counts_log.read_all(tmp_path) == []
 
 
 def test_decisions_go_on_behind_the_last_recorded_one():
-    job = rebalancer(plan(6, 6), recorded=[change(3, (6, 6), (9, 3))])
-    changes = run(job, [Pace(0, 1.0), Pace(0, 2.0)], 20)
-    assert [one.after for one in changes] == [(9, 3), (8, 4)]
-    assert changes[1].step == 3 + 1 + 5
+    job = rebalancer(plan(6, 6), recorded=[(3, (9, 3))])
+    (found,) = run(job, [Pace(0, 1.0), Pace(0, 2.0)], 20)
+    assert (found.step, found.before, found.after) == (3 + 1 + 5, (9, 3), (8, 4))
 
 
 def test_a_plan_of_one_pipeline_has_nothing_to_share():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mxn.train.run.control import write_whole
-from mxn.train.run.rebalance import Change
+from mxn.train.run.rebalance import Change, Since
 
 NAME = "micro-batches.jsonl"
 
@@ -21,6 +21,13 @@ NAME = "micro-batches.jsonl"
 def read(out: Path, plan: str | None) -> list[Change]:
     """Return what was decided for a plan, by its fingerprint as it was planned; ascending."""
     return [_change(row) for row in _rows(out) if row["plan"] == plan]
+
+
+def since(changes: list[Change], first_step: int) -> list[Since]:
+    """Return which counts steps from `first_step` on were done with, without the plan's own."""
+    past = [change for change in changes if change.step <= first_step][-1:]
+    to_come = [change for change in changes if change.step > first_step]
+    return [(change.step, change.after) for change in (*past, *to_come)]
 
 
 def read_all(out: Path) -> list[Change]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mxn.train.run.bridge import Bridge
     from mxn.train.run.from_job import Opened
     from mxn.train.run.keeper import Keeper
-    from mxn.train.run.rebalance import Counts
+    from mxn.train.run.rebalance import Counts, Rebalancer, Since
     from mxn.train.run.trainer import RankStep, RankTrainer
 
 log = logging.getLogger("mxn.train")
@@ -149,6 +149,7 @@ class _Shares:
     """The micro-batches of each pipeline: all ranks change them behind the same step."""
 
     def __init__(self, job: Job, trainer: RankTrainer, keeper: Keeper) -> None:
+        """All ranks make theirs at the same time: the first one reads, and tells the others."""
         from mxn.train.run import counts_log
         from mxn.train.run.rebalance import Rebalancer
 
@@ -158,10 +159,12 @@ class _Shares:
         self._rebalancer: Rebalancer | None = None
         if not job.rebalances or len(plan.pipelines) == 1:
             return
-        self._known = counts_log.read(self._out, self._plan)
+        known: list[Since] = []
+        if trainer.bridge.rank == 0:
+            known = counts_log.since(counts_log.read(self._out, self._plan), trainer.step)
         self._rebalancer = Rebalancer(
             plan, every_steps=job.rebalance.every_steps, least_gain=job.rebalance.least_gain,
-            first_step=trainer.step, recorded=self._known,
+            first_step=trainer.step, recorded=_told(trainer.bridge, known, len(plan.pipelines)),
         )  # fmt: skip
         self._use(self._rebalancer.counts)
 
@@ -174,17 +177,26 @@ class _Shares:
             return
         loads = loads_of(self._trainer.placement, told.times)
         change = self._rebalancer.observe(told.log.step, loads, told.step_s)
-        if change is None:
-            return
-        # Before its first step: whoever starts again behind it must find it.
-        if self._trainer.bridge.rank == 0 and change not in self._known:
+        # Before the first step with it: whoever starts again behind that one must find it.
+        if change is not None and self._trainer.bridge.rank == 0:
             log.info("%s", change.text())
             counts_log.append(self._out, self._plan, change)
-        self._use(change.after)
+        self._use(self._rebalancer.counts)
 
     def _use(self, counts: Counts) -> None:
-        self._trainer.set_counts(counts)
-        self._keeper.use(self._trainer.placement.plan)
+        if counts != self._trainer.counts:
+            self._trainer.set_counts(counts)
+            self._keeper.use(self._trainer.placement.plan)
+
+
+def _told(bridge: Bridge, known: list[Since], num_pipelines: int) -> list[Since]:
+    """Return what rank 0 knows. Others do not read its file: a shared folder may be behind."""
+    size = 1 + num_pipelines
+    count = int(bridge.gather([float(len(known))])[0][0])
+    mine = [float(number) for step, counts in known for number in (step, *counts)]
+    flat = bridge.gather(mine or [0.0] * (count * size))[0] if count else []
+    rows = [[int(number) for number in flat[at : at + size]] for at in range(0, len(flat), size)]
+    return [(step, tuple(counts)) for step, *counts in rows]
 
 
 def metrics(told: RankStep) -> dict[str, float | int | None]:

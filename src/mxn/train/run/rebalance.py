@@ -23,6 +23,9 @@ from mxn.units import format_seconds
 Counts = tuple[int, ...]
 """Micro-batches of a step, by pipeline."""
 
+Since = tuple[int, Counts]
+"""Counts, and the first step (from 0) that is done with them."""
+
 WARM_STEPS = 2  # behind a start: memory is taken, caches fill
 _SETTLING_STEPS = 1  # behind a change
 _DRIFT = 0.1  # of a pipeline's pace, beyond which earlier measurements say nothing any more
@@ -178,16 +181,16 @@ class Rebalancer:
         every_steps: int,
         least_gain: float,
         first_step: int = 0,
-        recorded: Sequence[Change] = (),
+        recorded: Sequence[Since] = (),
         warm_steps: int = WARM_STEPS,
     ) -> None:
-        """`recorded`: what an earlier run of these steps decided, ascending; it is done again."""
+        """`recorded`: what earlier runs of these steps decided, ascending; it is done again."""
         self.every_steps, self.least_gain = every_steps, least_gain
         self._ranges = ranges_of(plan)
         self._total = plan.micro_batches
-        self._to_come = deque(change for change in recorded if change.step > first_step)
-        past = [change for change in recorded if change.step <= first_step]
-        self.counts: Counts = past[-1].after if past else counts_of(plan)
+        self._to_come = deque(since for since in recorded if since[0] > first_step)
+        past = [counts for step, counts in recorded if step <= first_step]
+        self.counts: Counts = past[-1] if past else counts_of(plan)  # of the next step
         self._to_skip = warm_steps
         self._loads: list[tuple[Load, ...]] = []
         self._steps_s: list[float] = []
@@ -196,13 +199,14 @@ class Rebalancer:
         self._each_s: tuple[float, ...] = ()  # at the last decision
 
     def observe(self, step: int, loads: Sequence[Load], step_s: float) -> Change | None:
-        """Take what a step that was done measured; return other counts for the next one, or None.
+        """Take what a step that was done measured; then `counts` are those of the next one.
 
-        `step_s`: of a whole step, such as the one before. Every rank gives the same numbers.
+        Returns a decision that was made now, not one that was recorded. `step_s`: of a whole step,
+        such as the one before. Every rank gives the same numbers.
         """
         if self._to_come:  # the steps from here on were done once already
-            if self._to_come[0].step == step + 1:
-                return self._take(self._to_come.popleft())
+            if self._to_come[0][0] == step + 1:
+                self._take(self._to_come.popleft()[1])
             return None
         if self._to_skip > 0:
             self._to_skip -= 1
@@ -213,12 +217,12 @@ class Rebalancer:
             return None
         change = self._decide(step + 1)
         self._loads, self._steps_s = [], []
-        return self._take(change) if change is not None else None
-
-    def _take(self, change: Change) -> Change:
-        self.counts = change.after
-        self._to_skip = _SETTLING_STEPS
+        if change is not None:
+            self._take(change.after)
         return change
+
+    def _take(self, counts: Counts) -> None:
+        self.counts, self._to_skip = counts, _SETTLING_STEPS
 
     def _decide(self, next_step: int) -> Change | None:
         total_s, busy_s = (list(column) for column in zip(*self._medians(), strict=True))

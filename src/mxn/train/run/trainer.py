@@ -242,16 +242,16 @@ class RankTrainer:
 
 def loads_of(placement: Placement, times: Sequence[RankTimes]) -> list[Load]:
     """Return what each pipeline took, by the times of its ranks in one step."""
-    loads = []
-    for number in range(len(placement.plan.pipelines)):
-        own = [times[place.rank] for place in placement.places if place.pipeline == number]
-        loads.append(
-            Load(
-                total_s=max(rank.busy_s + rank.waited_s for rank in own),
-                busy_s=max(rank.busy_s for rank in own),
-            )
+    own: list[list[RankTimes]] = [[] for _ in placement.plan.pipelines]
+    for place, spent in zip(placement.places, times, strict=True):
+        own[place.pipeline].append(spent)
+    return [
+        Load(
+            total_s=max(rank.busy_s + rank.waited_s for rank in ranks),
+            busy_s=max(rank.busy_s for rank in ranks),
         )
-    return loads
+        for ranks in own
+    ]
 
 
 def _order(placement: Placement, number: int) -> Order:
