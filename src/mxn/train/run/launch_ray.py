@@ -6,6 +6,9 @@ folders, model and data must be reachable under the same paths on every machine,
 there. Knows Ray; knows no tensors. Start at `launch_on_ray`.
 """
 
+# pyright: reportMissingImports=false
+# Ray is an extra, so checks run without it.
+
 from __future__ import annotations
 
 import logging
