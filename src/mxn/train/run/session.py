@@ -18,6 +18,7 @@ from mxn.errors import ConfigError, NotFoundError, UserError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.control import write_whole
 from mxn.train.run.job import Job
+from mxn.train.run.login import hide_login
 from mxn.train.run.prepare import Task, plan_of_job, task_of_job, with_devices
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
     from mxn.train.run.supervise.shell import Supervisor
     from mxn.train.run.supervise.words import State
 
-    job = with_devices(job)
+    job = with_devices(hide_login(job))
     checks = Checks(on_say)
     supervisor = Supervisor(
         job,
