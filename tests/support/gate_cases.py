@@ -13,7 +13,7 @@ from mxn.train.run.data.batch import MicroBatch
 from mxn.train.run.gate.check import Finding, check_layers
 from mxn.train.run.gate.process import Verdict, _refuse
 from mxn.train.run.job import DeviceSettings
-from mxn.train.run.supervise.shell import GateError
+from mxn.train.run.supervise.needs import GateError
 from mxn.train.run.weights import ModelSource
 
 

@@ -22,7 +22,7 @@ from mxn.train.run.gate.speed import check_speed
 from mxn.train.run.job_file import read_job
 from mxn.train.run.measure import Measured, memory_of
 from mxn.train.run.stored import Reading, StoredProfile
-from mxn.train.run.supervise.shell import GateError, SpeedError
+from mxn.train.run.supervise.needs import GateError, SpeedError
 from mxn.train.run.weights import ModelSource
 from support import gate_cases
 from support.forked_ranks import forkserver

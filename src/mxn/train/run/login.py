@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mxn.train.run.job import Job
 
 USER = "MLFLOW_TRACKING_USERNAME"
-PASSWORD = "MLFLOW_TRACKING_PASSWORD"  # noqa: S105 (the name of a variable)
+PASSWORD = "MLFLOW_TRACKING_PASSWORD"
 HIDDEN = "***"
 _SECRET_QUERY = re.compile(r"[?&](password|passwd|pwd|token|access_token|secret|api_key)=", re.I)
 _IN_TEXT = re.compile(r"://[^/\s'\"][^\s'\"]*@")
