@@ -195,7 +195,7 @@ def export(out: Path, target: Path, *, step: int | None = None, is_adapter: bool
     Raises: NotFoundError without that checkpoint; BrokenError for one that was altered;
     UserError for an adapter of a job without one.
     """
-    from mxn.train.run.checkpoint import Stored
+    from mxn.train.run.checkpoint import Stored, with_checkpoint
     from mxn.train.run.export import export_adapter, export_model
     from mxn.train.run.from_job import open_source
     from mxn.train.run.lora import LoraSettings
@@ -203,19 +203,21 @@ def export(out: Path, target: Path, *, step: int | None = None, is_adapter: bool
     job = kept_job(out)
     if is_adapter and job.lora is None:
         raise UserError(f"job {job.name!r} trains no adapter", hint="leave --adapter out")
-    stored = Stored.open(_checkpoint(job, step))
     source, lora = open_source(job), None
     if job.lora is not None:
         lora = LoraSettings(rank=job.lora.rank, alpha=job.lora.alpha, targets=job.lora.targets)
 
-    def state_of(layer: int) -> dict[str, Any]:
-        return _layer_state(source, stored, layer, lora, job.seed)
+    def write(stored: Stored) -> int:
+        def state_of(layer: int) -> dict[str, Any]:
+            return _layer_state(source, stored, layer, lora, job.seed)
 
-    if is_adapter and lora is not None:
-        export_adapter(source, state_of, target, lora)
-    else:
-        export_model(source, state_of, target, lora=lora)
-    return stored.manifest.position.step
+        if is_adapter and lora is not None:
+            export_adapter(source, state_of, target, lora)
+        else:
+            export_model(source, state_of, target, lora=lora)
+        return stored.manifest.position.step
+
+    return with_checkpoint(Path(job.checkpoint.folder), step, write)
 
 
 def _layer_state(source: Any, stored: Any, layer: int, lora: Any, seed: int) -> dict[str, Any]:
@@ -229,21 +231,3 @@ def _layer_state(source: Any, stored: Any, layer: int, lora: Any, seed: int) -> 
     optimizer = AdamW(stage, AdamSettings())
     optimizer.load_layer_state(layer, stored.layer(layer))
     return optimizer.master_state(layer)
-
-
-def _checkpoint(job: Job, step: int | None) -> Path:
-    from mxn.train.run.checkpoint import manifest as manifests
-
-    found = dict(manifests.complete(Path(job.checkpoint.folder)))
-    if not found:
-        raise NotFoundError(
-            f"job {job.name!r} has no checkpoint in {job.checkpoint.folder}",
-            hint="run it first: `mxn train run`",
-        )
-    if step is None:
-        return found[max(found)]
-    if step not in found:
-        raise NotFoundError(
-            f"no checkpoint of step {step}", hint=f"there are: {', '.join(map(str, found))}"
-        )
-    return found[step]
