@@ -148,13 +148,16 @@ def check_here(job: Job, group: DeviceSettings) -> Verdict:
     from mxn.chips import find_device
     from mxn.train.run.from_job import open_rows, open_source
     from mxn.train.run.gate.check import check_layers
+    from mxn.train.run.gate.optimizer import check_optimizer
 
     began = time.perf_counter()
     device = find_device(group.device)
     dtype = job.dtype_of(group.name)
+    target, computes_in = torch.device(device.torch_device), getattr(torch, dtype)
     source = open_source(job)
     batch = open_rows(job, source).micro_batch(0)
-    findings = check_layers(source, batch, torch.device(device.torch_device), getattr(torch, dtype))
+    findings = check_layers(source, batch, target, computes_in)
+    findings += check_optimizer(source, target, computes_in)
     return Verdict(
         device=device.id,
         chip=device.chip,
