@@ -50,10 +50,10 @@ def test_the_example_is_a_job_and_its_data_is_there():
 
 
 def test_the_example_shows_every_key():
-    from mxn.train.run.job_file import _KEYS
+    from mxn.train.run.job_keys import KEYS
 
     text = EXAMPLE.read_text()
-    assert [key for key in _KEYS if not re.search(rf"\b{key}:", text)] == []
+    assert [key for key in KEYS if not re.search(rf"\b{key}:", text)] == []
 
 
 def test_what_is_not_said_has_a_default(write, tmp_path):

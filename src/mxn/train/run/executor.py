@@ -99,6 +99,8 @@ class Executor:
             if is_last:
                 self._after_last(action.chunk)
         step.finish()
+        if self._bridge.device.type != "cpu":  # work that was started only is not done yet
+            torch.accelerator.current_stream(self._bridge.device).record_event().synchronize()
         step.work.total_s = time.perf_counter() - begin_s
         return step.work
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,12 @@ class Keeper:
             optimizer.num_steps = position.step
         self._saved_step, self._tokens = position.step, position.tokens
         return position
+
+    def use(self, plan: TrainPlan) -> None:
+        """Say another plan in the next checkpoints: the same cut with other micro-batches."""
+        self.writer.identity = replace(
+            self.writer.identity, plan=plan.fingerprint, plan_json=plan.to_json()
+        )
 
     def wish(self, step: int) -> float:
         """Return what rank 0 wants behind step `step` (from 0); other ranks want nothing."""

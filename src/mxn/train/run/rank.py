@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mxn.chips.chip import Device
     from mxn.train.run.bridge import Bridge
     from mxn.train.run.from_job import Opened
+    from mxn.train.run.keeper import Keeper
+    from mxn.train.run.rebalance import Counts
     from mxn.train.run.trainer import RankStep, RankTrainer
 
 log = logging.getLogger("mxn.train")
@@ -115,6 +117,7 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
         facts=facts(job, opened),
     )
     trainer.step = keeper.resume(spec.resume_step).step
+    shares = _Shares(job, trainer, keeper)
     tracker = None
     if spec.rank == 0:
         tracker = Tracker(Path(job.out), job.tracking, name=job.name, first_step=trainer.step)
@@ -131,6 +134,8 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
         if tracker is not None:
             tracker.step(step, metrics(told) | keeper.costs())
         is_asked_to_end = keeper.obey(float(told.flags), step + 1, told.log.num_tokens)
+        if not is_asked_to_end:
+            shares.look(told)
     keeper.close()
     trainer.bridge.barrier("the end of the job")
     is_finished = trainer.step >= opened.num_steps
@@ -138,6 +143,48 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
         tracker.close("FINISHED" if is_finished else "KILLED")
         if is_finished:
             control.say_finished()
+
+
+class _Shares:
+    """The micro-batches of each pipeline: all ranks change them behind the same step."""
+
+    def __init__(self, job: Job, trainer: RankTrainer, keeper: Keeper) -> None:
+        from mxn.train.run import counts_log
+        from mxn.train.run.rebalance import Rebalancer
+
+        plan = trainer.placement.plan
+        self._out, self._plan = Path(job.out), plan.fingerprint
+        self._trainer, self._keeper = trainer, keeper
+        self._rebalancer: Rebalancer | None = None
+        if not job.rebalances or len(plan.pipelines) == 1:
+            return
+        self._known = counts_log.read(self._out, self._plan)
+        self._rebalancer = Rebalancer(
+            plan, every_steps=job.rebalance.every_steps, least_gain=job.rebalance.least_gain,
+            first_step=trainer.step, recorded=self._known,
+        )  # fmt: skip
+        self._use(self._rebalancer.counts)
+
+    def look(self, told: RankStep) -> None:
+        """Take what a step measured, and change what the next one does, if that pays."""
+        from mxn.train.run import counts_log
+        from mxn.train.run.trainer import loads_of
+
+        if self._rebalancer is None:
+            return
+        loads = loads_of(self._trainer.placement, told.times)
+        change = self._rebalancer.observe(told.log.step, loads, told.step_s)
+        if change is None:
+            return
+        # Before its first step: whoever starts again behind it must find it.
+        if self._trainer.bridge.rank == 0 and change not in self._known:
+            log.info("%s", change.text())
+            counts_log.append(self._out, self._plan, change)
+        self._use(change.after)
+
+    def _use(self, counts: Counts) -> None:
+        self._trainer.set_counts(counts)
+        self._keeper.use(self._trainer.placement.plan)
 
 
 def metrics(told: RankStep) -> dict[str, float | int | None]:
@@ -151,6 +198,9 @@ def metrics(told: RankStep) -> dict[str, float | int | None]:
         "learning_rate": log_.learning_rate,
         "gradient_norm": log_.gradient_norm,
     }
+    if len(told.counts) > 1:
+        for number, count in enumerate(told.counts):
+            values[f"pipeline{number}_micro_batches"] = count
     for rank, times in enumerate(told.times):
         values[f"rank{rank}_busy_s"] = times.busy_s
         values[f"rank{rank}_waited_s"] = times.waited_s
