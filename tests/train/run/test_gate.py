@@ -21,7 +21,8 @@ from mxn.train.run.gate.process import Gate, is_mixed
 from mxn.train.run.gate.record import record
 from mxn.train.run.gate.speed import check_speed
 from mxn.train.run.job_file import read_job
-from mxn.train.run.measure import Measured, memory_of
+from mxn.train.run.job_model import memory_of
+from mxn.train.run.measure import Measured
 from mxn.train.run.stored import Reading, StoredProfile
 from mxn.train.run.supervise.needs import GateError, SpeedError
 from mxn.train.run.weights import ModelSource
