@@ -125,6 +125,7 @@ def train(
     model: str,
     dtypes: list[str] | None = None,
     slow_factors: list[float] | None = None,
+    first_scale: float | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Return what a rank saw: losses, norms, and a digest of each layer's weights at the end."""
@@ -139,6 +140,8 @@ def train(
         bridge,
         dtypes=[getattr(torch, name) for name in dtypes or ["float32"] * placement.num_ranks],
     )
+    if first_scale is not None:
+        trainer.loss_scale.value = first_scale
     told = [trainer.train_step() for _ in range(steps)]
     digests = {}
     for module in trainer.chunks:
@@ -150,6 +153,7 @@ def train(
     return {
         "loss": [step.log.loss for step in told],
         "norm": [step.log.gradient_norm for step in told],
+        "taken": [step.log.is_taken for step in told],
         "digests": digests,
         "waited_s": sum(step.times[bridge.rank].waited_s for step in told),
         "busy_s": sum(step.times[bridge.rank].busy_s for step in told),
