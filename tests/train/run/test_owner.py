@@ -158,3 +158,15 @@ def test_every_helper_is_started_so(monkeypatch, tmp_path):
             call()
     begin = child.command("m")[:-1]
     assert [command[: len(begin)] for command in seen] == [begin] * 4
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    from mxn.train.run.export import new_folder
+
+    dead = tmp_path / f".model.{Owner(Owner.me().pid, Owner.me().started - 1)}.part"
+    other = tmp_path / f".model.{Owner.me()}.other.part"
+    for folder in (dead, other):
+        folder.mkdir()
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "model"]
