@@ -6,7 +6,6 @@ Exact in the time of the pipelines (sum + (m - 1)·slowest) plus an estimate of 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import prod
@@ -14,6 +13,7 @@ from math import prod
 from mxn.train.plan.cluster import Cluster, Link
 from mxn.train.plan.search.cuts import Counts, Cut, fronts
 from mxn.train.plan.search.draft import Draft, Style, Template, template
+from mxn.train.plan.search.every import partitions
 from mxn.train.plan.search.packing import Option, pack, soonest
 from mxn.train.plan.search.tables import Kind, Tables
 
@@ -123,7 +123,7 @@ def _sets(
     rows = {s: [template(kinds, cut, 0.0) for cut in cuts] for s, cuts in found.items()}
     paces = {slots: tuple(t.pace(style.fill) for t in of) for slots, of in rows.items()}
     drafts: list[Draft] = []
-    for chosen in islice(_partitions(num_slots, sorted(rows)), _MOST_SETS):
+    for chosen in islice(partitions(num_slots, sorted(rows)), _MOST_SETS):
         if not 1 < sum(chosen.values()) <= count:
             continue
         seconds = soonest([(paces[slots], num) for slots, num in chosen.items()], count)
@@ -134,17 +134,6 @@ def _sets(
         drafts.append(_draft(tables, lines, seconds, "mix of pipelines", style))
     drafts.sort(key=lambda draft: draft.estimate_s)
     yield from drafts[:_NUM_SETS]
-
-
-def _partitions(left: Counts, choices: Sequence[Counts]) -> Iterator[Counter[Counts]]:
-    """Yield all ways to make pipelines of these slots; some slots may stay unused."""
-    for number, slots in enumerate(choices):
-        rest = tuple(n - take for n, take in zip(left, slots, strict=True))
-        if min(rest) < 0:
-            continue
-        yield Counter({slots: 1})
-        for more in _partitions(rest, choices[number:]):
-            yield more + Counter({slots: 1})
 
 
 def _packed(

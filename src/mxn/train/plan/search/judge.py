@@ -23,6 +23,7 @@ from mxn.units import format_bytes
 _HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
 
 _NUM_POLISHED = 4  # kinds of plans whose best is improved by small steps
+_SMALL = 8  # devices: up to so many, three times as many kinds are
 _FEWEST_LOOKS = 48
 _MOST_LOOKS = 400  # of one such climb in a small pool, fewer in a large one
 _MOST_SIMULATED = 24  # whatever the closed form promises
@@ -115,15 +116,19 @@ class Judge:
         return replace(candidate, prediction=seen, is_simulated=True)
 
     def _tops(self) -> list[Candidate]:
-        """Return the best plan of each of the best few kinds: copies, schedule, micro-batch."""
+        """Return the best plan of each of the best few kinds: depths, schedule, micro-batch.
+
+        In a large pool pipelines are counted instead of their depths compared.
+        """
+        is_small = self._job.cluster.num_devices <= _SMALL
         found: dict[object, Candidate] = {}
         for candidate in self._ranked():
             plan = candidate.plan
             chunks = len(plan.pipelines[0].stages[0].chunks)
-            found.setdefault(
-                (len(plan.pipelines), plan.schedule, chunks, plan.micro_batch), candidate
-            )
-        return list(found.values())[:_NUM_POLISHED]
+            depths = tuple(sorted(len(pipeline.stages) for pipeline in plan.pipelines))
+            kind = depths if is_small else len(depths)
+            found.setdefault((kind, plan.schedule, chunks, plan.micro_batch), candidate)
+        return list(found.values())[: 3 * _NUM_POLISHED if is_small else _NUM_POLISHED]
 
     def _climb(self, candidate: Candidate) -> None:
         """Change a plan by small steps that make it quicker, within a number of looks."""
@@ -156,8 +161,10 @@ class Judge:
         if draft.is_flat and draft.style != self._limits.styles[0]:
             return None  # pipelines of one stage do the same under every schedule
         plan = plan_of(self._book, draft, self._rows, by_stage=by_stage)
-        if plan is None or plan in self._seen:
+        if plan is None:
             return None
+        if plan in self._seen:
+            return self._fit.get(plan)
         self._seen.add(plan)
         found = self._predict(plan)
         if found.fits:

@@ -85,6 +85,7 @@ class Tables:
         self.shards = shards
         self._columns = columns.of
         self._busy: dict[tuple[Kind, float], Table] = {}
+        self._parts: dict[tuple[Kind, float], tuple[Table, Table, Table, Table]] = {}
         self._fits: dict[tuple[Kind, Recompute, float], Table] = {}
         self._steps: dict[tuple[Kind, Kind, float], Table] = {}
         self._hops: dict[tuple[Kind, Kind], Table] = {}
@@ -96,6 +97,22 @@ class Tables:
             options = [self._fitting(kind, how, in_flight) for how in self.job.recompute]
             self._busy[key] = np.minimum.reduce(options)
         return self._busy[key]
+
+    def parts(self, kind: Kind, in_flight: float) -> tuple[Table, Table, Table, Table]:
+        """Return what `busy` is of: seconds [a, e] forward, backward, its weight half; and those
+        of the optimizer, nothing shared out. Where nothing fits they mean nothing.
+        """
+        key = (kind, in_flight)
+        if key not in self._parts:
+            options = [self._fitting(kind, how, in_flight) for how in self.job.recompute]
+            choice = np.argmin(options, axis=0)
+            columns = [self._columns(kind, how) for how in self.job.recompute]
+            forward, weight, optimizer, busy = (
+                np.choose(choice, [of[name] for of in columns])
+                for name in ("forward_s", "weight_s", "optimizer_s", "busy_s")
+            )
+            self._parts[key] = (forward, busy - forward, weight, optimizer)
+        return self._parts[key]
 
     def step(self, kind: Kind, after: Kind, in_flight: float) -> Table:
         """Return `busy` with the hop to a slot of kind `after` added."""
@@ -217,7 +234,7 @@ def _run_tables(costs: Sequence[StageCost]) -> dict[str, Table]:
     found: dict[str, Table] = {}
     size = len(costs) + 1
     empty = np.tril(np.ones((size, size), dtype=bool))
-    for name in ("busy_s", "optimizer_s", "params", "kept_bytes"):
+    for name in ("busy_s", "forward_s", "weight_s", "optimizer_s", "params", "kept_bytes"):
         sums = np.concatenate([[0.0], np.cumsum([getattr(cost, name) for cost in costs])])
         # Rounded, so that like runs at different places compare as equal.
         runs = sums[None, :] - sums[:, None]
