@@ -22,7 +22,7 @@ from mxn.train.plan.search.draft import Draft, Style, Template
 from mxn.train.plan.search.forms import pipelines_s
 from mxn.train.plan.search.tables import Kind, Tables
 
-_MOST_LINES = 60_000  # orders times cuts of the largest pipeline; some 10 ms to time them all
+_MOST_LINES = 150_000  # orders times cuts; some 50 ms to time them all once
 _MOST_SETS = 250  # of pipelines
 _NUM_ALONE = 12  # pipelines over given slots that are judged
 _MOST_MIXES = 36  # of them for one set
@@ -30,10 +30,12 @@ _STEPS = 20  # of the bisection for the shares of a set: a millionth
 
 
 def is_countable(num_slots: Counts, num_layers: int, max_stages: int | None = None) -> bool:
-    """Return whether there are few enough orders and cuts to time them all."""
-    return sum(_num_lines(slots, num_layers) for slots in _choices(num_slots, max_stages)) <= (
-        _MOST_LINES
-    )
+    """Return whether orders, cuts and sets of pipelines are few enough to time them all."""
+    choices = list(_choices(num_slots, max_stages))
+    if sum(_num_lines(slots, num_layers) for slots in choices) > _MOST_LINES:
+        return False
+    sets = islice(partitions(num_slots, choices), _MOST_SETS + 1)
+    return sum(1 for _ in sets) <= _MOST_SETS
 
 
 def _num_lines(slots: Counts, num_layers: int) -> int:
@@ -78,7 +80,7 @@ class Every:
                 for slots in self._choices
                 for seconds, line in self._lines(slots, self._count)
             ]
-        for chosen in islice(partitions(self._num_slots, self._choices), _MOST_SETS):
+        for chosen in partitions(self._num_slots, self._choices):
             rows = [slots for slots, num in sorted(chosen.items()) for _ in range(num)]
             if 1 < len(rows) <= self._count and len(rows) >= self._tables.shards:
                 found += self._set(rows)

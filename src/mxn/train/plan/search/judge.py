@@ -23,10 +23,11 @@ from mxn.units import format_bytes
 _HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
 
 _NUM_POLISHED = 4  # kinds of plans whose best is improved by small steps
-_SMALL = 8  # devices: up to so many, three times as many kinds are
+_SMALL = 8  # devices: up to so many, more is tried
 _FEWEST_LOOKS = 48
 _MOST_LOOKS = 400  # of one such climb in a small pool, fewer in a large one
 _MOST_SIMULATED = 24  # whatever the closed form promises
+_DOUBT = 0.9  # of a small pool's closed forms: in short steps they are up to a tenth too long
 _NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
 
 
@@ -38,6 +39,7 @@ class Judge:
         self._job = book.job
         self._rows = rows
         self._limits = limits
+        self._is_small = self._job.cluster.num_devices <= _SMALL
         self._best_s = float("inf")
         self._fit: dict[TrainPlan, Candidate] = {}
         self._drafts: dict[TrainPlan, Draft] = {}
@@ -84,15 +86,16 @@ class Judge:
     def _simulated(self, allowed: Sequence[Candidate]) -> list[Candidate]:
         """Return the best few as simulated, in their order, then the others as predicted.
 
-        One more is simulated while the closed form promises that it beats the simulated best.
+        One more is simulated while the closed form promises that it may beat the simulated best.
         """
         found: list[Candidate] = []
         if not self._limits.num_simulated:
             return list(allowed)
+        doubt = _DOUBT if self._is_small else 1.0
         for number, candidate in enumerate(allowed):
             fits = [c.prediction.iteration_s for c in found if c.prediction.fits]
             enough = number >= self._limits.num_simulated and fits
-            hopeless = fits and candidate.prediction.iteration_s >= min(fits)
+            hopeless = fits and candidate.prediction.iteration_s * doubt >= min(fits)
             if enough and (hopeless or number >= _MOST_SIMULATED):
                 break
             found.append(self._simulate(candidate))
@@ -120,15 +123,14 @@ class Judge:
 
         In a large pool pipelines are counted instead of their depths compared.
         """
-        is_small = self._job.cluster.num_devices <= _SMALL
         found: dict[object, Candidate] = {}
         for candidate in self._ranked():
             plan = candidate.plan
             chunks = len(plan.pipelines[0].stages[0].chunks)
             depths = tuple(sorted(len(pipeline.stages) for pipeline in plan.pipelines))
-            kind = depths if is_small else len(depths)
+            kind = depths if self._is_small else len(depths)
             found.setdefault((kind, plan.schedule, chunks, plan.micro_batch), candidate)
-        return list(found.values())[: 3 * _NUM_POLISHED if is_small else _NUM_POLISHED]
+        return list(found.values())[: 3 * _NUM_POLISHED if self._is_small else _NUM_POLISHED]
 
     def _climb(self, candidate: Candidate) -> None:
         """Change a plan by small steps that make it quicker, within a number of looks."""
