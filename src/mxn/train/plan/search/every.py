@@ -168,7 +168,7 @@ class Every:
             return []
         hops = [tables.hop(a, b)[bounds[s + 1]] for s, (a, b) in enumerate(pairwise(kinds))]
         seconds = pipelines_s(self._style.schedule, at(0), at(1), at(2), hops, count)
-        seconds = seconds + np.maximum.reduce(at(3)) / tables.shards
+        seconds = seconds + np.maximum.reduce(at(3))
         best = np.argsort(seconds, kind="stable")[:_NUM_ALONE]
         return [
             (float(seconds[number]), self._template(kinds, bounds[:, number], kept))
