@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
 from mxn.train.plan.links import ring_s
-from mxn.train.plan.memory import FLOAT32, MemoryModel
+from mxn.train.plan.memory import FLOAT32, MIXED, MemoryModel
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.shape import ModelShape
 from mxn.train.run import stored
-from mxn.train.run.job import DeviceSettings, Job
+from mxn.train.run.job import DeviceSettings, Dtype, Job
 from mxn.train.run.measure_start import ask_ranks
 from mxn.train.run.measured import (
     Answer,
@@ -33,6 +33,7 @@ from mxn.train.run.measured import (
     link_key,
 )
 from mxn.train.run.stored import Reading, StoredLink, StoredProfile
+from mxn.train.shapes import BYTES
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
@@ -248,13 +249,25 @@ class _Bench:
             shape=self.shape,
             cluster=Cluster(groups=groups, links=between),
             profiles={
-                label: self._with_sums(profile.to_chip_profile(), groups)
+                label: self._with_dtype(self._with_sums(profile.to_chip_profile(), groups))
                 for label, profile in profiles.items()
             },
             stored=profiles,
             links=links,
             memory=memory_of(self.job, trainable_share=self.trainable_share),
             is_reused=is_reused,
+        )
+
+    def _with_dtype(self, profile: ChipProfile) -> ChipProfile:
+        """Say what a group with a dtype of its own keeps, and how wide its values are."""
+        dtypes = {g.dtype for g in self.job.devices if self.label(g) == profile.chip}
+        dtype = next(iter(dtypes), None)
+        if dtype is None or dtype == self.job.dtype:
+            return profile
+        return replace(
+            profile,
+            memory=memory_of(self.job, trainable_share=self.trainable_share, dtype=dtype),
+            width=BYTES[dtype] / BYTES[self.job.dtype],
         )
 
     def _with_sums(self, profile: ChipProfile, groups: Sequence[DeviceGroup]) -> ChipProfile:
@@ -341,14 +354,10 @@ def trainable_params(job: Job, source: ModelSource) -> int:
     return total
 
 
-def memory_of(job: Job, *, trainable_share: float = 1.0) -> MemoryModel:
-    """Return what the trainer keeps for each parameter, see `optim.py`."""
-    if job.dtype == "float32":
-        return replace(FLOAT32, trainable_share=trainable_share)
-    return MemoryModel(
-        weight_bytes=2, grad_bytes=4, optimizer_bytes=12, reduce_bytes=4,
-        trainable_share=trainable_share,
-    )  # fmt: skip
+def memory_of(job: Job, *, trainable_share: float = 1.0, dtype: Dtype | None = None) -> MemoryModel:
+    """Return what the trainer keeps for each parameter in a dtype, default the job's."""
+    like = FLOAT32 if (dtype or job.dtype) == "float32" else MIXED
+    return replace(like, trainable_share=trainable_share)
 
 
 def middle(rows: Sequence[tuple[Reading, ...]]) -> tuple[Reading, ...]:

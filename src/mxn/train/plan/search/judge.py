@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from mxn.errors import CapacityError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
@@ -61,8 +60,8 @@ class Judge:
         """Return the largest estimate that is still predicted."""
         return self._best_s * _HOPELESS
 
-    def finish(self, *, is_exact: bool) -> Found:
-        """Return the ranking. Raises: CapacityError when no plan fits, with the nearest one."""
+    def finish(self, *, is_exact: bool) -> Found | None:
+        """Return the ranking; None when no plan fits."""
         for candidate in self._ranked()[:_NUM_RESCHEDULED]:
             draft = self._drafts[candidate.plan]
             for style in self._limits.styles:
@@ -72,9 +71,9 @@ class Judge:
         for candidate in self._tops():
             self._climb(candidate)
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
-        if not allowed:
-            raise self._nothing_fits()
-        ranking = self._simulated(allowed)
+        ranking = self._simulated(allowed) if allowed else []
+        if not ranking:
+            return None
         return Found(
             best=ranking[0],
             runners_up=tuple(ranking[1 : 1 + self._limits.num_kept]),
@@ -101,10 +100,7 @@ class Judge:
             found.append(self._simulate(candidate))
         fits = [c for c in found if c.prediction.fits]
         fits.sort(key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices))
-        rest = list(allowed[len(found) :])
-        if not fits and not rest:
-            raise self._nothing_fits()
-        return fits + rest
+        return fits + list(allowed[len(found) :])
 
     def _simulate(self, candidate: Candidate) -> Candidate:
         job = self._job
@@ -185,27 +181,6 @@ class Judge:
             self._fit.values(),
             key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices),
         )
-
-    def _nothing_fits(self) -> CapacityError:
-        state = self._job.shape.params * self._job.memory.state_bytes
-        room = sum(group.num_devices * group.memory_bytes for group in self._job.cluster.groups)
-        reason = (
-            f"weights, gradients and optimizer state of {format_bytes(state)}, the pool has "
-            f"{format_bytes(room)}"
-        )
-        if self._refused:
-            nearest = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
-            reason += f"; the nearest plan: {nearest}"
-        elif state <= room:
-            reason += ", but no allowed cut leaves every stage within its device"
-        return CapacityError(
-            f"the model does not fit into this pool: {reason}",
-            hint="more devices, larger tensor parallelism, a smaller micro-batch or shorter rows",
-        )
-
-    def _excess(self, plan: TrainPlan) -> float:
-        stages = self._predict(plan).stages
-        return max(stage.memory_bytes / stage.memory_limit_bytes for stage in stages)
 
     def _predict(self, plan: TrainPlan) -> Prediction:
         job = self._job
