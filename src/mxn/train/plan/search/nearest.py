@@ -184,7 +184,7 @@ def _nearest(
         plan = _plan(book, tables, kinds, cut, rows, num) if cut else None
         if plan is not None:
             plan = _with_least(book.job, plan)
-            at, fullest, stage = _fullest(book.job, plan)
+            _, fullest, stage = _fullest(book.job, plan)
             limit = book.job.cluster.group(stage.group).memory_bytes
             yield fullest.total / limit, plan.num_devices, plan
 
