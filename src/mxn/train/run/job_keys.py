@@ -185,6 +185,8 @@ _GROUP = _settings(
         "memory": y.optional(y.size),
         "link": y.optional(y.rate),
         "dtype": y.optional(_DTYPE),
+        "watts": y.optional(y.number(0, is_open=True)),
+        "price_per_hour": y.optional(y.number(0, is_open=True)),
     },
     "name",
     "device",
