@@ -126,6 +126,7 @@ def train(
     dtypes: list[str] | None = None,
     slow_factors: list[float] | None = None,
     counts: dict[str, list[int]] | None = None,
+    first_scale: float | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Return what a rank saw: losses, norms, and a digest of each layer's weights at the end.
@@ -143,6 +144,8 @@ def train(
         bridge,
         dtypes=[getattr(torch, name) for name in dtypes or ["float32"] * placement.num_ranks],
     )
+    if first_scale is not None:
+        trainer.loss_scale.value = first_scale
     told = []
     for step in range(steps):
         trainer.set_counts(tuple((counts or {}).get(str(step), trainer.counts)))
@@ -157,6 +160,7 @@ def train(
     return {
         "loss": [step.log.loss for step in told],
         "norm": [step.log.gradient_norm for step in told],
+        "taken": [step.log.is_taken for step in told],
         "digests": digests,
         "waited_s": sum(step.times[bridge.rank].waited_s for step in told),
         "busy_s": sum(step.times[bridge.rank].busy_s for step in told),

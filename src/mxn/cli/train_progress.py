@@ -116,7 +116,13 @@ def step_line(told: dict[str, Any]) -> str:
     if told.get("predicted_s"):
         off = told["seconds"] / told["predicted_s"] - 1
         time_text += f" (predicted {format_seconds(told['predicted_s'])}, {off:+.1%})"
-    parts += [time_text, f"{told['tokens_per_s']:,.0f} tokens/s"]
+    rate = f"{told['tokens_per_s']:,.0f} tokens/s"
+    learned = told.get("learned_tokens_per_s", told["tokens_per_s"])
+    if learned < 0.995 * told["tokens_per_s"]:  # questions of chats, and ends of rows
+        rate += f", {learned:,.0f} learned"
+    parts += [time_text, rate]
+    if not told.get("is_taken", 1):
+        parts.append(f"left out: gradients beyond float16 (loss scale {told['loss_scale']:g})")
     if total:
         usual_s = told.get("usual_s", told["seconds"])  # one slow step says little about the rest
         parts.append(f"{format_seconds((total - done) * usual_s)} left")

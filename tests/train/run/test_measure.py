@@ -11,13 +11,17 @@ from mxn.chips.chip import Device
 from mxn.chips.sim.testing import sim
 from mxn.errors import CapacityError, ConfigError
 from mxn.train.plan.links import ring_s
+from mxn.train.plan.memory import MIXED
 from mxn.train.run import cpu_share, measure, stored
 from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
+from mxn.train.run.job_devices import members_of, pairs_of
 from mxn.train.run.job_file import read_job
+from mxn.train.run.job_model import look_at
 from mxn.train.run.measure import Quality
 from mxn.train.run.measured import chip_label
-from mxn.train.run.prepare import with_devices
+from mxn.train.run.prepare import task_of_job, with_devices
 from mxn.train.run.session import make_plan
+from support.forked_start import quickly
 
 __all__ = ["sim"]
 
@@ -44,6 +48,7 @@ def job(tmp_path_factory) -> Job:
 def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MXN_HOME", str(tmp_path_factory.mktemp("home")))
+        quickly(patch)
         yield
 
 
@@ -124,6 +129,29 @@ def test_a_second_look_measures_nothing(job, found, no_ranks):
     assert again.cluster == found.cluster
 
 
+def test_watts_and_a_price_become_energy_and_cost(job, found, no_ranks):
+    """They change nothing that is measured; a processor has none unless it is told."""
+    assert all(group.watts is None for group in found.cluster.groups)
+    told = tuple(replace(group, watts=65.0, price_per_hour=0.36) for group in job.devices)
+    again = measure.measure(replace(job, devices=told))
+    assert again.is_reused
+    assert [(g.watts, g.price_micro_per_hour) for g in again.cluster.groups] == [(65, 360_000)] * 2
+    best = task_of_job(replace(job, devices=told)).search().best
+    step_s, num = best.prediction.iteration_s, best.plan.num_devices
+    assert best.prediction.energy_j == pytest.approx(num * 65 * step_s)
+    assert best.prediction.cost_micro == pytest.approx(num * 100 * step_s)
+
+
+def test_a_group_with_a_dtype_of_its_own_keeps_what_that_takes(job, found, no_ranks):
+    narrow = replace(job, devices=(job.devices[0], replace(job.devices[1], dtype="bfloat16")))
+    bench = measure._Bench(narrow, (1,))
+    (profile,) = found.profiles.values()
+    own = bench._with_dtype(replace(profile, chip=bench.label(narrow.devices[1])))
+    assert own.memory == MIXED
+    assert own.width == 0.5
+    assert bench._with_dtype(profile) == profile
+
+
 def test_other_conditions_are_measured_anew(job, found, no_ranks):
     for other in (
         replace(job, seq_tokens=16),
@@ -172,11 +200,11 @@ def test_ranks_and_links_follow_the_groups(job):
         DeviceSettings(name="n", device="npu"),
     )
     mixed = replace(job, devices=devices)
-    assert [(m.rank, m.group, m.device) for m in measure._members(mixed)] == [
+    assert [(m.rank, m.group, m.device) for m in members_of(mixed)] == [
         (0, "g", "cuda:2"), (1, "g", "cuda:3"), (2, "c", "cpu:0"), (3, "c", "cpu:0"),
         (4, "n", "npu:0"),
     ]  # fmt: skip
-    assert measure._pairs(mixed) == [
+    assert pairs_of(mixed) == [
         ("g", "g"), ("c", "c"), ("g", "c"), ("g", "n"), ("c", "n"),
     ]  # fmt: skip
     device = Device(
@@ -195,11 +223,11 @@ def test_a_job_without_devices_takes_those_of_this_machine(job):
 
 def test_a_lora_job_trains_the_share_that_its_adapters_are(job):
     lora = replace(job, method="lora", lora=AdapterSettings(rank=2, alpha=4.0, targets=("q_proj",)))
-    model, shape, _, share = measure.look_at(lora)
+    model, shape, _, share = look_at(lora)
     q = model.spec.layers[0].attention
     adapters = 4 * 2 * (model.spec.hidden + q.num_heads * q.head_dim)
     assert share == pytest.approx(adapters / shape.params)
-    assert measure.look_at(job)[3] == 1.0
+    assert look_at(job)[3] == 1.0
 
 
 @pytest.mark.sim

@@ -79,6 +79,8 @@ class DeviceSettings:
     memory_bytes: int | None = None  # of a rank; None: what the device has
     link_bytes_per_s: float | None = None  # of a rank's messages, for tests; None: no limit
     dtype: Dtype | None = None  # None: the job's
+    watts: float | None = None  # of a rank's device when busy; None: the catalogue's, if any
+    price_per_hour: float | None = None  # of a rank's device; None: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

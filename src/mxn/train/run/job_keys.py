@@ -24,6 +24,7 @@ from mxn.train.run.job import (
     RebalanceSettings,
     TrackingSettings,
 )
+from mxn.train.run.login import take_login
 
 _DTYPE = y.one_of("float32", "bfloat16", "float16")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -154,6 +155,11 @@ def _folder(entry: y.Entry) -> str:
     return str(Path(y.text(entry)).expanduser().absolute())
 
 
+def _server(entry: y.Entry) -> str:
+    """A tracking address; a name and a password in it do not become part of the job."""
+    return take_login(y.text(entry))
+
+
 def _betas(entry: y.Entry) -> tuple[float, float]:
     values = y.list_of(y.number(0, 0.999999))(entry)
     if len(values) != 2:
@@ -179,6 +185,8 @@ _GROUP = _settings(
         "memory": y.optional(y.size),
         "link": y.optional(y.rate),
         "dtype": y.optional(_DTYPE),
+        "watts": y.optional(y.number(0, is_open=True)),
+        "price_per_hour": y.optional(y.number(0, is_open=True)),
     },
     "name",
     "device",
@@ -276,7 +284,7 @@ KEYS: dict[str, y.Reader] = {
             "stall_s": y.number(0, is_open=True),
         },
     ),
-    "tracking": _settings(TrackingSettings, {"mlflow": y.optional(y.text), "experiment": y.text}),
+    "tracking": _settings(TrackingSettings, {"mlflow": y.optional(_server), "experiment": y.text}),
     "seed": y.whole(0, 2**63 - 1),
     "log": y.one_of("debug", "info", "warning", "error"),
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mxn.errors import CapacityError, ConfigError, NotFoundError, UserError
 from mxn.train.plan.cluster import Cluster
-from mxn.train.plan.memory import FLOAT32, MemoryModel
+from mxn.train.plan.memory import FLOAT32, MIXED, MemoryModel
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
@@ -245,7 +245,7 @@ def task_of_cluster(
         )
     return Task(
         shape=shape, rows=rows, cluster=described.cluster, profiles=profiles,
-        memory=FLOAT32 if dtype == "float32" else MemoryModel(), limits=Limits(),
+        memory=FLOAT32 if dtype == "float32" else MIXED, limits=Limits(),
         notes=described.notes,
     )  # fmt: skip
 

@@ -115,8 +115,11 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
         holders=placement.holders(placement.places[spec.rank].index),
         num_ranks=placement.num_ranks,
         facts=facts(job, opened),
+        loss_scale=trainer.loss_scale,
+        before_save=trainer.align,
     )
     trainer.step = keeper.resume(spec.resume_step).step
+    trainer.align(judge=False)  # chips with another dtype begin with other roundings
     shares = _Shares(job, trainer, keeper)
     tracker = None
     if spec.rank == 0:
@@ -132,7 +135,8 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
             wish = SAVE_AND_END
         told = trainer.train_step(int(wish))
         if tracker is not None:
-            tracker.step(step, metrics(told) | keeper.costs())
+            positions = job.global_batch * job.seq_tokens
+            tracker.step(step, metrics(told, positions) | keeper.costs())
         is_asked_to_end = keeper.obey(float(told.flags), step + 1, told.log.num_tokens)
         if not is_asked_to_end:
             shares.look(told)
@@ -199,17 +203,22 @@ def _told(bridge: Bridge, known: list[Since], num_pipelines: int) -> list[Since]
     return [(step, tuple(counts)) for step, *counts in rows]
 
 
-def metrics(told: RankStep) -> dict[str, float | int | None]:
-    """Return a step as a line of metrics."""
+def metrics(told: RankStep, positions: int) -> dict[str, float | int | None]:
+    """Return a step as a line of metrics. `positions`: tokens of all its rows, as predictions count
+    them; fewer are learned where some have no label.
+    """
     log_ = told.log
     values: dict[str, float | int | None] = {
         "loss": log_.loss,
         "num_tokens": log_.num_tokens,
         "seconds": log_.seconds,
-        "tokens_per_s": log_.num_tokens / log_.seconds,
+        "tokens_per_s": positions / log_.seconds,
+        "learned_tokens_per_s": log_.num_tokens / log_.seconds,
         "learning_rate": log_.learning_rate,
-        "gradient_norm": log_.gradient_norm,
+        "gradient_norm": log_.gradient_norm if log_.is_taken else None,
     }
+    if log_.loss_scale != 1:
+        values |= {"loss_scale": log_.loss_scale, "is_taken": int(log_.is_taken)}
     if len(told.counts) > 1:
         for number, count in enumerate(told.counts):
             values[f"pipeline{number}_micro_batches"] = count

@@ -19,6 +19,7 @@ from mxn.train.plan.plan import TrainPlan
 from mxn.train.run import counts_log
 from mxn.train.run.control import write_whole
 from mxn.train.run.job import Job
+from mxn.train.run.login import hide_login
 from mxn.train.run.prepare import Task, plan_of_job, task_of_job, with_devices
 from mxn.train.run.rebalance import counts_of
 
@@ -46,7 +47,7 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
     from mxn.train.run.supervise.shell import Supervisor
     from mxn.train.run.supervise.words import State
 
-    job = with_devices(job)
+    job = with_devices(hide_login(job))
     checks = Checks(on_say, Path(job.out))
     supervisor = Supervisor(
         job,
@@ -242,7 +243,7 @@ def export(out: Path, target: Path, *, step: int | None = None, is_adapter: bool
     Raises: NotFoundError without that checkpoint; BrokenError for one that was altered;
     UserError for an adapter of a job without one.
     """
-    from mxn.train.run.checkpoint import Stored
+    from mxn.train.run.checkpoint import Stored, with_checkpoint
     from mxn.train.run.export import export_adapter, export_model
     from mxn.train.run.from_job import open_source
     from mxn.train.run.lora import LoraSettings
@@ -250,19 +251,21 @@ def export(out: Path, target: Path, *, step: int | None = None, is_adapter: bool
     job = kept_job(out)
     if is_adapter and job.lora is None:
         raise UserError(f"job {job.name!r} trains no adapter", hint="leave --adapter out")
-    stored = Stored.open(_checkpoint(job, step))
     source, lora = open_source(job), None
     if job.lora is not None:
         lora = LoraSettings(rank=job.lora.rank, alpha=job.lora.alpha, targets=job.lora.targets)
 
-    def state_of(layer: int) -> dict[str, Any]:
-        return _layer_state(source, stored, layer, lora, job.seed)
+    def write(stored: Stored) -> int:
+        def state_of(layer: int) -> dict[str, Any]:
+            return _layer_state(source, stored, layer, lora, job.seed)
 
-    if is_adapter and lora is not None:
-        export_adapter(source, state_of, target, lora)
-    else:
-        export_model(source, state_of, target, lora=lora)
-    return stored.manifest.position.step
+        if is_adapter and lora is not None:
+            export_adapter(source, state_of, target, lora)
+        else:
+            export_model(source, state_of, target, lora=lora)
+        return stored.manifest.position.step
+
+    return with_checkpoint(Path(job.checkpoint.folder), step, write)
 
 
 def _layer_state(source: Any, stored: Any, layer: int, lora: Any, seed: int) -> dict[str, Any]:
@@ -276,21 +279,3 @@ def _layer_state(source: Any, stored: Any, layer: int, lora: Any, seed: int) -> 
     optimizer = AdamW(stage, AdamSettings())
     optimizer.load_layer_state(layer, stored.layer(layer))
     return optimizer.master_state(layer)
-
-
-def _checkpoint(job: Job, step: int | None) -> Path:
-    from mxn.train.run.checkpoint import manifest as manifests
-
-    found = dict(manifests.complete(Path(job.checkpoint.folder)))
-    if not found:
-        raise NotFoundError(
-            f"job {job.name!r} has no checkpoint in {job.checkpoint.folder}",
-            hint="run it first: `mxn train run`",
-        )
-    if step is None:
-        return found[max(found)]
-    if step not in found:
-        raise NotFoundError(
-            f"no checkpoint of step {step}", hint=f"there are: {', '.join(map(str, found))}"
-        )
-    return found[step]

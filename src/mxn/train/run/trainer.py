@@ -23,10 +23,12 @@ from mxn.train.run.data import MicroBatch, Rows
 from mxn.train.run.deferred import Add, DeferredWeights
 from mxn.train.run.executor import Executor, StepWork
 from mxn.train.run.gradients import Gradients
+from mxn.train.run.loss_scale import LossScale
 from mxn.train.run.net import StageModule
 from mxn.train.run.optim import AdamW, GradientSums, Key, clip_factor
 from mxn.train.run.placement import Placement
 from mxn.train.run.rebalance import Counts, Load, counts_of, with_counts
+from mxn.train.run.replicas import Replicas
 from mxn.train.run.schedule import learning_rate
 from mxn.train.run.sharded import ShardedAdamW, owner_of
 from mxn.train.run.single import RunSettings, StepLog
@@ -96,6 +98,12 @@ class RankTrainer:
         self.gradients = Gradients(placement, bridge, self.chunks, self.sums)
         self._holders = placement.holders(self.place.index)
         self.optimizers = [self._optimizer(module) for module in self.chunks]
+        self._replicas = Replicas(placement, bridge, self.chunks, self.optimizers, dtypes=dtypes)
+        plan = placement.plan
+        self.loss_scale = LossScale.for_step(
+            plan.micro_batches * plan.micro_batch * plan.seq_tokens,
+            is_on=torch.float16 in dtypes,
+        )
         self.step = 0  # the next one
         bridge.open_channels(list(placement.channels()))
         self._orders, self._dtypes = orders, dtypes
@@ -155,7 +163,8 @@ class RankTrainer:
         first = self.step * self.settings.micro_batches
         first += self.placement.first_micro_batch(self.place.pipeline)
         self.gradients.clear()
-        work = self.executor.run(lru_cache(4)(partial(self._batch, first)))
+        batches, loss_scale = lru_cache(4)(partial(self._batch, first)), self.loss_scale.value
+        work = self.executor.run(batches, loss_scale=loss_scale)
         computed_s = time.perf_counter()
         self.gradients.finish()
         summed_s = time.perf_counter()
@@ -167,13 +176,11 @@ class RankTrainer:
         square, loss, tokens, said, times, step_s = self._exchange(work, flags, mine)
         told_s = time.perf_counter()
         share = 1 / max(1, tokens)
-        norm = square**0.5 * share
+        norm = square**0.5 * share / loss_scale
         rate = learning_rate(self.settings.schedule, self.step)
-        scale = share * clip_factor(norm, self.settings.clip_norm)
-        for optimizer, sums in zip(self.optimizers, self.sums, strict=True):
-            optimizer.step(sums, rate, scale=scale)
-        if self.placement.plan.shards_optimizer:
-            self.gradients.share_weights(self._owns)
+        if is_taken := self.loss_scale.takes(norm):
+            factor = clip_factor(norm, self.settings.clip_norm)
+            self._update(rate, share * factor / loss_scale)
         end_s = time.perf_counter()
         log = StepLog(
             step=self.step,
@@ -182,6 +189,8 @@ class RankTrainer:
             learning_rate=rate,
             gradient_norm=norm,
             seconds=end_s - begin_s,
+            loss_scale=loss_scale,
+            is_taken=is_taken,
         )
         self.step += 1
         self._before_s = log.seconds
@@ -193,6 +202,16 @@ class RankTrainer:
             step_s=step_s,
             optimizer_s=end_s - told_s,
         )
+
+    def align(self, *, judge: bool = True) -> float | None:
+        """Make copies of layers on different chips the same bits; see `Replicas.align`."""
+        return self._replicas.align(judge=judge)
+
+    def _update(self, rate: float, scale: float) -> None:
+        for optimizer, sums in zip(self.optimizers, self.sums, strict=True):
+            optimizer.step(sums, rate, scale=scale)
+        if self.placement.plan.shards_optimizer:
+            self.gradients.share_weights(self._owns)
 
     def _owns(self, key: Key) -> bool:
         return owner_of(self._holders, key[0]) == self.bridge.rank
