@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support import tiny
+from support.forked_commands import run_mxn
 from support.server import write_tokenizer
 
 Mxn = Callable[..., subprocess.CompletedProcess]
@@ -33,11 +33,8 @@ def home(tmp_path) -> Path:
 
 @pytest.fixture
 def mxn(home) -> Mxn:
-    def run(*words: object, **options: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "mxn.cli.main", *map(str, words)]
+    def run(*words: object, input: str = "") -> subprocess.CompletedProcess:
         environment = os.environ | {"MXN_HOME": str(home), "COLUMNS": "80"}
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, **options
-        )
+        return run_mxn(list(map(str, words)), environment, input=input)
 
     return run

@@ -16,6 +16,7 @@ from mxn.train.run import trainer  # noqa: F401 (as above)
 from mxn.train.run.bridge import serve_store
 from mxn.train.run.launch import RankSpec, rank_specs
 from mxn.train.run.supervise.ranks import Death, Launching
+from support.forks import forkserver
 
 
 class ForkedRanks:
@@ -59,15 +60,6 @@ class ForkedRanks:
         process = forkserver().Process(target=_main, args=(str(path), str(log), env), daemon=True)
         process.start()
         return process
-
-
-def forkserver() -> multiprocessing.context.BaseContext:
-    tests = str(Path(__file__).parents[1])
-    if tests not in os.environ.get("PYTHONPATH", ""):  # the server sees no other path of ours
-        os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.one_rank", __name__])
-    return context
 
 
 def _main(path: str, log: str, env: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from mxn.train.run.job import Job
 from mxn.train.run.keeper import Keeper
 from mxn.train.run.single import SingleTrainer
 from mxn.train.run.track import Tracker
+from support.forks import forkserver
 
 
 def one_stage_plan(job: Job, num_layers: int, group: str) -> TrainPlan:
@@ -46,12 +47,8 @@ def start(
     job: Job, launch: int, resume: int | None, log: Path, kill: Kill | None
 ) -> multiprocessing.Process:
     """Return the running process. `exitcode` is below 0 for a signal."""
-    tests = str(Path(__file__).parents[1])
-    if tests not in os.environ.get("PYTHONPATH", ""):  # the server sees no other path of ours
-        os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_main, args=(job, launch, resume, str(log), kill), daemon=True)
+    arguments = (job, launch, resume, str(log), kill)
+    process = forkserver().Process(target=_main, args=arguments, daemon=True)
     process.start()
     return process
 

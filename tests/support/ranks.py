@@ -121,12 +121,12 @@ def _fork(task: dict[str, Any]) -> int:
 
 def _run(task: dict[str, Any]) -> None:
     from mxn.chips import find_device
-    from mxn.train.run import bridge as bridges
+    from mxn.train.run import islands
     from mxn.train.run.bridge import Bridge, BridgeOptions, LinkLimit
 
     options = dict(task["options"])
     if options.pop("is_untagged", False):  # as if all backends were like nccl
-        bridges.TAGGED = frozenset()
+        islands.TAGGED = frozenset()
     if "limit" in options:
         options["limit"] = LinkLimit(**options["limit"])
     bridge = Bridge.connect(

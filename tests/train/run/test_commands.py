@@ -1,4 +1,4 @@
-"""`mxn train` from a job file to a model that the engine loads, with real ranks on this machine."""
+"""`mxn train` from a job file to a model that the engine loads, with real ranks (forked ones)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from mxn.cli.main import app
-from mxn.cli.train_run import step_line
+from mxn.cli.train_progress import step_line
 from mxn.errors import ConfigError, MxnError, NotFoundError, UserError
 from mxn.train.run import measure
 from mxn.train.run.measure import Quality
 from support import tiny
+from support.forked_start import quickly
 
 ROOT = Path(__file__).parents[3]
 JOB = """\
@@ -51,6 +52,7 @@ def folder(tmp_path_factory):
         patch.setenv("MXN_HOME", str(folder / "home"))
         patch.setenv("COLUMNS", "100")
         patch.chdir(folder)
+        quickly(patch)
         quick = Quality(blocks=3, block_s=0.02)
         patch.setattr(measure, "Quality", lambda **_: quick)
         yield folder

@@ -22,12 +22,19 @@ from mxn.train.run.control import Control
 from mxn.train.run.job import Job, metrics_path
 from mxn.train.run.launch import LocalRanks, device_of, launch, launching_of
 from mxn.train.run.track import read_metrics
+from support.forked_start import quickly
 from support.launches import group, on_one_device, small_job
 from support.parity_cases import plan_of
 
 needs_sim = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 TWO_STAGES = plan_of((8, [[(0, 3)], [(3, 6)]]))
 DEADLINE_S = 150
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks start in a moment. The first test, and the one of a death, start them as users do."""
+    quickly(monkeypatch)
 
 
 def losses(job: Job) -> list[float]:
@@ -52,7 +59,9 @@ def wait_for_step(job: Job, step: int, ranks: LocalRanks) -> None:
 
 
 @needs_sim
-def test_ranks_of_two_makers_train_to_the_end_and_stop_and_resume_to_the_same_bits(tmp_path):
+def test_ranks_of_two_makers_train_to_the_end_and_stop_and_resume_to_the_same_bits(
+    tmp_path, monkeypatch
+):
     groups = [group("a"), group("b", "sim:0")]
     near, far = TWO_STAGES.pipelines[0].stages
     stages = replace(near, group="a"), replace(far, group="b", first_device=0)
@@ -65,6 +74,7 @@ def test_ranks_of_two_makers_train_to_the_end_and_stop_and_resume_to_the_same_bi
     assert line["num_tokens"] == 8 * 24
     assert {"tokens_per_s", "rank0_busy_s", "rank1_waited_s"} <= line.keys()
 
+    quickly(monkeypatch)
     cut = small_job(tmp_path / "cut", 7, groups)
     ranks = launch(launching_of(cut, plan))
     try:
@@ -81,7 +91,7 @@ def test_ranks_of_two_makers_train_to_the_end_and_stop_and_resume_to_the_same_bi
     assert losses(cut) == losses(whole)
 
 
-def test_a_divided_optimizer_is_saved_and_restored(tmp_path):
+def test_a_divided_optimizer_is_saved_and_restored(tmp_path, forked):
     plan = replace(plan_of((5, [[(0, 2)], [(2, 6)]]), (3, [[(0, 6)]])), shards_optimizer=True)
     whole, cut = (small_job(tmp_path / name, 6, [group(count=3)]) for name in ("whole", "cut"))
     to_end(whole, plan)
@@ -126,7 +136,7 @@ def test_the_death_of_a_rank_is_seen_at_once_and_the_others_name_it(tmp_path):
     assert ranks.have_ended()
 
 
-def test_an_interrupt_ends_all_ranks(tmp_path):
+def test_an_interrupt_ends_all_ranks(tmp_path, forked):
     job = small_job(tmp_path, 10_000, [group(count=2)])
     ranks = launch(launching_of(job, TWO_STAGES))
     try:
@@ -140,7 +150,7 @@ def test_an_interrupt_ends_all_ranks(tmp_path):
         ranks.kill()
 
 
-def test_a_rank_that_cannot_start_is_told_with_the_end_of_its_log(tmp_path):
+def test_a_rank_that_cannot_start_is_told_with_the_end_of_its_log(tmp_path, forked):
     job = small_job(tmp_path, 3, [group(device="cuda:7")])
     with pytest.raises(UserError, match="no device 'cuda:7'"):
         to_end(job, plan_of((8, [[(0, 6)]])))
@@ -194,7 +204,7 @@ def test_devices_of_a_group_are_numbered_from_its_first():
 
 
 @pytest.mark.skipif(cpu_share.why_not() is not None, reason=str(cpu_share.why_not()))
-def test_a_cpu_share_limits_a_rank_and_leaves_nothing_behind(tmp_path):
+def test_a_cpu_share_limits_a_rank_and_leaves_nothing_behind(tmp_path, forked):
     before = set(cpu_share.ROOT.glob("cpu/mxn-*"))
     job = small_job(tmp_path, 100_000, [group(cpu_share=0.2)])
     ranks = launch(launching_of(job, plan_of((8, [[(0, 6)]]))))

@@ -14,11 +14,14 @@ from mxn.train.plan.links import ring_s
 from mxn.train.plan.memory import MIXED
 from mxn.train.run import cpu_share, measure, stored
 from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
+from mxn.train.run.job_devices import members_of, pairs_of
 from mxn.train.run.job_file import read_job
+from mxn.train.run.job_model import look_at
 from mxn.train.run.measure import Quality
 from mxn.train.run.measured import chip_label
 from mxn.train.run.prepare import task_of_job, with_devices
 from mxn.train.run.session import make_plan
+from support.forked_start import quickly
 
 __all__ = ["sim"]
 
@@ -45,6 +48,7 @@ def job(tmp_path_factory) -> Job:
 def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MXN_HOME", str(tmp_path_factory.mktemp("home")))
+        quickly(patch)
         yield
 
 
@@ -196,11 +200,11 @@ def test_ranks_and_links_follow_the_groups(job):
         DeviceSettings(name="n", device="npu"),
     )
     mixed = replace(job, devices=devices)
-    assert [(m.rank, m.group, m.device) for m in measure._members(mixed)] == [
+    assert [(m.rank, m.group, m.device) for m in members_of(mixed)] == [
         (0, "g", "cuda:2"), (1, "g", "cuda:3"), (2, "c", "cpu:0"), (3, "c", "cpu:0"),
         (4, "n", "npu:0"),
     ]  # fmt: skip
-    assert measure._pairs(mixed) == [
+    assert pairs_of(mixed) == [
         ("g", "g"), ("c", "c"), ("g", "c"), ("g", "n"), ("c", "n"),
     ]  # fmt: skip
     device = Device(
@@ -219,11 +223,11 @@ def test_a_job_without_devices_takes_those_of_this_machine(job):
 
 def test_a_lora_job_trains_the_share_that_its_adapters_are(job):
     lora = replace(job, method="lora", lora=AdapterSettings(rank=2, alpha=4.0, targets=("q_proj",)))
-    model, shape, _, share = measure.look_at(lora)
+    model, shape, _, share = look_at(lora)
     q = model.spec.layers[0].attention
     adapters = 4 * 2 * (model.spec.hidden + q.num_heads * q.head_dim)
     assert share == pytest.approx(adapters / shape.params)
-    assert measure.look_at(job)[3] == 1.0
+    assert look_at(job)[3] == 1.0
 
 
 @pytest.mark.sim

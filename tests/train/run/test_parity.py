@@ -17,9 +17,9 @@ from support import parity_cases
 from support.parity_cases import plan_of
 from support.ranks import run_ranks
 
-STEPS = 20
+STEPS = 12  # the slow tests do 200
 CASE = "support.parity_cases:train"
-LOSS_NOISE = 2e-5  # relative, after 20 steps; doubling the batch's order gives as much
+LOSS_NOISE = 2e-5  # relative; doubling the batch's order gives as much after 20 steps
 WHOLE = [(0, 6)]
 
 needs_sim = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
@@ -58,14 +58,20 @@ def model() -> str:
 
 def run(plan: TrainPlan, steps: int = STEPS, devices: list[str] | None = None, **more: Any):
     options = more.pop("options", None)
-    islands = more.pop("islands", None)
     return run_ranks(
         CASE,
         devices or ["cpu"] * plan.num_devices,
         {"plan": plan.to_json(), "steps": steps, "model": model(), **more},
         options=options,
-        islands=islands,
     )
+
+
+@cache
+def mixed(name: str, wire_dtype: str, *, is_divided: bool = False) -> list[dict[str, Any]]:
+    """Return what ranks of two makers say; two runs have the same bits, so one will do."""
+    plan = replace(PLANS[name], shards_optimizer=is_divided)
+    devices = ["cpu", "sim:0", "cpu", "sim:1"][: plan.num_devices]
+    return run(plan, devices=devices, options={"wire_dtype": wire_dtype})
 
 
 def check(ranks: list[dict[str, Any]], want: dict[str, Any], noise: float = LOSS_NOISE) -> None:
@@ -74,7 +80,7 @@ def check(ranks: list[dict[str, Any]], want: dict[str, Any], noise: float = LOSS
         assert rank["norm"] == ranks[0]["norm"]
         assert rank["loss"] == pytest.approx(want["loss"], rel=noise)
         assert rank["norm"] == pytest.approx(want["norm"], rel=100 * noise)
-    assert want["loss"][-1] < want["loss"][0] - 0.5  # it learns, or equal would mean little
+    assert want["loss"][-1] < want["loss"][0] - 0.3  # it learns, or equal would mean little
     seen: dict[str, str] = {}
     for rank in ranks:
         for name, digest in rank["digests"].items():
@@ -84,6 +90,28 @@ def check(ranks: list[dict[str, Any]], want: dict[str, Any], noise: float = LOSS
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_trains_as_one_device_does(name):
     check(run(PLANS[name]), reference(STEPS, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("data-parallel 5:2:1", {"3": [1, 3, 4], "9": [2, 5, 1]}),
+        ("pipelines cut differently", {"2": [2, 6], "3": [7, 1]}),
+        ("zero-bubble with chunks beside another", {"4": [4, 4]}),
+    ],
+)
+def test_micro_batches_change_hands_and_training_does_not(name, counts):
+    check(run(PLANS[name], counts=counts), reference(STEPS, 8))
+
+
+def test_ranks_that_disagree_on_micro_batches_stop():
+    """Rows would be learnt twice or left out otherwise, and nobody would see it."""
+    with pytest.raises(AssertionError, match="ranks disagree on who does which micro-batches"):
+        run_ranks(
+            "support.parity_cases:train_apart",
+            ["cpu", "cpu"],
+            {"plan": plan_of((5, [WHOLE]), (3, [WHOLE])).to_json(), "model": model()},
+        )
 
 
 def test_tied_copies_stay_equal():
@@ -104,19 +132,16 @@ def test_lora_trains_as_on_one_device():
 
 @needs_sim
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "wire_dtype"),
     [
-        ("data-parallel 5:2:1", {}),
-        ("pipelines cut differently", {}),
-        ("a pipeline beside a single", {"wire_dtype": "bfloat16"}),
+        ("data-parallel 5:2:1", "float32"),
+        ("pipelines cut differently", "float32"),
+        ("a pipeline beside a single", "bfloat16"),
     ],
 )
-def test_divided_optimizer_state_changes_nothing_but_memory(name, options):
-    plan = PLANS[name]
-    devices = ["cpu", "sim:0", "cpu", "sim:1"][: plan.num_devices]
-    whole = run(plan, devices=devices, options=options)
-    divided = run(replace(plan, shards_optimizer=True), devices=devices, options=options)
-    check(divided, reference(STEPS, 8), noise=5e-3 if options else LOSS_NOISE)
+def test_divided_optimizer_state_changes_nothing_but_memory(name, wire_dtype):
+    whole, divided = mixed(name, wire_dtype), mixed(name, wire_dtype, is_divided=True)
+    check(divided, reference(STEPS, 8), noise=5e-3 if wire_dtype == "bfloat16" else LOSS_NOISE)
     assert [rank["loss"] for rank in divided] == [rank["loss"] for rank in whole]
     assert sum(rank["slots"] for rank in divided) < 0.8 * sum(rank["slots"] for rank in whole)
 
@@ -127,8 +152,7 @@ def test_divided_optimizer_state_changes_nothing_but_memory(name, options):
     ["two uneven stages", "data-parallel 5:2:1", "a pipeline beside a single", "zero-bubble"],
 )
 def test_two_makers_train_as_one_device_does(name):
-    devices = ["cpu", "sim:0", "cpu"][: PLANS[name].num_devices]
-    check(run(PLANS[name], devices=devices), reference(STEPS, 8))
+    check(mixed(name, "float32"), reference(STEPS, 8))
 
 
 @needs_sim
@@ -148,9 +172,8 @@ def test_two_runs_of_two_makers_have_the_same_bits():
 
 @needs_sim
 def test_bf16_between_makers_stays_near_and_in_step_and_halves_the_bytes():
-    plan, devices = PLANS["a pipeline beside a single"], ["cpu", "sim:0", "sim:0"]
-    wide = run(plan, devices=devices)
-    ranks = run(plan, devices=devices, options={"wire_dtype": "bfloat16"})
+    name = "a pipeline beside a single"
+    wide, ranks = mixed(name, "float32"), mixed(name, "bfloat16")
     want = reference(STEPS, 8)
     assert ranks[0]["loss"] == pytest.approx(want["loss"], rel=5e-3)
     assert ranks[0]["loss"] != want["loss"]
@@ -163,7 +186,7 @@ def test_stages_of_different_dtypes_train_together():
     ranks = run(plan, dtypes=["float32", "bfloat16", "float32"])
     want = reference(STEPS, 8)
     assert ranks[0]["loss"] == pytest.approx(want["loss"], rel=2e-2)
-    assert ranks[0]["loss"][-1] < ranks[0]["loss"][0] - 0.5
+    assert ranks[0]["loss"][-1] < ranks[0]["loss"][0] - 0.3
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.run.job_file import read_job
-from mxn.train.run.measure import look_at, memory_of
+from mxn.train.run.job_model import look_at, memory_of
 from mxn.train.run.prepare import Task, limits_of, plan_of_job
 
 ROOT = Path(__file__).parents[3]

@@ -8,8 +8,8 @@ import pytest
 
 from mxn.errors import CapacityError, UnsupportedError, UserError
 from mxn.train.run.cpu_share import CpuShare
+from mxn.train.run.link_limit import LinkLimit, TokenBucket
 from mxn.train.run.placement import Placement
-from mxn.train.run.wire import LinkLimit, TokenBucket
 from support.parity_cases import plan_of
 
 

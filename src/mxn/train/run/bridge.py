@@ -1,14 +1,9 @@
 """The communicator of a training job whose ranks sit on chips of different makers.
 
 Ranks of one collective backend (nccl, hccl, simccl, gloo, …) are an *island* and talk through it;
-islands meet over host memory and gloo, see `wire.py`. Sums go through `sums.py`. Rendezvous is a
-TCPStore. Knows ranks, devices and tensors; knows nothing of layers, plans or micro-batches. Start
-at `Bridge.connect`.
-
-Traps this file is shaped by: nccl-like backends ignore tags and run sends and receives of a pair in
-one order, so each *channel* there is a communicator of its own (`open_channels`); torch names a
-group made by part of the ranks after how many groups those have, so all ranks make every group, in
-one order; gloo takes no device tensors.
+islands meet over host memory and gloo (which takes no device tensors), see `islands.py` and
+`wire.py`. Sums go through `sums.py`. Rendezvous is a TCPStore. Knows ranks, devices and tensors;
+knows nothing of layers, plans or micro-batches. Start at `Bridge.connect`.
 """
 
 from __future__ import annotations
@@ -26,8 +21,10 @@ from torch import Tensor
 
 from mxn.errors import PeerError, UserError
 from mxn.train.run.background import Done, Handle
+from mxn.train.run.islands import Channel, Islands
+from mxn.train.run.link_limit import LinkLimit
 from mxn.train.run.rendezvous import Member, meet, open_store, serve_store
-from mxn.train.run.wire import LinkLimit, PeerCount, Wire
+from mxn.train.run.wire import PeerCount, Wire
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
@@ -45,12 +42,6 @@ __all__ = [
     "open_store",
     "serve_store",
 ]
-
-TAGGED = frozenset({"gloo", "simccl"})
-"""Backends whose point-to-point messages are matched by tag. The others are given channels."""
-
-Channel = tuple[int, int, str]
-"""Sender, receiver, and what runs there in one order, such as "forward 3"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +80,7 @@ class Bridge:
             limit=self._limit_to,
             is_plain=self._is_plain_to,
         )
-        self._island_group: dist.ProcessGroup | None = None
-        self._island_ranks: list[int] = []
-        self._channels: dict[Channel, dist.ProcessGroup] = {}
+        self._islands = Islands(rank, members)
         self._sums: dict[tuple[int, ...], SumGroup] = {}
 
     @classmethod
@@ -131,9 +120,7 @@ class Bridge:
             world_size=size,
             timeout=timedelta(seconds=options.timeout_s),
         )
-        bridge = cls(rank, members, torch.device(device.torch_device), store, options)
-        bridge._open_islands()
-        return bridge
+        return cls(rank, members, torch.device(device.torch_device), store, options)
 
     # -- point to point --------------------------------------------------------------------------
 
@@ -144,7 +131,7 @@ class Bridge:
 
         Messages of one channel are received in the order they are sent; `tag` is below 2^20.
         """
-        if (route := self._route(self.rank, to, channel, tag)) is not None:
+        if (route := self._islands.route(self.rank, to, channel, tag)) is not None:
             group, peer, number = route
             tensor = tensor.detach().contiguous()
             work = group.send([tensor], peer, number)
@@ -162,7 +149,7 @@ class Bridge:
         what: str = "a message",
     ) -> Handle:
         """Post a receive into a new tensor on this rank's device; the handle gives it."""
-        if (route := self._route(from_, self.rank, channel, tag)) is not None:
+        if (route := self._islands.route(from_, self.rank, channel, tag)) is not None:
             group, peer, number = route
             tensor = torch.empty(shape, dtype=dtype, device=self.device)
             work = group.recv([tensor], peer, number)
@@ -224,16 +211,7 @@ class Bridge:
 
     def open_channels(self, channels: Sequence[Channel]) -> None:
         """Name the channels of the job, the same on every rank; makes communicators as needed."""
-        for channel in channels:
-            sender, receiver, _ = channel
-            if not self.are_together(sender, receiver):
-                continue
-            backend = self.members[sender].collective
-            if backend in TAGGED or channel in self._channels:
-                continue
-            group = dist.new_group([sender, receiver], backend=backend)
-            if self.rank in (sender, receiver):
-                self._channels[channel] = group
+        self._islands.open_channels(channels)
 
     @property
     def counts(self) -> dict[int, PeerCount]:
@@ -256,55 +234,20 @@ class Bridge:
 
     def are_together(self, rank: int, other: int) -> bool:
         """Return whether two ranks are of one island."""
-        return self.members[rank].island == self.members[other].island
+        return self._islands.are_together(rank, other)
 
     def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """Make a group of one island's ranks with its own backend. All ranks call it alike.
 
         Returns None where this rank is not of it, or it has one rank only.
         """
-        if len(ranks) < 2:
-            return None
-        backend = self.members[ranks[0]].collective
-        group = dist.new_group(list(ranks), backend=backend)
-        return group if self.rank in ranks else None
+        return self._islands.new_group(ranks)
 
     def wire_dtype(self, dtype: torch.dtype, peer: int) -> torch.dtype | None:
         """Return the narrower dtype in which `dtype` goes to `peer`, None for its own."""
         if self.are_together(self.rank, peer) or dtype != torch.float32:
             return None
         return torch.bfloat16 if self.options.wire_dtype == "bfloat16" else None
-
-    def _open_islands(self) -> None:
-        for island in sorted({member.island for member in self.members}):
-            ranks = [m.rank for m in self.members if m.island == island]
-            collectives = {self.members[rank].collective for rank in ranks}
-            if len(collectives) > 1:
-                raise UserError(
-                    f"island {island!r} has ranks of different collectives: "
-                    f"{', '.join(sorted(collectives))}"
-                )
-            backend = collectives.pop()
-            if backend == "gloo" or backend not in TAGGED:
-                continue  # the world's group serves; or channels are made by name
-            group = self.new_group(ranks)
-            if group is not None:
-                self._island_group, self._island_ranks = group, ranks
-
-    def _route(
-        self, sender: int, receiver: int, channel: str, tag: int
-    ) -> tuple[dist.ProcessGroup, int, int] | None:
-        """Return the maker's own group between two ranks, the peer's number in it, and the tag.
-
-        None: the way leads through the bridge.
-        """
-        peer = receiver if sender == self.rank else sender
-        own = self._channels.get((sender, receiver, channel))
-        if own is not None:
-            return own, int(peer > self.rank), 0  # torch sorts the ranks of a group
-        if self._island_group is not None and self.are_together(sender, receiver):
-            return self._island_group, self._island_ranks.index(peer), tag
-        return None
 
     def _native(
         self, work: Any, tensor: Tensor, peer: int, what: str, *, is_sent: bool

@@ -25,7 +25,7 @@ from mxn.train.run.job import DeviceSettings, Job
 from mxn.train.run.stored import Reading
 
 _CODE = ("net/*.py", "optim.py", "lora.py", "chains.py", "layer_times.py", "link_times.py")
-_LINK_CODE = ("bridge.py", "wire.py", "link_times.py")
+_LINK_CODE = ("bridge.py", "islands.py", "wire.py", "staging.py", "link_times.py")
 _DRIVER_FILES = {
     "nvidia": "/proc/driver/nvidia/version",
     "ascend": "/usr/local/Ascend/driver/version.info",

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from mxn.errors import PeerError
-from mxn.train.run.wire import LinkLimit
+from mxn.train.run.link_limit import LinkLimit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

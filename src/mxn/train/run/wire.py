@@ -1,4 +1,4 @@
-"""Messages between two ranks through host memory: staging, chunks, wire dtype, link limits.
+"""Messages between two ranks through host memory: threads, wire dtype, link limits.
 
 A tensor of any device goes out as chunks: each is copied into pinned host memory while the one
 before it is on the network. Nothing here waits in the caller: every peer has a thread of its own
@@ -22,27 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mxn.errors import PeerError, UserError
+from mxn.errors import PeerError
 from mxn.train.run.background import Background, Handle, Job, Worker
-
-CHUNK_BYTES = 1 << 20
-"""Of a message that one side stages. Large enough for the link's rate, small enough to overlap the
-copies; a message from host memory to host memory goes whole."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkLimit:
-    """A slower link than there is, for tests and emulation: what goes to one peer shares it."""
-
-    bytes_per_s: float = float("inf")
-    latency_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.bytes_per_s > 0 or self.latency_s < 0:
-            raise UserError(
-                f"a link limit needs bytes_per_s > 0 and latency_s >= 0, got {self.bytes_per_s!r} "
-                f"and {self.latency_s!r}"
-            )
+from mxn.train.run.link_limit import LinkLimit, TokenBucket
+from mxn.train.run.staging import Staging, as_bytes, chunks, record
 
 
 @dataclass(slots=True)
@@ -58,40 +41,6 @@ class PeerCount:
 
     def wait_for(self, seconds: float) -> None:
         self.waited_s += seconds
-
-
-class TokenBucket:
-    """When the next bytes may have arrived over a limited link. The clock comes as an argument."""
-
-    def __init__(self, limit: LinkLimit) -> None:
-        self._limit = limit
-        self._free_at = 0.0
-
-    def arrival_s(self, num_bytes: int, now_s: float) -> float:
-        """Book a message and return when its last byte arrives. Latency does not occupy the link"""
-        self._free_at = max(now_s, self._free_at) + num_bytes / self._limit.bytes_per_s
-        return self._free_at + self._limit.latency_s
-
-
-class HostBuffers:
-    """Host memory that is used again: pinned where the device has pinned memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_pinned = device.type != "cpu"
-        self._free: dict[int, list[Tensor]] = {}
-        self._lock = threading.Lock()
-
-    def take(self, num_bytes: int) -> Tensor:
-        """Return uint8 memory of exactly `num_bytes`; its content is anything."""
-        with self._lock:
-            waiting = self._free.get(num_bytes)
-            if waiting:
-                return waiting.pop()
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
-
-    def give_back(self, buffer: Tensor) -> None:
-        with self._lock:
-            self._free.setdefault(buffer.numel(), []).append(buffer)
 
 
 class Wire:
@@ -118,10 +67,9 @@ class Wire:
         self._limit, self._is_plain = limit, is_plain
         self._buckets: dict[int, TokenBucket | None] = {}
         self._workers: dict[str, Worker] = {}
-        self._buffers = HostBuffers(device)
+        self._staging = Staging(device)
         self._post = threading.Lock()
         self._lock = threading.Lock()  # of what is counted and made per peer
-        self._stream = None if device.type == "cpu" else torch.Stream(device=device)
 
     def send(
         self, tensor: Tensor, to: int, tag: int, what: str, dtype: torch.dtype | None = None
@@ -136,10 +84,10 @@ class Wire:
             bucket = self._bucket(to)
         self.note(to, tensor.numel() * sent_dtype.itemsize, is_sent=True)
         if tensor.device.type == "cpu" and bucket is None:
-            host = _bytes(tensor.to(sent_dtype))
+            host = as_bytes(tensor.to(sent_dtype))
             works = [self._isend(chunk, to, tag) for chunk in self._chunks(host, to)]
             return Background(self._finish(works, tensor, to, what))
-        ready = _record(tensor)
+        ready = record(tensor)
         job = self._worker(f"mxn-send-{to}").submit(
             lambda: self._post_staged(tensor, sent_dtype, ready, to, tag, what, bucket)
         )
@@ -167,12 +115,12 @@ class Wire:
         if device.type == "cpu":
             landing = target if sent_dtype == dtype else target.new_empty(shape, dtype=sent_dtype)
             works = [
-                self._irecv(chunk, from_, tag) for chunk in self._chunks(_bytes(landing), from_)
+                self._irecv(chunk, from_, tag) for chunk in self._chunks(as_bytes(landing), from_)
             ]
             return _Posted(self, works, target, from_, what, landing)
-        host = self._buffers.take(num_bytes)
+        host = self._staging.buffers.take(num_bytes)
         works = [self._irecv(chunk, from_, tag) for chunk in self._chunks(host, from_)]
-        ready = _record(target)
+        ready = record(target)
         job = self._worker(f"mxn-receive-{from_}-{lane}").submit(
             lambda: self._land(works, host, target, sent_dtype, ready, from_, what)
         )
@@ -224,7 +172,7 @@ class Wire:
             return self._group.recv([host], from_, tag)
 
     def _chunks(self, host: Tensor, peer: int) -> tuple[Tensor, ...]:
-        return (host,) if self._is_plain(peer) and host.numel() else _chunks(host)
+        return (host,) if self._is_plain(peer) and host.numel() else chunks(host)
 
     def _bucket(self, peer: int) -> TokenBucket | None:
         if peer not in self._buckets:
@@ -248,7 +196,7 @@ class Wire:
             for work in works:
                 self.wait(work, to, f"it to take {what}")
             if host is not None and tensor.device.type != "cpu":
-                self._buffers.give_back(host)
+                self._staging.buffers.give_back(host)
             self.count(to).send_s += time.monotonic() - begin_s
             return tensor
 
@@ -264,9 +212,9 @@ class Wire:
         what: str,
         bucket: TokenBucket | None,
     ) -> Job:
-        host, copied = self._stage(tensor, dtype, ready)
+        host, copied = self._staging.to_host(tensor, dtype, ready)
         works = []
-        for chunk, event in zip(_chunks(host), copied, strict=True):
+        for chunk, event in zip(chunks(host), copied, strict=True):
             if event is not None:
                 event.synchronize()
             if bucket is not None:
@@ -274,25 +222,6 @@ class Wire:
                 time.sleep(max(0.0, bucket.arrival_s(chunk.numel(), now_s) - now_s))
             works.append(self._isend(chunk, to, tag))
         return self._finish(works, tensor, to, what, host)
-
-    def _stage(
-        self, tensor: Tensor, dtype: torch.dtype, ready: torch.Event | None
-    ) -> tuple[Tensor, list[torch.Event | None]]:
-        """Return host bytes that fill up in the background, and per chunk the event to wait for."""
-        if tensor.device.type == "cpu":
-            host = _bytes(tensor.to(dtype))
-            return host, [None] * len(_chunks(host))
-        assert self._stream is not None
-        assert ready is not None
-        with self._stream:
-            self._stream.wait_event(ready)
-            source = _bytes(tensor.to(dtype))
-            host = self._buffers.take(source.numel())
-            events: list[torch.Event | None] = []
-            for target, chunk in zip(_chunks(host), _chunks(source), strict=True):
-                target.copy_(chunk, non_blocking=True)
-                events.append(self._stream.record_event())
-        return host, events
 
     def _land(
         self,
@@ -304,21 +233,11 @@ class Wire:
         from_: int,
         what: str,
     ) -> Tensor:
-        assert self._stream is not None
-        assert ready is not None
-        with self._stream:
-            self._stream.wait_event(ready)
-            is_direct = dtype == target.dtype
-            landing = target if is_direct else torch.empty_like(target, dtype=dtype)
-            for work, source, chunk in zip(
-                works, _chunks(host), _chunks(_bytes(landing)), strict=True
-            ):
-                self.wait(work, from_, what)
-                chunk.copy_(source, non_blocking=True)
-            if not is_direct:
-                target.copy_(landing)
-            self._stream.record_event().synchronize()
-        self._buffers.give_back(host)
+        def arrive(number: int) -> None:
+            self.wait(works[number], from_, what)
+
+        self._staging.to_device(host, target, dtype, ready, arrive)
+        self._staging.buffers.give_back(host)
         return target
 
 
@@ -346,18 +265,3 @@ class _Posted:
 
     def is_done(self) -> bool:
         return not self.works
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _chunks(host: Tensor) -> tuple[Tensor, ...]:
-    return host.split(CHUNK_BYTES) if host.numel() else ()
-
-
-def _record(tensor: Tensor) -> torch.Event | None:
-    """Return the moment at which `tensor` is ready on the current stream of its device."""
-    if tensor.device.type == "cpu":
-        return None
-    return torch.accelerator.current_stream(tensor.device).record_event()
