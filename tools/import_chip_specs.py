@@ -54,6 +54,28 @@ PATTERNS = {
 # Versions of one name that differ in memory: only this size is the chip of the row.
 MEMORY = {"H20": [96], "GH200-96": [96], "V100-16": [16]}
 
+# Board or thermal limits of the makers' sheets, which the table does not have.
+WATTS = {
+    "nvidia-a100-40g": 400,
+    "nvidia-a100-80g": 400,
+    "nvidia-h100": 700,
+    "nvidia-h200": 700,
+    "nvidia-l20": 275,
+    "nvidia-l40": 300,
+    "nvidia-rtx-2080": 215,
+    "nvidia-rtx-3080-ti": 350,
+    "nvidia-rtx-3090": 350,
+    "nvidia-rtx-4090": 450,
+    "nvidia-rtx-a5000": 230,
+    "nvidia-rtx-a6000": 300,
+    "nvidia-t4": 70,
+    "nvidia-titan-rtx": 280,
+    "amd-mi210": 300,
+    "amd-mi300x": 750,
+    "gaudi-2": 600,
+    "gaudi-3": 900,
+}
+
 _NOT_ANOTHER = "(?! ?(Ti|SUPER|D|Laptop|Ada)\\b)"  # an "RTX 2080 Ti" is no "RTX 2080"
 _STATED = re.compile(r"\b(BF16|FP16|FP32|TF32) (\d+(?:\.\d+)?)(?![\d.]*-|[\d.])")
 _COLUMN_IS_BF16 = re.compile(r"^BF16(;| and|$)|^bf16;", re.IGNORECASE)
@@ -65,9 +87,17 @@ def main(table: str) -> None:
         for row in csv.DictReader(file):
             chips.setdefault(row["chip"], []).append(row)
     for title, rows in chips.items():
-        path = SPECS / f"{chip_name(title, rows[0]['vendor'])}.toml"
-        path.write_text(spec_text(title, rows))
+        name = chip_name(title, rows[0]["vendor"])
+        (SPECS / f"{name}.toml").write_text(spec_text(title, rows) + power_text(name))
     print(f"{len(chips)} chips written to {SPECS}")
+
+
+def power_text(name: str) -> str:
+    """Return the power of a chip as TOML; empty where it is unknown."""
+    if name not in WATTS:
+        return ""
+    source = "the maker's board or thermal limit"
+    return f'\n[[power]]\nwatts = {WATTS[name]}\nbasis = "datasheet"\nsource = "{source}"\n'
 
 
 def chip_name(title: str, vendor_title: str) -> str:

@@ -7,13 +7,16 @@ and the figures are `simulated`; ranks, messages, gradients and contention are r
 everything is measured in the same minutes, in an order that is turned round in every second round:
 
 - *solo*: each speed alone with the whole job. The sum over the ranks is the bound U.
-- *best*: what the planner chooses. R = its throughput / U.
+- *best*: what the planner chooses, with micro-batches shared out again by what the steps measure;
+  the first steps, in which it settles, are not counted. R = its throughput / U.
+- *planned*: the same without sharing out again.
 - *uniform*: each rank the same number of micro-batches.
 - *pipeline*: one pipeline over all ranks, cut by their speeds.
 
 U' is the stricter bound: micro-batches and optimizer as fast as in the solo runs while they compute
 there, without any waiting, summing or bookkeeping. Prediction error: the simulated step against the
-measured one, from a profile taken just before. Needs cgroups that may be written. Start at `main`.
+measured one, from a profile taken just before, for the counts of the last step. Needs cgroups that
+may be written. Start at `main`.
 """
 
 from __future__ import annotations
@@ -34,11 +37,14 @@ from typing import Any
 import yaml
 
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.run import counts_log
+from mxn.train.run.rebalance import counts_text, with_counts
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "recipes/data/tinyshakespeare.txt"
 MODEL = "mxn-shakespeare-llama"
 SKIPPED = 2  # steps at the start of a run that are not counted
+SETTLING = 14  # steps more of a run whose micro-batches are shared out again: two decisions
 NUM_LAYERS = 6  # of the model: embedding, four blocks, head
 
 
@@ -60,10 +66,15 @@ class Mix:
     def tokens(self) -> int:
         return self.rows * self.seq_tokens
 
+    def num_counted(self, name: str) -> int:
+        counted = self.steps - SKIPPED  # a solo step takes several times as long as a mixed one
+        return counted // 2 if name.startswith("solo") else counted
+
+    def num_steps(self, name: str) -> int:
+        return SKIPPED + self.num_counted(name) + (SETTLING if name == "best" else 0)
+
     def job(self, name: str, shares: tuple[float, ...], plan: Path | None) -> Path:
         """Write the job of a variant and return its file."""
-        # A solo step takes several times as long as a mixed one.
-        steps = self.steps if len(shares) > 1 else SKIPPED + (self.steps - SKIPPED) // 2
         devices = [
             {"name": f"r{number}", "device": "cpu", "cpu_share": share, "pin": True}
             for number, share in enumerate(shares)
@@ -71,7 +82,8 @@ class Mix:
         told = {
             "name": name, "model": {"source": MODEL, "begin": "scratch"}, "method": "pretrain",
             "data": {"files": [str(TEXT)]}, "seq_tokens": self.seq_tokens, "micro_batch": 1,
-            "global_batch": self.rows, "steps": steps, "devices": devices,
+            "global_batch": self.rows, "steps": self.num_steps(name), "devices": devices,
+            "rebalance": name == "best",
             "checkpoint": {"every_steps": 10**6}, "gate": {"speed": "ignore"},
             "out": str(self.folder / name),
         }  # fmt: skip
@@ -105,6 +117,7 @@ def variants(mix: Mix) -> dict[str, tuple[tuple[float, ...], TrainPlan | None]]:
     }
     return solos | {
         "best": (mix.shares, None),
+        "planned": (mix.shares, None),
         "uniform": (mix.shares, uniform(mix)),
         "pipeline": (mix.shares, pipeline(mix)),
     }
@@ -168,15 +181,26 @@ def measure(mix: Mix, name: str, shares: tuple[float, ...], plan: TrainPlan | No
     mxn("train", "run", job, "--json")
     out = mix.folder / name
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    counted = rows[SKIPPED:]
+    mix.plans[name] = settled(out, TrainPlan.from_json((out / "plan.json").read_text()))
+    counted = rows[mix.num_steps(name) - mix.num_counted(name) :]
     mix.seconds.setdefault(name, []).extend(row["seconds"] for row in counted)
     busy = [row["rank0_busy_s"] for row in counted]
     mix.busy.setdefault(name, []).extend(busy)
     predicted = json.loads((out / "predicted.json").read_text())["prediction"]["iteration_s"]
     mix.predicted.setdefault(name, []).append(predicted)
-    mix.plans[name] = brief(TrainPlan.from_json((out / "plan.json").read_text()))
     middle = statistics.median(row["seconds"] for row in counted)
     note(f"  {name}: {middle:.3f} s a step, predicted {predicted:.3f}, {mix.plans[name]}")
+
+
+def settled(out: Path, plan: TrainPlan) -> str:
+    """Return the plan with the counts of the last step, in words."""
+    changes = counts_log.read(out, plan.fingerprint)
+    if not changes:
+        return brief(plan)
+    if changes[-1].step > SKIPPED + SETTLING:
+        note(f"  not settled: {changes[-1].text()}")
+    planned = counts_text(changes[0].before)
+    return f"{brief(with_counts(plan, changes[-1].after))} (planned {planned})"
 
 
 def brief(plan: TrainPlan) -> str:
@@ -236,6 +260,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=96, help="of a step; a micro-batch is one")
     parser.add_argument("--seq-tokens", type=int, default=128)
+    parser.add_argument("--variants", default="best,planned,uniform,pipeline", help="besides solo")
     parser.add_argument("--out", type=Path, help="also store the JSON in this file")
     options = parser.parse_args()
     results = []
@@ -246,7 +271,12 @@ def main() -> None:
             folder = Path(scratch) / text.replace(":", "-")
             folder.mkdir()
             mix = Mix(shares, folder, options.rows, options.seq_tokens, options.steps)
-            wanted = list(variants(mix).items())
+            asked = options.variants.split(",")
+            wanted = [
+                (name, variant)
+                for name, variant in variants(mix).items()
+                if name.startswith("solo") or name in asked
+            ]
             for number in range(options.rounds):
                 note(f"mix {text}, round {number + 1} of {options.rounds}")
                 for name, (ranks, plan) in wanted[:: -1 if number % 2 else 1]:

@@ -11,9 +11,10 @@ import torch
 from mxn.models.catalogue import shipped_models
 from mxn.train.run.data.batch import MicroBatch
 from mxn.train.run.gate.check import Finding, check_layers
+from mxn.train.run.gate.optimizer import check_optimizer
 from mxn.train.run.gate.process import Verdict, _refuse
 from mxn.train.run.job import DeviceSettings
-from mxn.train.run.supervise.shell import GateError
+from mxn.train.run.supervise.needs import GateError
 from mxn.train.run.weights import ModelSource
 
 
@@ -94,6 +95,35 @@ def an_operator_that_a_chip_does_not_have_is_named(sim):
     assert bad[0].problem == "raised NotImplementedError: no such operator"
 
 
+def optimizer_findings(sim: torch.device, dtype=torch.float32) -> list[Finding]:
+    source = ModelSource.open(shipped_models()["mxn-shakespeare-llama"], seq_tokens=32)
+    return list(check_optimizer(source, sim, dtype))
+
+
+def steps_of_a_right_chip_pass(sim):
+    for dtype in (torch.float32, torch.bfloat16):
+        findings = optimizer_findings(sim, dtype)
+        assert [str(f) for f in findings if f.problem] == []
+        operators = {finding.operator.split("(")[0] for finding in findings}
+        assert {"lerp_", "addcmul_", "sqrt", "addcdiv_", "AdamW.step"} <= operators
+        assert ("copy_" in operators) == (dtype == torch.bfloat16)  # master weights to weights
+
+
+def an_operator_of_the_optimizer_that_is_wrong_is_named(sim):
+    def addcdiv(self, a, b, value=1, out=None):
+        result = torch.addcdiv(self.cpu(), a.cpu(), b.cpu(), value=1.001 * value)
+        return out.copy_(result)
+
+    with broken("addcdiv.out", addcdiv):
+        findings = optimizer_findings(sim)
+    bad = [f for f in findings if f.problem]
+    assert {f.operator.split("(")[0] for f in bad} == {"addcdiv_"}
+    assert "in the optimizer AdamW" in str(bad[0])
+    # Layers do not call it: they pass on this chip.
+    with broken("addcdiv.out", addcdiv):
+        assert [str(f) for f in check(sim) if f.problem] == []
+
+
 def a_wrong_chip_stops_the_job_with_operator_chip_error_and_budget(sim):
     with broken("silu", lambda x: torch.zeros_like(x)):
         findings = check(sim)
@@ -113,7 +143,7 @@ CASES = [
     value
     for name, value in list(globals().items())
     if getattr(value, "__module__", "") == __name__
-    and name not in ("check", "broken", "run")
+    and name not in ("check", "optimizer_findings", "broken", "run")
     and callable(value)
 ]
 

@@ -125,9 +125,14 @@ def train(
     model: str,
     dtypes: list[str] | None = None,
     slow_factors: list[float] | None = None,
+    counts: dict[str, list[int]] | None = None,
+    first_scale: float | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Return what a rank saw: losses, norms, and a digest of each layer's weights at the end."""
+    """Return what a rank saw: losses, norms, and a digest of each layer's weights at the end.
+
+    `counts`: micro-batches by pipeline from a step on.
+    """
     if slow_factors and bridge.device.type == "sim":
         from mxn.chips.sim import knobs
 
@@ -139,7 +144,12 @@ def train(
         bridge,
         dtypes=[getattr(torch, name) for name in dtypes or ["float32"] * placement.num_ranks],
     )
-    told = [trainer.train_step() for _ in range(steps)]
+    if first_scale is not None:
+        trainer.loss_scale.value = first_scale
+    told = []
+    for step in range(steps):
+        trainer.set_counts(tuple((counts or {}).get(str(step), trainer.counts)))
+        told.append(trainer.train_step())
     digests = {}
     for module in trainer.chunks:
         for layer in range(module.first, module.end):
@@ -150,6 +160,7 @@ def train(
     return {
         "loss": [step.log.loss for step in told],
         "norm": [step.log.gradient_norm for step in told],
+        "taken": [step.log.is_taken for step in told],
         "digests": digests,
         "waited_s": sum(step.times[bridge.rank].waited_s for step in told),
         "busy_s": sum(step.times[bridge.rank].busy_s for step in told),
@@ -160,3 +171,14 @@ def train(
         ),
         "sent_bytes": {str(peer): count.sent_bytes for peer, count in bridge.counts.items()},
     }
+
+
+def train_apart(bridge: Bridge, plan: str, model: str) -> None:
+    """Do a step in which each rank has other counts in mind."""
+    placement = Placement(TrainPlan.from_json(plan))
+    micro_batches = placement.plan.micro_batches
+    trainer = RankTrainer(
+        *job(4, micro_batches, model), placement, bridge, dtypes=[torch.float32] * 2
+    )
+    trainer.set_counts((micro_batches - 1 - bridge.rank, 1 + bridge.rank))
+    trainer.train_step()

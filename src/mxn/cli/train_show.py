@@ -159,8 +159,7 @@ def others_lines(found: Found, bounds: Bounds) -> Iterator[str]:
         slower = candidate.prediction.iteration_s / best - 1
         stages = " | ".join(dict.fromkeys(stages_text(p) for p in candidate.plan.pipelines))
         yield f"runner-up +{slower:.1%}: {candidate.plan.schedule}, {stages}"
-    how = "all of them" if found.is_exact else "guided"
-    yield f"{found.num_looked_at} plans looked at ({how})"
+    yield f"{found.num_looked_at} plans predicted ({found.how})"
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:

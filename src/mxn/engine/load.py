@@ -72,6 +72,7 @@ def build_engine(config: EngineConfig, report: Report) -> EngineCore | EncoderCo
     Raises: UserError subclasses with a hint when model, device and settings do not fit together.
     """
     from mxn.engine.process import find_loader
+    from mxn.engine.trim import trim_beside
 
     started_s = time.perf_counter()
     replica = find_loader(config.loader)(config, report)
@@ -80,6 +81,7 @@ def build_engine(config: EngineConfig, report: Report) -> EngineCore | EncoderCo
     else:
         engine = _encoder(config, replica)
     engine.info = msgspec.structs.replace(engine.info, load_s=time.perf_counter() - started_s)
+    trim_beside()
     return engine
 
 

@@ -1,9 +1,10 @@
 """From a model's spec to the row of layers that the planner works with. Start at `read_shape`.
 
 Exact in parameters. Work counts matrix products only (2 flop for a multiply and an add), attention
-over the tokens that a causal mask or a window leaves. What is kept until backward follows what
-`train/run/net.py` saves and is checked against it by a test. Knows no tensors and no weights: a
-`config.json` is enough. Legend: D hidden, N query heads, G key/value heads, H head dim.
+over the tokens that a causal mask or a window leaves. What is kept until backward says `kept`.
+Under tensor parallelism the runner leaves embedding, head, norms and the residual stream whole.
+Knows no tensors and no weights: a `config.json` is enough. Legend: D hidden, N query heads, G
+key/value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from typing import Any
 
 from mxn.errors import UnsupportedError, UserError
 from mxn.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MlaSpec, MlpSpec, MoeSpec
+from mxn.train.kept import Kept
 from mxn.train.plan.shape import LayerShape, ModelShape
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_INDEX_BYTES = 8  # of a label, or of the number of a row
-PIECE_BYTES = 64 * 2**20  # as in `run/net/losses.py`, which imports torch
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +101,10 @@ def model_shape(
     """
     if seq_tokens < 1:
         raise UserError(f"a row needs at least 1 token, got {seq_tokens}")
-    if dtype not in _BYTES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(_BYTES)}")
-    size, biases = _BYTES[dtype], biases or Biases()
-    kept = _Kept(spec, seq_tokens, size, is_packed)
+    if dtype not in BYTES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(BYTES)}")
+    size, biases = BYTES[dtype], biases or Biases()
+    kept = Kept(spec, seq_tokens, size, is_packed)
     kinds = layer_kinds(spec)
     blocks = {
         kind: _block(spec, layer, kind, kept, biases)
@@ -148,10 +148,12 @@ def _embedding(spec: DecoderSpec, size: int) -> LayerShape:
         activation_bytes=0.0,  # only the token ids, which belong to the batch
         output_bytes=float(spec.hidden * size),
         active_params=spec.hidden,
+        whole_params=spec.vocab_size * spec.hidden,
+        is_output_whole=True,
     )
 
 
-def _head(spec: DecoderSpec, kept: _Kept) -> LayerShape:
+def _head(spec: DecoderSpec, kept: Kept) -> LayerShape:
     """Final norm, logits and loss. Its matrix is counted here also when it is the embedding's."""
     matrix = spec.vocab_size * spec.hidden
     return LayerShape(
@@ -160,11 +162,13 @@ def _head(spec: DecoderSpec, kept: _Kept) -> LayerShape:
         forward_flop=2.0 * matrix,
         activation_bytes=float(kept.head()),
         output_bytes=0.0,
+        whole_params=matrix + spec.hidden,
+        whole_bytes=float(kept.head()),
     )
 
 
 def _block(
-    spec: DecoderSpec, layer: LayerSpec, kind: str, kept: _Kept, biases: Biases
+    spec: DecoderSpec, layer: LayerSpec, kind: str, kept: Kept, biases: Biases
 ) -> LayerShape:
     attention = _Attention(spec.hidden, layer.attention, biases)
     ffn_matrix, ffn_other, ffn_active = _ffn_params(spec.hidden, layer.ffn, biases)
@@ -181,16 +185,22 @@ def _block(
         output_bytes=float(spec.hidden * kept.size),
         active_params=params - inactive if inactive else None,
         routed_to=layer.ffn.router.top_k if isinstance(layer.ffn, MoeSpec) else 1,
+        whole_params=norms + attention.whole + _whole_ffn_params(spec.hidden, layer.ffn, biases),
+        whole_bytes=float(kept.whole(layer)),
+        is_output_whole=True,
     )
 
 
 class _Attention:
-    """Parameters and work of the attention of a layer."""
+    """Parameters and work of the attention of a layer; `whole`: those tensor parallelism leaves."""
 
     def __init__(self, hidden: int, spec: AttentionSpec, biases: Biases) -> None:
         self.spec = spec
         if spec.mla:
             self.matrix, self.other = _mla_params(hidden, spec, spec.mla, biases)
+            rank = spec.mla.q_lora_rank or 0
+            down = hidden * (spec.mla.kv_lora_rank + spec.mla.rope_dim + rank)
+            self.whole = self.other + down
             return
         heads, groups, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         qkv = (heads + 2 * groups) * dim
@@ -200,6 +210,7 @@ class _Attention:
             self.other += 2 * dim
         elif spec.qk_norm == "full":
             self.other += (heads + groups) * dim
+        self.whole = hidden * biases.attn_out + 2 * dim * (spec.qk_norm == "head")
 
     def context_flop(self, seq_tokens: int) -> float:
         """Scores and mixing, of a token on average."""
@@ -232,6 +243,14 @@ def _mla_params(hidden: int, spec: AttentionSpec, mla: MlaSpec, biases: Biases) 
     return matrix, other + mla.q_lora_rank * (1 + biases.qkv)
 
 
+def _whole_ffn_params(hidden: int, ffn: MlpSpec | MoeSpec, biases: Biases) -> int:
+    """Return those that each device of a tensor-parallel stage has whole."""
+    if isinstance(ffn, MlpSpec):
+        return hidden * biases.mlp
+    shared = _whole_ffn_params(hidden, ffn.shared, biases) if ffn.shared else 0
+    return shared + hidden * (ffn.router.num_experts + ffn.has_shared_gate)
+
+
 def _ffn_params(hidden: int, ffn: MlpSpec | MoeSpec, biases: Biases) -> tuple[int, int, int]:
     """Return weights of matrices, of the rest, and those of matrices that a token passes."""
     if isinstance(ffn, MlpSpec):
@@ -243,119 +262,3 @@ def _ffn_params(hidden: int, ffn: MlpSpec | MoeSpec, biases: Biases) -> tuple[in
     shared += router + hidden * ffn.has_shared_gate
     active = shared + ffn.router.top_k * expert
     return shared + ffn.router.num_experts * expert, other, active
-
-
-# -- what backward needs -----------------------------------------------------------------------
-# Bytes of one token, by what autograd keeps of the operators of `run/net`. A product keeps its
-# input; a factor is kept only where the other one has a gradient, so rotation keeps no queries.
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """`size` bytes of a value in the dtype that computes; norms, routing and losses use float32."""
-
-    spec: DecoderSpec
-    seq_tokens: int
-    size: int
-    is_packed: bool
-
-    def block(self, layer: LayerSpec) -> float:
-        pre = layer.has_pre_norm
-        attention, ffn = self.attention(layer.attention), self.ffn(layer.ffn)
-        inputs = self.input(pre) + self.input(pre, is_kept=self.keeps_ffn_input(layer.ffn))
-        return inputs + attention + ffn + 2 * layer.has_post_norm * self.norm(self.spec.hidden)
-
-    def norm(self, width: int) -> float:
-        """Its input and itself before the weight, without its output."""
-        return 4 * width + 4 + (4 if self.spec.is_norm_offset else self.size) * width
-
-    def input(self, is_normed: bool, *, is_kept: bool = True) -> float:
-        """What a branch begins with."""
-        hidden = self.spec.hidden
-        return is_normed * self.norm(hidden) + is_kept * self.size * hidden
-
-    def keeps_ffn_input(self, ffn: MlpSpec | MoeSpec) -> bool:
-        """Experts are given copies of it, and the router one in float32."""
-        return isinstance(ffn, MlpSpec) or ffn.shared is not None or self.size == 4
-
-    def attention(self, spec: AttentionSpec) -> float:
-        if spec.mla:
-            return self.mla_parts(spec, spec.mla) + self.scores(spec, spec.mla.v_dim)
-        heads, groups, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        norms = 0.0
-        if spec.qk_norm == "head":
-            norms = (heads + groups) * self.norm(dim)
-        elif spec.qk_norm == "full":
-            norms = self.norm(heads * dim) + self.norm(groups * dim)
-        return norms + self.angles(spec) + self.scores(spec, dim)
-
-    def scores(self, spec: AttentionSpec, v_dim: int) -> float:
-        """Queries, keys, values, the result, and the probabilities where torch keeps them.
-
-        It does for values that are not as wide as keys, which a CPU computes in float32, and for
-        capped scores; elsewhere the logarithm of their sum is enough.
-        """
-        heads, dim, size = spec.num_heads, spec.head_dim, self.size
-        result = heads * v_dim * size
-        if spec.softcap is not None:
-            parts = heads * (2 * dim + v_dim) * size
-            wide = 0 if size == 4 else 4
-            return parts + result + heads * self.seq_tokens * (2 * size + wide + 1)
-        if v_dim != dim:
-            return result + 4 * heads * (2 * dim + v_dim + self.seq_tokens)
-        groups = spec.num_kv_heads
-        return (heads + 2 * groups) * dim * size + result + 4 * heads + self.mask(spec)
-
-    def core(self, spec: AttentionSpec) -> float:
-        """Of `scores`, what is not kept when attention is computed again from its inputs."""
-        v_dim = spec.mla.v_dim if spec.mla else spec.head_dim
-        groups = spec.num_heads if spec.mla else spec.num_kv_heads
-        inputs = spec.num_heads * spec.head_dim + groups * (spec.head_dim + v_dim)
-        return self.scores(spec, v_dim) - (inputs + spec.num_heads * v_dim) * self.size
-
-    def mask(self, spec: AttentionSpec) -> float:
-        """A mask becomes numbers to add, in each layer anew."""
-        has_window = spec.window is not None and spec.window < self.seq_tokens
-        return self.size * self.seq_tokens if self.is_packed or has_window else 0
-
-    def angles(self, spec: AttentionSpec) -> float:
-        return 4 * spec.rope.rotary_dim if spec.rope else 0
-
-    def mla_parts(self, spec: AttentionSpec, mla: MlaSpec) -> float:
-        """The latents behind their norms; in float32 the keys' rotated part lies beside one."""
-        beside = mla.rope_dim * 4 if self.size == 4 else 0
-        kept = self.norm(mla.kv_lora_rank) + beside + self.size * mla.kv_lora_rank
-        if mla.q_lora_rank is not None:
-            kept += self.norm(mla.q_lora_rank) + self.size * mla.q_lora_rank
-        return kept + self.angles(spec)
-
-    def ffn(self, ffn: MlpSpec | MoeSpec) -> float:
-        if isinstance(ffn, MlpSpec):
-            return (4 if ffn.is_gated else 2) * ffn.intermediate * self.size
-        shared = self.ffn(ffn.shared) if ffn.shared else 0
-        gate = ffn.has_shared_gate * self.size * (self.spec.hidden + 2)
-        return self.routing(ffn) + self.experts(ffn) + shared + gate
-
-    def routing(self, ffn: MoeSpec) -> float:
-        router, hidden = ffn.router, self.spec.hidden
-        kept = 4 * router.num_experts + 8 * router.top_k
-        kept += 0 if self.size == 4 else 4 * hidden
-        if router.normalize:
-            kept += 4 * router.top_k + 4
-        if router.num_groups > 1:
-            best = 2 if router.group_score == "top2_sum" else 1
-            kept += (8 * best + 1) * router.num_groups + 8 * router.top_groups
-        return kept
-
-    def experts(self, ffn: MoeSpec) -> float:
-        """Each chosen one has its own copy of the token; results are joined in float32."""
-        inside = (4 * ffn.intermediate + self.spec.hidden) * self.size
-        return ffn.router.top_k * (inside + 8 * self.spec.hidden + 20)
-
-    def head(self) -> float:
-        """Logits of a large batch are computed again in pieces (`net/losses.py`)."""
-        hidden, logits = self.spec.hidden, 4 * self.spec.vocab_size
-        if logits * self.seq_tokens > PIECE_BYTES:
-            return self.size * hidden + 2 * _INDEX_BYTES
-        capped = logits if self.spec.logit_softcap is not None else 0
-        return self.input(True) + logits + capped + 2 * _INDEX_BYTES

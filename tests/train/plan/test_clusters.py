@@ -71,6 +71,15 @@ def test_a_file_gives_groups_and_links_and_the_catalogue_fills_in():
     assert right.watts is None
 
 
+def test_the_catalogue_gives_watts_that_a_file_may_overrule():
+    text = 'default_link = {gb_per_s = 1}\n[[group]]\nchip = "nvidia-h200"\ndevices = 8\n'
+    text += "devices_per_node = 8\n"
+    (group,) = read_cluster(text, "pool.toml", all_specs()).cluster.groups
+    assert group.watts == 700
+    (group,) = read_cluster(text + "watts = 560\n", "pool.toml", all_specs()).cluster.groups
+    assert group.watts == 560
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line", "what"),
     [

@@ -87,7 +87,7 @@ def test_sharing_the_optimizer_out_leaves_weights_and_gradients():
             micro_batches_kept=3,
             model=MemoryModel(),
             framework_bytes=1000,
-            optimizer_shards=shards,
+            owned_params=10 / shards,
         )
 
     assert taken(1) == 10 * 16 + 15 + 1000

@@ -80,13 +80,41 @@ def test_the_chip_with_more_memory_stands_first():
     assert [stage.group for stage in found.best.plan.pipelines[0].stages] == ["b", "a"]
 
 
-def test_memory_is_a_hard_limit_and_an_impossible_job_says_by_how_much():
+def refused(num_blocks, sizes, memory, limits=PLAIN):
+    shape = model(num_blocks)
+    profiles = {name: chip(name, 1.0, shape) for name in sizes}
+    with pytest.raises(CapacityError, match="does not fit") as caught:
+        find(shape, 8, pool(sizes, memory=memory), profiles, limits)
+    assert caught.value.hint is not None
+    return caught.value.message, caught.value.hint
+
+
+def test_an_impossible_job_names_the_nearest_plan_and_what_it_lacks():
+    message, hint = refused(8, {"a": 2}, 20_000)
+    # Ten layers of 1,000 parameters at 4 bytes, 100 bytes of activations for each of two in flight.
+    assert "5 of 10 layers on group 'a'" in message
+    assert "needs 20.5 KiB on each device, 1000 B more than the 19.5 KiB" in message
+    assert "19.5 KiB weights, gradients and optimizer, 1000 B activations" in message
+    assert "full recomputation (19.9 KiB instead)" in hint
+    with_all, hint = refused(8, {"a": 2}, 20_000, Limits(max_stages=1))
+    assert "10 of 10 layers" in with_all
+    assert "recomputation (" not in hint  # allowed already
+    assert "deeper than 1 stage" in hint
+
+
+def test_the_nearest_plan_leaves_no_more_to_the_smaller_chip_than_it_must():
+    message, _ = refused(8, {"a": 1, "b": 1}, {"a": 24_000, "b": 6_000})
+    assert "8 of 10 layers on group 'a'" in message or "2 of 10 layers on group 'b'" in message
+
+
+def test_what_an_error_suggests_makes_the_job_fit():
+    """The limit lies between what recomputation takes and what it leaves."""
+    _, hint = refused(8, {"a": 2}, 20_400)
+    assert "full recomputation" in hint
     shape = model(8)
-    profiles = {"a": chip("a", 1.0, shape)}
-    with pytest.raises(CapacityError, match=r"state of 39\.1 KiB, the pool has 9\.77 KiB"):
-        find(shape, 8, pool({"a": 2}, memory=5_000), profiles)
-    with pytest.raises(CapacityError, match="does not fit"):
-        find(shape, 8, pool({"a": 2}, memory=20_000), profiles)
+    again = replace(PLAIN, recompute=("none", "full"))
+    found = find(shape, 8, pool({"a": 2}, memory=20_400), {"a": chip("a", 1.0, shape)}, again)
+    assert found.best.prediction.fits
 
 
 @pytest.mark.parametrize("memory", [13_000, 18_000, 60_000])
@@ -125,17 +153,12 @@ def test_the_same_search_gives_the_same_plan():
     assert plans[0] == plans[1]
 
 
-def test_slow_links_between_groups_are_crossed_by_little():
+def test_little_is_summed_over_slow_links_between_groups():
     """Copies of a pipeline over both groups hand over activations, others sum all gradients."""
     shape = model(12, params=100_000)
     profiles = {name: chip(name, speed, shape) for name, speed in (("a", 2), ("b", 1))}
     memory = 3_000_000
     slow = find(shape, 64, pool({"a": 4, "b": 4}, between=2e4, memory=memory), profiles)
-    for pipeline in slow.best.plan.pipelines:
-        crossings = sum(
-            x.group != y.group for x, y in zip(pipeline.stages, pipeline.stages[1:], strict=False)
-        )
-        assert crossings <= 1
     assert slow.best.prediction.reduce_s < 0.1 * slow.best.prediction.iteration_s
 
 

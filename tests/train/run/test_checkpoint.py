@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mxn.errors import MxnError, UserError
-from mxn.train.run.checkpoint import Checkpointer, Position, find
+from mxn.errors import MxnError, NotFoundError, UserError
+from mxn.train.run.checkpoint import Checkpointer, Position, find, with_checkpoint
 from mxn.train.run.checkpoint import manifest as manifests
 from mxn.train.run.checkpoint import writer as writer_module
 from mxn.train.run.checkpoint.files import write_json, write_tensors
@@ -337,3 +338,79 @@ def test_killed_while_writing_leaves_the_newest_whole(tmp_path):
         assert all((stored.layer(n)["weights/w"] == step).all() for n in range(3))
         assert manifests.partials(folder) == []
     assert seen_partial
+
+
+# -- reading while a job runs ----------------------------------------------------------------------
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def test_a_checkpoint_that_is_read_is_not_removed_as_old(tmp_path):
+    write(tmp_path, 1, keep=1)
+
+    def read(stored: Stored) -> int:
+        first = stored.layer(0)
+        for step in (2, 3):
+            write(tmp_path, step, keep=1)
+        assert names(tmp_path) == ["step-00000001", "step-00000003"]
+        assert torch.equal(stored.layer(0)["weights/w"], first["weights/w"])
+        return stored.manifest.position.step
+
+    assert with_checkpoint(tmp_path, None, read) == 1
+    write(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step-00000004"]  # behind the reader it goes
+
+
+def test_one_that_is_removed_all_the_same_is_read_again_from_the_newest(tmp_path, caplog):
+    write(tmp_path, 1)
+    tried = []
+
+    def read(stored: Stored) -> int:
+        tried.append(stored.manifest.position.step)
+        if len(tried) == 1:
+            write(tmp_path, 2)
+            shutil.rmtree(stored.folder)  # as a user may
+        stored.layer(2)
+        return stored.manifest.position.step
+
+    assert with_checkpoint(tmp_path, None, read) == 2
+    assert tried == [1, 2]
+    assert "step-00000001 was removed by the running job" in caplog.text
+
+
+def test_a_step_that_was_asked_for_and_is_gone_is_said_with_those_there_are(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+
+    def read(stored: Stored) -> None:
+        shutil.rmtree(stored.folder)
+        stored.layer(0)
+
+    with pytest.raises(NotFoundError, match=r"of step 1[\s\S]*there are: 2; a running job"):
+        with_checkpoint(tmp_path, 1, read)
+
+
+def test_one_that_is_written_anew_while_it_is_read_is_read_again(tmp_path):
+    write(tmp_path, 1)
+    launches = iter((2, 3))
+
+    def read(stored: Stored) -> int:
+        if (launch := next(launches)) == 2:
+            write(tmp_path, 1, launch=launch)
+            assert names(tmp_path) == ["step-00000001", "step-00000001.partial-2000"]
+            raise FileNotFoundError  # as of a file that the old one had and the new one has not
+        return launch
+
+    assert with_checkpoint(tmp_path, 1, read) == 3
+    assert find(tmp_path, "newest") is not None
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_broken_one_is_no_reason_to_try_another(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    (tmp_path / "step-00000002" / "layer-00001.0000.safetensors").write_bytes(b"x")
+    with pytest.raises(BrokenError, match="layer-00001"):
+        with_checkpoint(tmp_path, None, lambda stored: stored.layer(1))

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mxn.cli.main import app
-from mxn.cli.train_run import step_line
+from mxn.cli.train_progress import step_line
 from mxn.errors import ConfigError, MxnError, NotFoundError, UserError
 from mxn.train.run import measure
 from mxn.train.run.measure import Quality

@@ -149,6 +149,7 @@ devices: [{{name: a, device: cpu}}, {{name: b, device: "{second}"}}]
 optimizer: {{lr: 1e-4, warmup_steps: 3, schedule: constant}}
 checkpoint: {{every_steps: 3, keep: 100}}
 faults: {{backoff_s: 0.01, stall_s: 280, grow_every_s: 0.01, max_restarts: 9, drop_after: 99}}
+rebalance: false  # runs are compared to the bit
 seed: 3
 """)
         return read_job(path, out=folder / "out")

@@ -16,6 +16,7 @@ from mxn.train.plan.shape import LayerShape, ModelShape
 from mxn.train.run import stored
 from mxn.train.run.data.batch import MicroBatch
 from mxn.train.run.gate.check import check_layers
+from mxn.train.run.gate.optimizer import check_optimizer
 from mxn.train.run.gate.process import Gate, is_mixed
 from mxn.train.run.gate.record import record
 from mxn.train.run.gate.speed import check_speed
@@ -23,7 +24,7 @@ from mxn.train.run.job_file import read_job
 from mxn.train.run.job_model import memory_of
 from mxn.train.run.measure import Measured
 from mxn.train.run.stored import Reading, StoredProfile
-from mxn.train.run.supervise.shell import GateError, SpeedError
+from mxn.train.run.supervise.needs import GateError, SpeedError
 from mxn.train.run.weights import ModelSource
 from support import gate_cases
 from support.forks import forkserver
@@ -50,6 +51,23 @@ def test_the_cpu_is_right_in_its_dtypes(source, batch, dtype):
     assert {"output", "gradient of its input"} <= tensors
     if dtype == torch.float32:
         assert max(finding.error for finding in findings) == 0  # the very same computation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_cpu_steps_as_itself(source, dtype):
+    findings = list(check_optimizer(source, torch.device("cpu"), dtype))
+    assert [str(f) for f in findings if f.problem] == []
+    whole = [finding for finding in findings if finding.operator == "AdamW.step"]
+    assert len(whole) == 6  # a matrix and a vector: two moments and the update of each
+    assert max(finding.error for finding in whole) == 0
+
+
+def test_writes_are_recorded_only_where_they_are_asked_for():
+    x = torch.ones(3)
+    assert record(lambda: x.mul_(2)) == []
+    (call,) = record(lambda: x.add_(1), in_place=True)
+    assert call.name == "add_"
+    assert call.args[0].tolist() == [2, 2, 2]  # as it was before
 
 
 @pytest.mark.sim

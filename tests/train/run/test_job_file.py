@@ -50,10 +50,10 @@ def test_the_example_is_a_job_and_its_data_is_there():
 
 
 def test_the_example_shows_every_key():
-    from mxn.train.run.job_file import _KEYS
+    from mxn.train.run.job_keys import KEYS
 
     text = EXAMPLE.read_text()
-    assert [key for key in _KEYS if not re.search(rf"\b{key}:", text)] == []
+    assert [key for key in KEYS if not re.search(rf"\b{key}:", text)] == []
 
 
 def test_what_is_not_said_has_a_default(write, tmp_path):
@@ -62,6 +62,28 @@ def test_what_is_not_said_has_a_default(write, tmp_path):
     assert job.method == "pretrain"
     assert job.checkpoint.folder == str(tmp_path / "run" / "checkpoints")
     assert job.data.files == (str(tmp_path / "text.txt"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "when", "rebalances"),
+    [
+        ("", "auto", True),
+        ("rebalance: auto", "auto", True),
+        ("rebalance: false", "never", False),
+        ("rebalance: true", "always", True),
+        ("rebalance: {every_steps: 20, least_gain: 0.02}", "always", True),
+        ("plan: job.yaml", "auto", False),  # a plan file says the counts
+        ("plan: job.yaml\nrebalance: {every_steps: 20}", "always", True),
+        ("plan: {schedule: 1f1b}", "auto", True),
+    ],
+)
+def test_micro_batches_are_shared_out_again_where_the_planner_chose_them(
+    write, text, when, rebalances
+):
+    job = read_job(write(f"{LEAST}{text}\n"))
+    assert (job.rebalance.when, job.rebalances) == (when, rebalances)
+    assert job.rebalance.every_steps == (20 if "20" in text else 5)
+    assert Job.from_json(job.to_json()) == job
 
 
 def test_a_job_survives_json(write):
@@ -107,6 +129,9 @@ WRONG = [
     ("device: cpu", "device: cpu, memory: lots", r"memory: 'lots' is no size; examples: 16GiB"),
     ("device: cpu", "device: cpu, link: 3", r"link: 3 is no rate; example: 100MB/s"),
     ("device: cpu", "device: sim:0, cpu_share: 0.5", r"device 'sim:0' is no processor"),
+    ("steps: 10", "steps: 10\nrebalance: often",
+     r"rebalance: 'often' must be auto, true, false, or \{every_steps"),
+    ("steps: 10", "steps: 10\nrebalance: {every: 3}", r"'every' in rebalance; .* 'every_steps'"),
     ("[{name: a, device: cpu}]", "all", r"devices: 'all' must be auto, or a list of groups"),
     ("[{name: a, device: cpu}]", "[{name: a, device: cpu}, {name: a, device: sim:0}]",
      r"has the name 'a', which another group has too"),

@@ -14,6 +14,7 @@ from mxn.train.run.control import Control, LastWords, ask, last_words
 from mxn.train.run.job import CheckpointSettings, DataSettings, Job, ModelSettings
 from mxn.train.run.keeper import GO_ON, SAVE, SAVE_AND_END, Keeper
 from mxn.train.run.lora import LoraSettings, attach
+from mxn.train.run.loss_scale import LossScale
 from mxn.train.run.optim import AdamSettings, AdamW
 from mxn.train.run.weights import ModelSource
 from support.one_rank import one_stage_plan
@@ -163,3 +164,21 @@ def test_a_lost_peer_is_nobodys_fault():
 def test_nobody_can_be_asked_where_no_job_runs(tmp_path):
     with pytest.raises(UserError, match="no job runs"):
         ask(tmp_path, "stop")
+
+
+def test_the_factor_and_the_updates_are_in_the_checkpoint(job, source):
+    first = keeper(job, source)
+    first._loss_scale = LossScale(value=32.0, good_steps=7, is_on=True)
+    first.parts[0][1].num_steps = 2  # one of three was left out
+    first.save(3)
+    first.close()
+    position = find(first.writer.folder, "newest").manifest.position
+    assert (position.updates, position.loss_scale, position.good_steps) == (2, 32.0, 7)
+    again = keeper(job, source)
+    again._loss_scale = LossScale(value=64.0, is_on=True)
+    again.resume(3)
+    assert again.parts[0][1].num_steps == 2
+    assert (again._loss_scale.value, again._loss_scale.good_steps) == (32.0, 7)
+    other = keeper(replace(job, dtype="float32"), source)  # of a plan without float16
+    other.resume(3)
+    assert other._loss_scale.value == 1

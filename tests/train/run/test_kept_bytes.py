@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mxn.train.kept import PIECE_BYTES
 from mxn.train.plan.memory import kept_bytes as planned_bytes
 from mxn.train.run.chains import Workload, chains_of, made_up_batch, make_chain
 from mxn.train.run.layer_times import kept_bytes
 from mxn.train.run.net.losses import PIECE_BYTES as LOSS_PIECE_BYTES
 from mxn.train.run.weights import ModelSource
-from mxn.train.shapes import PIECE_BYTES, model_shape
+from mxn.train.shapes import model_shape
 from support import tiny
 
 TOKENS, ROWS = 64, 2

@@ -11,6 +11,7 @@ from mxn.chips.chip import Device
 from mxn.chips.sim.testing import sim
 from mxn.errors import CapacityError, ConfigError
 from mxn.train.plan.links import ring_s
+from mxn.train.plan.memory import MIXED
 from mxn.train.run import cpu_share, measure, stored
 from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
 from mxn.train.run.job_devices import members_of, pairs_of
@@ -18,7 +19,7 @@ from mxn.train.run.job_file import read_job
 from mxn.train.run.job_model import look_at
 from mxn.train.run.measure import Quality
 from mxn.train.run.measured import chip_label
-from mxn.train.run.prepare import with_devices
+from mxn.train.run.prepare import task_of_job, with_devices
 from mxn.train.run.session import make_plan
 from support.forked_start import quickly
 
@@ -126,6 +127,29 @@ def test_a_second_look_measures_nothing(job, found, no_ranks):
     assert again.is_reused
     assert again.profiles == found.profiles
     assert again.cluster == found.cluster
+
+
+def test_watts_and_a_price_become_energy_and_cost(job, found, no_ranks):
+    """They change nothing that is measured; a processor has none unless it is told."""
+    assert all(group.watts is None for group in found.cluster.groups)
+    told = tuple(replace(group, watts=65.0, price_per_hour=0.36) for group in job.devices)
+    again = measure.measure(replace(job, devices=told))
+    assert again.is_reused
+    assert [(g.watts, g.price_micro_per_hour) for g in again.cluster.groups] == [(65, 360_000)] * 2
+    best = task_of_job(replace(job, devices=told)).search().best
+    step_s, num = best.prediction.iteration_s, best.plan.num_devices
+    assert best.prediction.energy_j == pytest.approx(num * 65 * step_s)
+    assert best.prediction.cost_micro == pytest.approx(num * 100 * step_s)
+
+
+def test_a_group_with_a_dtype_of_its_own_keeps_what_that_takes(job, found, no_ranks):
+    narrow = replace(job, devices=(job.devices[0], replace(job.devices[1], dtype="bfloat16")))
+    bench = measure._Bench(narrow, (1,))
+    (profile,) = found.profiles.values()
+    own = bench._with_dtype(replace(profile, chip=bench.label(narrow.devices[1])))
+    assert own.memory == MIXED
+    assert own.width == 0.5
+    assert bench._with_dtype(profile) == profile
 
 
 def test_other_conditions_are_measured_anew(job, found, no_ranks):

@@ -92,6 +92,28 @@ def test_a_plan_trains_as_one_device_does(name):
     check(run(PLANS[name]), reference(STEPS, 8))
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("data-parallel 5:2:1", {"3": [1, 3, 4], "9": [2, 5, 1]}),
+        ("pipelines cut differently", {"2": [2, 6], "3": [7, 1]}),
+        ("zero-bubble with chunks beside another", {"4": [4, 4]}),
+    ],
+)
+def test_micro_batches_change_hands_and_training_does_not(name, counts):
+    check(run(PLANS[name], counts=counts), reference(STEPS, 8))
+
+
+def test_ranks_that_disagree_on_micro_batches_stop():
+    """Rows would be learnt twice or left out otherwise, and nobody would see it."""
+    with pytest.raises(AssertionError, match="ranks disagree on who does which micro-batches"):
+        run_ranks(
+            "support.parity_cases:train_apart",
+            ["cpu", "cpu"],
+            {"plan": plan_of((5, [WHOLE]), (3, [WHOLE])).to_json(), "model": model()},
+        )
+
+
 def test_tied_copies_stay_equal():
     ranks = run(PLANS["three uneven stages"], steps=5)
     digests = {name: digest for rank in ranks for name, digest in rank["digests"].items()}

@@ -16,10 +16,10 @@ from mxn.train.run.checkpoint.writer import Identity
 from mxn.train.run.from_job import open_job, settings_of
 from mxn.train.run.job import Job
 from mxn.train.run.job_file import read_job
+from mxn.train.run.login import without_login
 from mxn.train.run.prepare import plan_of_job
 from mxn.train.run.session import keep_job, kept_job, run_job
 from mxn.train.run.supervise.shell import Supervisor
-from mxn.train.run.track import _without_password
 
 
 @pytest.fixture
@@ -106,5 +106,5 @@ def test_documents_that_lose_their_end_are_counted(job, tmp_path, caplog):
 
 
 def test_a_password_of_a_tracking_server_is_not_shown():
-    assert _without_password("http://me:secret@host:5000/x") == "http://…@host:5000/x"
-    assert _without_password("sqlite:///a@b.db") == "sqlite:///a@b.db"
+    assert without_login("http://me:secret@host:5000/x") == "http://***@host:5000/x"
+    assert without_login("sqlite:///a@b.db") == "sqlite:///a@b.db"

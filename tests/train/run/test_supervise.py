@@ -17,8 +17,10 @@ from mxn.train.run.control import ask
 from mxn.train.run.job import CheckpointSettings, FaultSettings, Job
 from mxn.train.run.job_file import read_job
 from mxn.train.run.supervise import status
+from mxn.train.run.supervise.files import last_line
+from mxn.train.run.supervise.needs import GateError, SpeedError
 from mxn.train.run.supervise.ranks import Death, Launching, culprit
-from mxn.train.run.supervise.shell import GateError, SpeedError, Supervisor, _last_line
+from mxn.train.run.supervise.shell import Supervisor
 from mxn.train.run.track import read_metrics
 from support import one_rank
 from support.one_rank import Kill
@@ -255,17 +257,34 @@ def test_the_last_step_is_found_however_long_its_line_is(tmp_path):
     path = tmp_path / "metrics.jsonl"
     long = {f"rank{rank}_busy_s": 0.123456789 for rank in range(10_000)}
     path.write_text("".join(json.dumps({"step": step, **long}) + "\n" for step in (0, 1)) + '{"s')
-    assert _last_line(path) == {"step": 1, **long}
+    assert last_line(path) == {"step": 1, **long}
     path.write_text('{"step": 0}\n')
-    assert _last_line(path) == {"step": 0}
+    assert last_line(path) == {"step": 0}
     path.write_text('{"st')
-    assert _last_line(path) == {}
+    assert last_line(path) == {}
 
 
 def test_a_second_supervisor_stays_out(job):
     harness = Harness(job)
     with harness.supervisor.held(), pytest.raises(UserError, match="another `mxn train run`"):
         Harness(job).run()
+
+
+def test_two_jobs_do_not_share_checkpoints_and_the_holder_is_named(job, tmp_path):
+    other = replace(job, name="other", out=str(tmp_path / "elsewhere"))
+    with Harness(job).supervisor.held():
+        with pytest.raises(UserError) as caught:
+            Harness(other).run()
+        with pytest.raises(UserError, match=f"process {os.getpid()}, job {job.name!r}"):
+            Harness(job).run()
+    told = str(caught.value)
+    assert f"{job.checkpoint.folder}, the folder of the checkpoints: process {os.getpid()}" in told
+    assert f"job {job.name!r} with out {job.out}" in told
+    with Harness(other).supervisor.held():
+        pass  # it is free again
+    in_one = replace(job, checkpoint=replace(job.checkpoint, folder=job.out))
+    with Harness(in_one).supervisor.held():
+        pass  # one folder for both is locked once
 
 
 def test_another_job_does_not_go_on_in_the_folder(job):

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
+import traceback
+from dataclasses import replace
+from urllib.parse import quote
 
 import pytest
 
-from mxn.errors import UnsupportedError, UserError
+from mxn.errors import ConfigError, UnsupportedError, UserError
 from mxn.train.run.job import TrackingSettings
+from mxn.train.run.job_file import read_job
+from mxn.train.run.login import (
+    PASSWORD,
+    USER,
+    hide_login,
+    take_login,
+    with_login,
+    without_login,
+)
 from mxn.train.run.track import Tracker, read_metrics
 
 HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
@@ -76,3 +89,84 @@ def test_mlflow_has_params_metrics_and_texts_and_a_resumed_run_goes_on(tmp_path)
     assert [(m.step, m.value) for m in history] == [(0, 2.5), (1, 2.0)]
     experiments = client.search_experiments()
     assert len(client.search_runs([e.experiment_id for e in experiments])) == 1
+
+
+# -- names and passwords ---------------------------------------------------------------------------
+
+SECRET = "s3cret:/@word"
+
+
+@pytest.fixture
+def login(monkeypatch):
+    monkeypatch.setenv(USER, "")  # so that what a test sets is forgotten behind it
+    monkeypatch.setenv(PASSWORD, "")
+    monkeypatch.delenv(USER)
+    monkeypatch.delenv(PASSWORD)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "postgresql"])
+def test_a_name_and_a_password_leave_the_address_and_come_back_from_memory(login, scheme):
+    uri = f"{scheme}://ann:{quote(SECRET, safe='')}@host:5000/path?x=1"
+    shown = take_login(uri)
+    assert shown == f"{scheme}://***@host:5000/path?x=1"
+    assert (os.environ[USER], os.environ[PASSWORD]) == ("ann", SECRET)
+    assert take_login(shown) == shown
+    if scheme == "postgresql":
+        assert with_login(shown) == uri
+    else:  # MLflow takes both from the variables: its own messages show the address
+        assert with_login(shown) == f"{scheme}://host:5000/path?x=1"
+
+
+def test_a_resumed_job_without_its_password_says_what_to_set(login):
+    with pytest.raises(UserError, match=f"host:5000 .*not stored[\\s\\S]*{USER} and {PASSWORD}"):
+        with_login("http://***@host:5000")
+
+
+@pytest.mark.parametrize("uri", ["http://ann:a/b@host", "postgresql://host/db?password=abc"])
+def test_a_secret_that_cannot_be_told_from_the_rest_is_refused_without_it(login, uri):
+    with pytest.raises(ConfigError) as caught:
+        take_login(uri)
+    assert "abc" not in str(caught.value)
+    assert "a/b" not in str(caught.value)
+    assert PASSWORD in str(caught.value)
+
+
+def test_addresses_without_a_login_stay_as_they_are(login):
+    for uri in ("http://host:5000", "sqlite:////tmp/a@b.db", "file:///tmp/x"):
+        assert with_login(take_login(uri)) == uri
+    assert USER not in os.environ
+
+
+def test_no_job_holds_a_password(login, tmp_path):
+    (tmp_path / "text.txt").write_text("x")
+    path = tmp_path / "job.yaml"
+    path.write_text("""
+model: mxn-shakespeare-llama
+data: {files: text.txt}
+seq_tokens: 16
+global_batch: 1
+steps: 1
+devices: auto
+tracking: {mlflow: "http://ann:pa55word@host"}
+""")
+    job = read_job(path)
+    assert job.tracking.mlflow == "http://***@host"
+    assert "pa55word" not in job.to_json()
+    assert os.environ[PASSWORD] == "pa55word"
+    by_hand = replace(job, tracking=TrackingSettings(mlflow="http://ann:other@host"))
+    assert hide_login(by_hand) == job
+
+
+def test_texts_lose_logins(login, monkeypatch):
+    said = "cannot reach http://ann:pw@host/api (at ann:pa55word)"
+    monkeypatch.setenv(PASSWORD, "pa55word")
+    assert without_login(said) == "cannot reach http://***@host/api (at ann:***)"
+
+
+@needs_mlflow
+def test_a_password_is_in_no_file_and_no_error(login, tmp_path):
+    uri = "http://ann:pa55word@127.0.0.1:9"
+    with pytest.raises(UserError, match="cannot be used") as caught:
+        Tracker(tmp_path, TrackingSettings(mlflow=uri), name="x")
+    assert "pa55word" not in "".join(traceback.format_exception(caught.value))
+    assert all("pa55word" not in path.read_text() for path in tmp_path.rglob("*"))

@@ -23,6 +23,7 @@ _KEYS = {
     "bytes": "B",
     "gb_per_s": "GB/s",
     "allreduce_gb_per_s": "GB/s",
+    "watts": "W",
 }
 
 
@@ -30,7 +31,8 @@ _KEYS = {
 class Figure:
     """One number about a chip. GB are decimal, peaks are dense."""
 
-    what: str  # dtype of a peak ("fp16", "int8", …), "memory", "memory rate", "link", "all-reduce"
+    # dtype of a peak ("fp16", "int8", …), "memory", "memory rate", "link", "all-reduce", "power"
+    what: str
     value: float
     unit: str
     basis: str
@@ -100,7 +102,7 @@ def parse(text: str, where: str) -> Spec:
     try:
         figures = [
             _figure(kind, entry)
-            for kind in ("peak", "memory", "link")
+            for kind in ("peak", "memory", "link", "power")
             for entry in data.get(kind, [])
         ]
         return Spec(
@@ -122,6 +124,7 @@ def _figure(kind: str, entry: dict[str, Any]) -> Figure:
         ("memory", "gb_per_s"): "memory rate",
         ("link", "gb_per_s"): "link",
         ("link", "allreduce_gb_per_s"): "all-reduce",
+        ("power", "watts"): "power",
     }
     what = entry["dtype"] if kind == "peak" else names[kind, key]
     return Figure(

@@ -104,16 +104,15 @@ void mix_latent(const Attend& c, const Work& w, const Chunk& chunk) {
   }
 }
 
-void mix_chunk_i8(const Attend& c, const Work& w, const Chunk& chunk) {
+void mix_chunk_i8(const Attend& c, const Work& w, const Chunk& chunk, Ahead& ahead) {
   const CacheShape& s = c.shape;
   const int dim = s.v_dim ? s.v_dim : s.latent;
-  const uint8_t *values[kChunk / kLanes], *ahead[kChunk / kLanes];
+  const uint8_t* values[kChunk / kLanes];
   alignas(64) float scales[kChunk];
   const int blocks = chunk.blocks(), num = blocks * kLanes;
   float fault = 0.0f;
   for (int b = 0; b < blocks; ++b) {
     const uint8_t* block = block_at(c, chunk.begin + b * kLanes);
-    ahead[b] = block_ahead(c, chunk.begin + b * kLanes) + (s.v_dim ? s.value_offset() : 0);
     values[b] = block + s.value_offset();
     if (s.v_dim == 0) {
       uint8_t* turned = w.turned + int64_t{b} * kLanes * dim;
@@ -149,29 +148,28 @@ bool is_seen_by_all(const Attend& c, int64_t begin, int64_t end) {
 }
 
 // A block that some rows see a part of, row by row: 0 times a NaN that a row must not see would be NaN.
-void mix_each(const Attend& c, int64_t token, int n, const uint8_t* values, const float* weights) {
+void mix_each(const Attend& c, int64_t token, int n, const uint8_t* values, Ahead& ahead, const float* weights) {
   const CacheShape& s = c.shape;
   for (int r = 0; r < c.num_rows; ++r) {
     const int64_t low = c.window ? c.limits[r] - c.window - token : 0, high = c.limits[r] - token;
     const int first = static_cast<int>(low > 0 ? low : 0), last = static_cast<int>(high < n ? high : n);
     if (first >= last) continue;
     const uint8_t* from = values + first * s.v_dim * s.item();
-    mix_all(s.type, from, from, s.v_dim, 1, weights + r * kChunk + first, last - first, c.out + r * s.v_dim);
+    mix_all(s.type, from, ahead, s.v_dim, 1, weights + r * kChunk + first, last - first, c.out + r * s.v_dim);
   }
 }
 
-void mix_chunk(const Attend& c, const Work& w, const Chunk& chunk) {
+void mix_chunk(const Attend& c, const Work& w, const Chunk& chunk, Ahead& ahead) {
   const CacheShape& s = c.shape;
-  if (s.type == CacheType::i8) return mix_chunk_i8(c, w, chunk);
+  if (s.type == CacheType::i8) return mix_chunk_i8(c, w, chunk, ahead);
   if (s.v_dim == 0) return mix_latent(c, w, chunk);
   for (int b = 0; b < chunk.blocks(); ++b) {
     const int64_t token = chunk.begin + b * kLanes;
     const int n = static_cast<int>(chunk.end - token < kLanes ? chunk.end - token : kLanes);
     const float* weights = w.scores + b * kLanes;
     const uint8_t* values = block_at(c, token) + s.value_offset();
-    const uint8_t* ahead = block_ahead(c, token) + s.value_offset();
     if (!is_seen_by_all(c, token, token + n)) {
-      mix_each(c, token, n, values, weights);
+      mix_each(c, token, n, values, ahead, weights);
     } else if (c.num_rows > 4 && s.type == CacheType::bf16) {
       widen(s.type, values, s.v_dim, n, w.values);
       mix_all(CacheType::f32, reinterpret_cast<const uint8_t*>(w.values), ahead, s.v_dim, c.num_rows, weights, n, c.out);
@@ -206,14 +204,15 @@ void attend(const Attend& c) {
   for (Chunk chunk{c.begin, 0}; chunk.begin < c.end; chunk.begin = chunk.end) {
     chunk.end = chunk.begin + kChunk < c.end ? chunk.begin + kChunk : c.end;
     const int num = chunk.blocks() * kLanes;
+    Ahead ahead(c, chunk.begin);
     for (int b = 0; b < chunk.blocks(); ++b) {
       const int64_t token = chunk.begin + b * kLanes;
       if (b % 2 == 0 && b + 1 < chunk.blocks() &&
-          score_pair(c, q, token, w.scores + b * kLanes)) {
+          score_pair(c, q, token, ahead, w.scores + b * kLanes)) {
         ++b;
         continue;
       }
-      score_block(c, q, block_at(c, token), w.scores + b * kLanes);
+      score_block(c, q, block_at(c, token), ahead, w.scores + b * kLanes);
     }
     for (int r = 0; r < c.num_rows; ++r) {
       float* row = w.scores + r * kChunk;
@@ -229,7 +228,7 @@ void attend(const Attend& c) {
       }
       c.den[r] += weigh(c.ref[r] == kNothing ? 0.0f : c.ref[r], num, row);
     }
-    mix_chunk(c, w, chunk);
+    mix_chunk(c, w, chunk, ahead);
   }
   for (int r = 0; r < c.num_rows; ++r) {
     // A range that a row sees nothing of (top still kNothing) contributes zeros, whatever phi.

@@ -1,4 +1,4 @@
-// Where attention finds the blocks of a cache, and which one it fetches beside its work.
+// Where attention finds the blocks of a cache, and what it fetches beside its work.
 #pragma once
 #include "common.h"
 #include "vec.h"
@@ -18,23 +18,48 @@ const uint8_t* block_at(const Attend& c, int64_t token) {
   return c.cache + s.block_start(c.pages[token / s.page_tokens], token % s.page_tokens, c.head);
 }
 
-// The block that is wanted `kAhead` blocks later, fetched line by line beside the work on `token`'s: pages
-// lie anywhere and keys and values take turns, so the processor cannot guess. Behind the last block of a
-// call come the first ones of the next.
-constexpr int64_t kAhead = kChunk / kLanes;
+// What is fetched beside the work on a chunk: the blocks of the chunk behind it, line by line in the order
+// in which they lie. Into the second cache and in that order memory answers twice as fast as into the
+// first, where two chunks don't fit and few lines can be on their way (docs/log.md). Behind the last
+// block of a call come the first ones of the next.
+class Ahead {
+ public:
+  Ahead(const Attend& c, int64_t begin) : bytes_(c.shape.block_bytes()) {
+    for (int64_t token = begin + kChunk; token < begin + 2 * kChunk; token += kLanes) {
+      if (const uint8_t* block = block_behind(c, token)) blocks_[num_++] = block;
+    }
+  }
+  template <int NUM>
+  void fetch() {
+    if (at_ >= end_ && !turn()) return;
+    for (int i = 0; i < NUM; ++i) prefetch_far(at_ + 64 * i);
+    at_ += 64 * NUM;
+  }
 
-inline const uint8_t* block_ahead(const Attend& c, int64_t token) {
-  const CacheShape& s = c.shape;
-  const int64_t ahead = token + kAhead * kLanes;
-  if (ahead < c.end) return block_at(c, ahead);
-  const int64_t last = c.begin + (c.end - c.begin + kLanes - 1) / kLanes * kLanes;
-  const int64_t next = c.next_begin + (ahead > last ? ahead - last : 0);
-  if (next >= c.next_end) return block_at(c, token);
-  return c.cache + s.block_start(c.next_pages[next / s.page_tokens], next % s.page_tokens, c.next_head);
-}
+ private:
+  static const uint8_t* block_behind(const Attend& c, int64_t token) {
+    if (token < c.end) return block_at(c, token);
+    const int64_t last = c.begin + (c.end - c.begin + kLanes - 1) / kLanes * kLanes;
+    const int64_t next = c.next_begin + (token > last ? token - last : 0);
+    if (next >= c.next_end) return nullptr;
+    const CacheShape& s = c.shape;
+    return c.cache + s.block_start(c.next_pages[next / s.page_tokens], next % s.page_tokens, c.next_head);
+  }
+  bool turn() {
+    if (next_ == num_) return false;
+    at_ = blocks_[next_++];
+    end_ = at_ + bytes_;
+    return true;
+  }
+
+  const uint8_t *at_ = nullptr, *end_ = nullptr;
+  const uint8_t* blocks_[kChunk / kLanes];
+  int num_ = 0, next_ = 0;
+  int64_t bytes_;
+};
 
 inline void prefetch_bytes(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
+  for (int64_t i = 0; i < bytes; i += 64) prefetch_far(p + i);
 }
 
 }  // namespace

@@ -13,24 +13,23 @@ inline F value_at(CacheType type, const uint8_t* p, int64_t i) {
 
 // sums[r][v] += weight * value over the tokens of one block. `n` of its 16 tokens exist.
 template <int MR, int NV>
-void mix(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, int j, const float* weights, int n,
+void mix(CacheType type, const uint8_t* values, Ahead& ahead, int dim, int j, const float* weights, int n,
          float* out) {
   F sum[MR][NV];
+  Ahead fetching = ahead;
   for (int r = 0; r < MR; ++r) {
     for (int v = 0; v < NV; ++v) sum[r][v] = f_load(out + r * dim + j + v * kLanes);
   }
   for (int t = 0; t < n; ++t) {
     F row[NV];
     for (int v = 0; v < NV; ++v) row[v] = value_at(type, values, int64_t{t} * dim + j + v * kLanes);
-    if constexpr (NV == 8) {  // 128 dims: two lines of bytes
-      prefetch(ahead + int64_t{t} * dim + j);
-      prefetch(ahead + int64_t{t} * dim + j + 64);
-    }
+    if constexpr (NV > 1) fetching.fetch<NV / 2>();
     for (int r = 0; r < MR; ++r) {
       const F weight = f_set(weights[r * kChunk + t]);
       for (int v = 0; v < NV; ++v) sum[r][v] = f_fma(row[v], weight, sum[r][v]);
     }
   }
+  ahead = fetching;
   for (int r = 0; r < MR; ++r) {
     for (int v = 0; v < NV; ++v) f_store(out + r * dim + j + v * kLanes, sum[r][v]);
   }
@@ -54,7 +53,7 @@ void mix_tail(CacheType type, const uint8_t* values, int dim, int j, int rows, c
 }
 
 template <int MR>
-void mix_rows(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, const float* weights, int n, float* out) {
+void mix_rows(CacheType type, const uint8_t* values, Ahead& ahead, int dim, const float* weights, int n, float* out) {
   constexpr int kWide = kMixVectors / MR >= 8 ? 8 : kMixVectors / MR >= 4 ? 4 : kMixVectors / MR >= 2 ? 2 : 1;
   int j = 0;
   for (; j + kWide * kLanes <= dim; j += kWide * kLanes) mix<MR, kWide>(type, values, ahead, dim, j, weights, n, out);
@@ -62,7 +61,7 @@ void mix_rows(CacheType type, const uint8_t* values, const uint8_t* ahead, int d
   if (j < dim) mix_tail(type, values, dim, j, MR, weights, n, out);
 }
 
-void mix_all(CacheType type, const uint8_t* values, const uint8_t* ahead, int dim, int rows, const float* weights, int n, float* out) {
+void mix_all(CacheType type, const uint8_t* values, Ahead& ahead, int dim, int rows, const float* weights, int n, float* out) {
   int r = 0;
   if constexpr (kMixVectors >= 16) {
     for (; r + 4 <= rows; r += 4) mix_rows<4>(type, values, ahead, dim, weights + r * kChunk, n, out + r * dim);
@@ -109,9 +108,10 @@ void split_row(float* weights, const float* scales, int num, int r, const Digits
 
 // out[r][j ...] += weights * values over the blocks of a chunk, NV vectors of dims at once.
 template <int MR, int NV>
-void mix_i8(const uint8_t* const* values, const uint8_t* const* ahead, int blocks, int dim, int j, int r0,
+void mix_i8(const uint8_t* const* values, Ahead& ahead, int blocks, int dim, int j, int r0,
             const Digits& d, float* out) {
   I high[MR][NV], low[MR][NV];
+  Ahead fetching = ahead;
   for (int r = 0; r < MR; ++r) {
     for (int v = 0; v < NV; ++v) high[r][v] = low[r][v] = i_zero();
   }
@@ -119,10 +119,8 @@ void mix_i8(const uint8_t* const* values, const uint8_t* const* ahead, int block
     for (int t = 0; t < kLanes; t += 4) {
       const int64_t at = (int64_t{t} * dim) + 4 * j;
       B four[NV];
-      for (int v = 0; v < NV; ++v) {
-        four[v] = b_load(values[b] + at + 64 * v);
-        prefetch(ahead[b] + at + 64 * v);
-      }
+      for (int v = 0; v < NV; ++v) four[v] = b_load(values[b] + at + 64 * v);
+      fetching.fetch<NV>();
       for (int r = 0; r < MR; ++r) {
         const int64_t from = (r0 + r) * kChunk + b * kLanes + t;
         const int32_t h = four_bytes(reinterpret_cast<const int8_t*>(d.high) + from);
@@ -134,6 +132,7 @@ void mix_i8(const uint8_t* const* values, const uint8_t* const* ahead, int block
       }
     }
   }
+  ahead = fetching;
   for (int r = 0; r < MR; ++r) {
     const F scale = f_set(d.scales[r0 + r]);
     for (int v = 0; v < NV; ++v) {
@@ -146,7 +145,7 @@ void mix_i8(const uint8_t* const* values, const uint8_t* const* ahead, int block
 }
 
 template <int MR>
-void mix_rows_i8(const uint8_t* const* values, const uint8_t* const* ahead, int blocks, int dim, int r0,
+void mix_rows_i8(const uint8_t* const* values, Ahead& ahead, int blocks, int dim, int r0,
                  const Digits& d, float* out) {
   constexpr int kWide = kMixVectors / (2 * MR) > 0 ? kMixVectors / (2 * MR) : 1;
   int j = 0;

@@ -123,7 +123,7 @@ def _layer(
 ) -> LayerCost:
     is_block = layer.kind.startswith("block")
     product_s = _product_s(chip, layer, tokens, tp, columns, roofline)
-    moved = roofline.passes * layer.activation_bytes * tokens / tp
+    moved = roofline.passes * layer.kept_on(tp) * tokens
     rate = chip.memory_bytes_per_s * share_at(roofline.memory_share, moved / 10)
     launch_s = roofline.block_launch_s + roofline.tensor_launch_s * math.log2(tp)
     if not is_block:
@@ -132,9 +132,8 @@ def _layer(
     if chip.tensor_link is not None and is_block:
         sums_s = 2 * ring_s(tp, layer.output_bytes * tokens, chip.tensor_link)
     work_s = product_s + moved / rate
-    params = layer.params / tp
     update_s = (
-        params
+        layer.params_on(tp)
         * roofline.update_bytes
         / (chip.memory_bytes_per_s * share_at(roofline.memory_share, 1e8))
     )
@@ -149,7 +148,7 @@ def _layer(
 def _product_s(
     chip: ChipNumbers, layer: LayerShape, tokens: int, tp: int, columns: int, roofline: Roofline
 ) -> float:
-    flop = layer.forward_flop * tokens / tp
+    flop = layer.flop_on(tp) * tokens
     if flop <= 0:
         return 0.0
     kind = "block" if layer.kind.startswith("block") else layer.kind

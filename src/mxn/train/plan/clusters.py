@@ -11,8 +11,8 @@
     group_link = { gb_per_s = 25 }     # between the nodes of the group
     memory = "58GiB"                   # that a process may use; default: 92 % of the catalogue's
     peak_tflop_per_s = 181             # dense, in the dtype of the job; default: the catalogue's
-    watts = 300
-    price_per_hour = 1.20
+    watts = 300                        # of a busy device; default: the catalogue's limit
+    price_per_hour = 1.20              # of a device
 
     [[link]]
     between = ["amd", "ascend"]
@@ -98,10 +98,8 @@ class _Reader:
         per_node = self._count(table, "devices_per_node")
         node_link = self._node_link(table, spec, name, per_node)
         peak = self._peak(table, spec, name)
-        watts = self._positive(table, "watts")
+        watts = self._watts(table, spec, name)
         price = self._positive(table, "price_per_hour")
-        if watts is None:
-            self._notes.append(f"{name}: watts are unknown, so energy is")
         return DeviceGroup(
             name=name, chip=spec.name, num_devices=devices, devices_per_node=per_node,
             memory_bytes=self._memory(table, spec, name), node_link=node_link,
@@ -146,6 +144,17 @@ class _Reader:
                 return known.value * 1e12
         self._notes.append(f"{name}: the peak is unknown, so MFU is")
         return None
+
+    def _watts(self, table: dict[str, Any], spec: Spec, name: str) -> float | None:
+        given = self._positive(table, "watts")
+        if given is not None:
+            return given
+        known = spec.best("power")
+        if known is None:
+            self._notes.append(f"{name}: watts are unknown, so energy is")
+            return None
+        self._notes.append(f"{name}: {known.value:g} W ({known.basis}, a limit)")
+        return known.value
 
     def _node_link(self, table: dict[str, Any], spec: Spec, name: str, per_node: int) -> Link:
         if "node_link" in table:

@@ -6,6 +6,7 @@ chunk however many layers it has. Knows no schedule and no link.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,16 +23,21 @@ class StageCost:
     """One stage and one micro-batch: seconds of its devices, and bytes on each of them.
 
     `backward_s` holds all of the backward, recomputation too; `weight_s` is the part of it that can
-    wait. `params` are per device.
+    wait. `params` are per device. Of `owned_params` one device keeps and updates the optimizer
+    state, where pipelines share that out: the one that has most of it.
     """
 
     forward_s: float
     backward_s: float
     weight_s: float
-    optimizer_s: float  # once per step, nothing shared out
+    optimizer_s: float  # once per step, of `owned_params`
     params: float
     kept_bytes: float
     working_bytes: float
+    owned_params: float = 0.0
+    in_bytes: float = 0.0  # that come from other stages, one way, over all chunks
+    out_bytes: float = 0.0
+    message_bytes: float = 0.0  # of the largest of them
 
     @property
     def busy_s(self) -> float:
@@ -53,8 +59,17 @@ class CostBook:
     """Costs of any run of layers on any chip of `profiles`, for one shape and micro-batch."""
 
     def __init__(
-        self, shape: ModelShape, profiles: Profiles, micro_batch: int, *, expert_parallel: int = 1
+        self,
+        shape: ModelShape,
+        profiles: Profiles,
+        micro_batch: int,
+        *,
+        expert_parallel: int = 1,
+        shards: int = 1,
+        shares_layers: bool = False,
     ) -> None:
+        """`shards` pipelines share the optimizer out, by whole layers or evenly."""
+        self._shards, self._shares_layers = shards, shares_layers
         self._shape = shape
         self._profiles = profiles
         self._micro_batch = micro_batch
@@ -72,13 +87,13 @@ class CostBook:
             sum(column[chunk.end] - column[chunk.first] for chunk in stage.chunks)
             for column in sums
         ]
-        forward_s, backward_s, weight_s, optimizer_s, params, kept = total
+        forward_s, backward_s, weight_s, _, params, kept = total
         if self._shape.is_tied and stage.num_layers == self._shape.num_layers:
-            # Embedding and head are one matrix here: held and updated once.
-            optimizer_s, params = (
-                whole - column[1]
-                for whole, column in zip((optimizer_s, params), sums[3:5], strict=True)
-            )
+            params -= sums[4][1]  # embedding and head are one matrix here: held once
+        optimizer_s, owned = (self._owned(column, stage) for column in sums[3:5])
+        width = self._profiles[chip].width
+        ins = [self._output(chunk.first - 1, 1.0) for chunk in stage.chunks]
+        outs = [self._output(chunk.end - 1, width) for chunk in stage.chunks]
         return StageCost(
             forward_s=forward_s,
             backward_s=backward_s,
@@ -87,7 +102,25 @@ class CostBook:
             params=params,
             kept_bytes=kept,
             working_bytes=self._working(chip, stage) if stage.recompute != "none" else 0.0,
+            owned_params=owned,
+            in_bytes=sum(ins),
+            out_bytes=sum(outs),
+            message_bytes=max(*ins, *outs),
         )
+
+    def _output(self, layer: int, width: float) -> float:
+        """Return the bytes of what a layer hands on; whole on each device."""
+        if layer < 0:
+            return 0.0
+        tokens = self._micro_batch * self._shape.seq_tokens
+        return self._shape.layers[layer].output_bytes * tokens * width
+
+    def _owned(self, column: Sequence[float], stage: Stage) -> float:
+        """Return the largest part of a stage's column that one of the shards has."""
+        return largest_share(
+            column, [(chunk.first, chunk.end) for chunk in stage.chunks],
+            self._shards if self._shares_layers else 1, is_tied=self._shape.is_tied,
+        ) / (1 if self._shares_layers else self._shards)  # fmt: skip
 
     def _working(self, chip: str, stage: Stage) -> float:
         key = (chip, stage.tp, stage.recompute)
@@ -100,6 +133,7 @@ class CostBook:
                     stage.tp,
                     stage.recompute,
                     profile.layer(layer.kind, self._micro_batch, stage.tp).activation_bytes,
+                    width=profile.width,
                 )
                 for layer in self._shape.layers
             ]
@@ -135,6 +169,32 @@ class CostBook:
             cost.backward_s + again * cost.forward_s,
             weight_s,
             cost.optimizer_s * (held / layer.params if layer.params else 1.0),
-            held / tp,
-            kept_bytes(layer, tokens, tp, recompute, cost.activation_bytes),
+            layer.params_on(tp, held),
+            kept_bytes(layer, tokens, tp, recompute, cost.activation_bytes, width=profile.width),
         )
+
+
+def largest_share(
+    column: Sequence[float], runs: Sequence[tuple[int, int]], shards: int, *, is_tied: bool
+) -> float:
+    """Return the most that one of `shards` owns of runs of layers; `column` holds prefix sums.
+
+    Layer i is owned by shard i mod `shards`, as in `run.sharded.owner_of`. A tied matrix is not
+    divided, and counts once where one stage holds it twice.
+    """
+    last = len(column) - 2
+    if shards == 1:
+        whole = sum(column[end] - column[first] for first, end in runs)
+        has_all = is_tied and sum(end - first for first, end in runs) == last + 1
+        return whole - (column[1] if has_all else 0.0)
+    parts, undivided = [0.0] * shards, 0.0
+    for first, end in runs:
+        for layer in range(first, end):
+            value = column[layer + 1] - column[layer]
+            if is_tied and layer in (0, last):
+                undivided += value
+            else:
+                parts[layer % shards] += value
+    if is_tied and sum(end - first for first, end in runs) == last + 1:
+        undivided -= column[1]
+    return undivided + max(parts)

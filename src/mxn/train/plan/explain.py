@@ -60,6 +60,7 @@ class Explanation:
     helps: tuple[tuple[str, float], ...]
     num_looked_at: int
     is_exact: bool
+    how: str  # the search was done
     basis: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +94,7 @@ class Explanation:
         if self.helps:
             yield "what would help this plan:"
             yield from (f"  {what}: {gain:+.1%} tokens/s" for what, gain in self.helps)
+        yield f"looked at: {self.num_looked_at} plans; {self.how}"
 
     def _bound_line(self) -> str:
         strict = f"R' = {self.strict_ratio:.1%} of compute alone"
@@ -127,6 +129,7 @@ def explain(
         helps=tuple(_helps(best.plan, asked)),
         num_looked_at=found.num_looked_at,
         is_exact=found.is_exact,
+        how=found.how,
         basis=best.prediction.basis,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mxn.train.plan.plan import Recompute, Schedule
 from mxn.train.plan.shape import LayerShape
@@ -27,6 +28,12 @@ class MemoryModel:
     reduce_bytes: float = 2.0  # of a gradient value on the wire between pipelines
     trainable_share: float = 1.0  # of the parameters; small for LoRA
     headroom: float = 0.0  # share on top of everything but the framework, for fragmentation
+    # What a micro-batch in flight brings in and hands on: the share that is kept beside what
+    # backward saves. With full recomputation what comes in is saved anyway.
+    inputs_kept: float = 0.0
+    outputs_kept: float = 0.0
+    messages: int = 0  # buffers for activations and gradients on their way
+    shares_layers: bool = False  # ZeRO-1 gives away whole layers; else equal parts
 
     @property
     def state_bytes(self) -> float:
@@ -34,41 +41,56 @@ class MemoryModel:
         return self.weight_bytes + self.trainable_share * (self.grad_bytes + self.optimizer_bytes)
 
 
-FLOAT32 = MemoryModel(weight_bytes=4, grad_bytes=4, optimizer_bytes=8, reduce_bytes=4)
-"""Plain float32 training with Adam."""
+# Four receives ahead (`run.executor.AHEAD`), a gradient in use and one that leaves.
+_MESSAGES = 6
+
+FLOAT32 = MemoryModel(
+    weight_bytes=4, grad_bytes=4, optimizer_bytes=8, reduce_bytes=4,
+    outputs_kept=1, messages=_MESSAGES, shares_layers=True,
+)  # fmt: skip
+"""What mxn's own runner keeps in float32: a stage's input is saved by its first norm."""
+
+MIXED = MemoryModel(
+    weight_bytes=2, grad_bytes=4, optimizer_bytes=12, reduce_bytes=4,
+    inputs_kept=1, outputs_kept=1, messages=_MESSAGES, shares_layers=True,
+)  # fmt: skip
+"""What it keeps in 16 bit: gradients are summed in float32, norms save float32 copies."""
 
 
 def kept_bytes(
-    layer: LayerShape, tokens: int, tp: int, recompute: Recompute, measured: float | None = None
-) -> float:
+    layer: LayerShape, tokens: int, tp: int, recompute: Recompute, measured: float | None = None,
+    *, width: float = 1.0,
+) -> float:  # fmt: skip
     """Return the bytes that one layer keeps of one micro-batch until its backward, per device.
 
     `measured` (nothing recomputed, per device) goes before the shape's figure. Activations are
-    taken as split over the tensor-parallel devices; the input kept by full recomputation is too.
+    taken as split over the tensor-parallel devices, the input kept by full recomputation too, but
+    for what the shape calls whole. `width`: bytes of a value here, as a multiple of the shape's.
     Only blocks are computed again, so embedding and head keep theirs. Selective recomputation
     leaves out the shape's `core_bytes`, or keeps what a block of GPT keeps where those are unknown.
     """
-    whole = measured if measured is not None else layer.activation_bytes * tokens / tp
-    border = layer.output_bytes * tokens / tp
+    whole = measured if measured is not None else layer.kept_on(tp) * tokens * width
+    border = layer.output_on(tp) * tokens * width
     if recompute == "none" or not layer.is_block:
         return whole
     if recompute == "full":
         return min(whole, border)
     if layer.core_bytes is None:
         return min(whole, _KEPT_PER_OUTPUT * border)
-    return max(whole - layer.core_bytes * tokens / tp, 0.0)
+    return max(whole - layer.core_bytes * tokens * width / tp, 0.0)
 
 
 def anew_bytes(
-    layer: LayerShape, tokens: int, tp: int, recompute: Recompute, measured: float | None = None
-) -> float:
+    layer: LayerShape, tokens: int, tp: int, recompute: Recompute, measured: float | None = None,
+    *, width: float = 1.0,
+) -> float:  # fmt: skip
     """Return the bytes that recomputing one layer takes for a moment; arguments as above."""
     if recompute == "none" or not layer.is_block:
         return 0.0
-    whole = kept_bytes(layer, tokens, tp, "none", measured)
+    whole = kept_bytes(layer, tokens, tp, "none", measured, width=width)
     if recompute == "full":
         return whole
-    return whole - kept_bytes(layer, tokens, tp, recompute, measured)
+    return whole - kept_bytes(layer, tokens, tp, recompute, measured, width=width)
 
 
 def in_flight(
@@ -95,22 +117,73 @@ def in_flight(
     return min(passes + (chunks - 1) * group, micro_batches * chunks) / chunks
 
 
-def stage_bytes(
+def flight_bytes(
+    kept: float, in_bytes: float, out_bytes: float, recompute: Recompute, model: MemoryModel
+) -> float:
+    """Return what one micro-batch in flight takes: what backward saves, and what is beside it."""
+    saved_in = 0.0 if recompute == "full" else in_bytes * model.inputs_kept
+    return kept + saved_in + out_bytes * model.outputs_kept
+
+
+class Parts(NamedTuple):
+    """Bytes on one device of a stage at its fullest."""
+
+    state: float  # weights, gradients, optimizer
+    activations: float  # of the micro-batches in flight, and what recomputation makes anew
+    messages: float
+    headroom: float
+    framework: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.activations + self.messages + self.headroom + self.framework
+
+
+def stage_parts(
     *,
     params: float,
+    owned_params: float,
     kept_per_micro_batch: float,
     working_bytes: float,
     micro_batches_kept: float,
     model: MemoryModel,
     framework_bytes: float,
-    optimizer_shards: int = 1,
-) -> float:
-    """Return the bytes on one device of a stage at its fullest.
+    message_bytes: float = 0.0,
+) -> Parts:
+    """Return on what the bytes of a device go.
 
-    `params` are on this device (already divided by tensor parallelism). `working_bytes` is what
-    recomputation makes anew of the largest layer; 0 when nothing is recomputed.
+    `params` are on this device (already divided by tensor parallelism); of `owned_params` it keeps
+    the optimizer state. `working_bytes` is what recomputation makes anew of the largest layer; 0
+    when nothing is recomputed. `message_bytes` are those of the largest message.
     """
-    optimizer = model.optimizer_bytes * model.trainable_share / optimizer_shards
-    per_param = model.weight_bytes + model.trainable_share * model.grad_bytes + optimizer
-    held = params * per_param + kept_per_micro_batch * micro_batches_kept + working_bytes
-    return held * (1 + model.headroom) + framework_bytes
+    per_param = model.weight_bytes + model.trainable_share * model.grad_bytes
+    state = params * per_param
+    state = state + owned_params * (model.optimizer_bytes * model.trainable_share)
+    activations = kept_per_micro_batch * micro_batches_kept + working_bytes
+    messages = model.messages * message_bytes
+    headroom = (state + activations + messages) * model.headroom
+    return Parts(state, activations, messages, headroom, framework_bytes)
+
+
+def stage_bytes(
+    *,
+    params: float,
+    owned_params: float,
+    kept_per_micro_batch: float,
+    working_bytes: float,
+    micro_batches_kept: float,
+    model: MemoryModel,
+    framework_bytes: float,
+    message_bytes: float = 0.0,
+) -> float:
+    """Return the bytes on one device of a stage at its fullest; arguments as `stage_parts`."""
+    return stage_parts(
+        params=params,
+        owned_params=owned_params,
+        kept_per_micro_batch=kept_per_micro_batch,
+        working_bytes=working_bytes,
+        micro_batches_kept=micro_batches_kept,
+        model=model,
+        framework_bytes=framework_bytes,
+        message_bytes=message_bytes,
+    ).total

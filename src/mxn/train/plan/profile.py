@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mxn.errors import UserError
+from mxn.train.plan.memory import MemoryModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,8 @@ class ChipProfile:
     basis: str = "measured"
     fingerprint: str = ""  # of chip, driver, torch, model shape and dtype; "" for public sets
     notes: tuple[str, ...] = field(default=())
+    memory: MemoryModel | None = None  # of what it computes in; None: the job's
+    width: float = 1.0  # bytes of its values, as a multiple of the shape's
 
     def layer(self, kind: str, micro_batch: int, tp: int) -> LayerCost:
         """Raises: UserError when this was not profiled."""

@@ -53,6 +53,20 @@ def reductions(
     ]
 
 
+def again_s(sums: Sequence[Reduction]) -> float:
+    """Return the seconds in which owners of layers give the new weights to the others.
+
+    The runner sums them with zeros, bucket by bucket, as it does gradients; tied matrices are
+    updated by each holder. As long as for the stage that takes part in most.
+    """
+    spent: dict[Member, float] = {}
+    for one in sums:
+        if len({pipeline for pipeline, _ in one.members}) > 1:
+            for member in one.members:
+                spent[member] = spent.get(member, 0.0) + one.seconds
+    return max(spent.values(), default=0.0)
+
+
 def _by_layers(
     plan: TrainPlan, shape: ModelShape, cluster: Cluster, reduce_bytes: float, flat: bool
 ) -> list[Reduction]:
@@ -64,12 +78,16 @@ def _by_layers(
     found: list[Reduction] = []
     for first, end in pairwise([*starts, plan.num_layers]):
         # Shared-out experts are summed over fewer pipelines; their part is taken as over all.
-        params = sum(held_params(layer, plan.expert_parallel) for layer in shape.layers[first:end])
-        if shape.is_tied and end - first == plan.num_layers:
-            params -= shape.layers[0].params  # embedding and head are one matrix everywhere
         members = tuple((p, row[first]) for p, row in enumerate(holders))
         stages = [plan.pipelines[p].stages[s] for p, s in members]
-        num_bytes = params * reduce_bytes / min(stage.tp for stage in stages)
+        tp = min(stage.tp for stage in stages)
+        params = sum(
+            layer.params_on(tp, held_params(layer, plan.expert_parallel))
+            for layer in shape.layers[first:end]
+        )
+        if shape.is_tied and end - first == plan.num_layers:
+            params -= shape.layers[0].params_on(tp)  # embedding and head are one matrix everywhere
+        num_bytes = params * reduce_bytes
         key = (num_bytes, tuple((stage.group, stage.first_device) for stage in stages))
         if key not in known:
             known[key] = sum_s(stages, cluster, num_bytes, flat=flat)
@@ -100,7 +118,7 @@ def _tied(
         if rows[0] == rows[-1]:
             continue
         pair = [pipeline.stages[rows[0]], pipeline.stages[rows[-1]]]
-        num_bytes = shape.layers[0].params * reduce_bytes / min(stage.tp for stage in pair)
+        num_bytes = shape.layers[0].params_on(min(stage.tp for stage in pair)) * reduce_bytes
         found.append(
             Reduction(
                 members=((number, rows[0]), (number, rows[-1])),

@@ -22,11 +22,34 @@ class LayerShape:
     core_bytes: float | None = None
     active_params: int | None = None  # used per token, where experts make it fewer than `params`
     routed_to: int = 1  # experts that a token is sent to, where there are some
+    # What each device of a tensor-parallel stage has whole, of `params` and `activation_bytes`.
+    whole_params: int = 0
+    whole_bytes: float = 0.0
+    is_output_whole: bool = False  # each of these devices has, keeps and sends all of the output
 
     @property
     def is_block(self) -> bool:
         """Whether it is one of the repeated layers: those alone are computed again."""
         return self.kind.startswith("block")
+
+    def params_on(self, tp: int, held: float | None = None) -> float:
+        """Return the parameters on one of `tp` devices; `held`: of the layer, default all."""
+        return (
+            self.whole_params + ((self.params if held is None else held) - self.whole_params) / tp
+        )
+
+    def kept_on(self, tp: int) -> float:
+        """Return the activation bytes of a token on one of `tp` devices."""
+        return self.whole_bytes + (self.activation_bytes - self.whole_bytes) / tp
+
+    def output_on(self, tp: int) -> float:
+        """Return the bytes of a token's output that one of `tp` devices has."""
+        return self.output_bytes if self.is_output_whole else self.output_bytes / tp
+
+    def flop_on(self, tp: int) -> float:
+        """Return the forward work of a token on one of `tp` devices."""
+        is_whole = 0 < self.params == self.whole_params
+        return self.forward_flop if is_whole else self.forward_flop / tp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,19 +14,21 @@ from dataclasses import dataclass, replace
 from mxn.errors import ConfigError
 from mxn.train.plan.actions import Order, stored_peak
 from mxn.train.plan.cluster import Cluster
-from mxn.train.plan.costs import CostBook, StageCost
+from mxn.train.plan.costs import StageCost
 from mxn.train.plan.events import Timeline, simulate
 from mxn.train.plan.experts import exchange_s
-from mxn.train.plan.memory import MemoryModel, stage_bytes
+from mxn.train.plan.memory import MemoryModel, flight_bytes, stage_bytes
 from mxn.train.plan.order_check import validate
-from mxn.train.plan.plan import Pipeline, TrainPlan
-from mxn.train.plan.predict import Tuning, predict
+from mxn.train.plan.plan import Pipeline, Stage, TrainPlan
+from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction, StagePrediction
 from mxn.train.plan.profile import Profiles
-from mxn.train.plan.reduction import Member, Reduction, reductions
+from mxn.train.plan.reduction import Member, Reduction, again_s, reductions
 from mxn.train.plan.schedules import order
 from mxn.train.plan.shape import ModelShape
+from mxn.train.plan.solved import book_of, border_bytes
 from mxn.train.plan.times import Hop, PipelineTimes
+from mxn.train.plan.tuning import Tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,7 @@ def simulate_plan(
     """
     memory, tuning = memory or MemoryModel(), tuning or Tuning()
     base = predict(plan, shape, cluster, profiles, memory=memory, tuning=tuning)
-    maker = _Maker(plan, shape, cluster, _book(plan, shape, profiles), tuning)
+    maker = _Maker(plan, shape, cluster, profiles, memory, tuning)
     known: dict[tuple[PipelineTimes, Order], int] = {}
     lines: list[Timeline] = []
     kinds: list[int] = []
@@ -78,10 +80,18 @@ def simulate_plan(
             known[key] = len(lines)
             lines.append(simulate(rows, key[0], late_sends=tuning.late_sends))
         kinds.append(known[key])
-    sums = _sums(plan, shape, cluster, memory, tuning, [lines[kind] for kind in kinds])
-    prediction = _prediction(
-        plan, base, tuning, [lines[kind] for kind in kinds], sums, maker, profiles, memory
+    own = [lines[kind] for kind in kinds]
+    wanted = reductions(
+        plan,
+        shape,
+        cluster,
+        memory.reduce_bytes * memory.trainable_share,
+        slow_down=tuning.reduce_slow_down,
+        flat=tuning.flat_sums,
     )
+    sums = _sums(wanted, tuning, own)
+    given_s = again_s(wanted) if plan.shards_optimizer and memory.shares_layers else 0.0
+    prediction = _prediction(plan, base, tuning, own, sums, given_s, maker, profiles, memory)
     return Simulation(
         plan=plan,
         chips={group.name: group.chip for group in cluster.groups},
@@ -100,12 +110,8 @@ def pipeline_times(
     tuning: Tuning | None = None,
 ) -> list[PipelineTimes]:
     """Return the seconds of one micro-batch through each pipeline. Raises: as `simulate_plan`."""
-    maker = _Maker(plan, shape, cluster, _book(plan, shape, profiles), tuning or Tuning())
+    maker = _Maker(plan, shape, cluster, profiles, MemoryModel(), tuning or Tuning())
     return [maker.times(pipeline, number) for number, pipeline in enumerate(plan.pipelines)]
-
-
-def _book(plan: TrainPlan, shape: ModelShape, profiles: Profiles) -> CostBook:
-    return CostBook(shape, profiles, plan.micro_batch, expert_parallel=plan.expert_parallel)
 
 
 def _order_of(plan: TrainPlan, pipeline: Pipeline, own: Order | None) -> Order:
@@ -128,10 +134,17 @@ class _Maker:
     """Makes the seconds of a pipeline's passes and hops from profiles and links."""
 
     def __init__(
-        self, plan: TrainPlan, shape: ModelShape, cluster: Cluster, book: CostBook, tuning: Tuning
+        self,
+        plan: TrainPlan,
+        shape: ModelShape,
+        cluster: Cluster,
+        profiles: Profiles,
+        memory: MemoryModel,
+        tuning: Tuning,
     ) -> None:
         self._plan, self._shape, self._cluster = plan, shape, cluster
-        self._book, self._tuning = book, tuning
+        self._profiles, self._tuning = profiles, tuning
+        self._book = book_of(plan, shape, profiles, memory)
         self._chips = {group.name: group.chip for group in cluster.groups}
         self._costs: dict[tuple[object, ...], tuple[StageCost, ...]] = {}
 
@@ -148,6 +161,10 @@ class _Maker:
                 for chunk in stage.chunks
             )
         return self._costs[key]
+
+    def whole(self, stage: Stage) -> StageCost:
+        """Return the cost of a stage with all of its chunks."""
+        return self._book.stage(self.chip(stage.group), stage)
 
     def times(self, pipeline: Pipeline, index: int) -> PipelineTimes:
         """Return the seconds of one micro-batch through `pipeline`, the plan's number `index`."""
@@ -186,8 +203,8 @@ class _Maker:
             return 0.0
         layer = self._shape.layers[a.chunks[part // size].end - 1]
         tokens = self._plan.micro_batch * self._plan.seq_tokens
-        shared_by = 1 if self._tuning.hop_copies else min(a.tp, b.tp)
-        return layer.output_bytes * tokens / shared_by
+        width = self._profiles[self.chip(a.group)].width
+        return tokens * width * border_bytes(layer, a, b, self._tuning)
 
     def _hop(self, pipeline: Pipeline, part: int, num_bytes: float) -> Hop:
         size = len(pipeline.stages)
@@ -200,25 +217,12 @@ class _Maker:
 
 
 def _sums(
-    plan: TrainPlan,
-    shape: ModelShape,
-    cluster: Cluster,
-    memory: MemoryModel,
-    tuning: Tuning,
-    lines: Sequence[Timeline],
+    sums: Sequence[Reduction], tuning: Tuning, lines: Sequence[Timeline]
 ) -> dict[Member, list[tuple[float, float]]]:
     """Return when each stage sums its gradients.
 
     One sum after another, the last layers first; each begins when the last of its members is there.
     """
-    sums: Sequence[Reduction] = reductions(
-        plan,
-        shape,
-        cluster,
-        memory.reduce_bytes * memory.trainable_share,
-        slow_down=tuning.reduce_slow_down,
-        flat=tuning.flat_sums,
-    )
     spans: dict[Member, list[tuple[float, float]]] = {}
     for one in reversed(sums):
         ready = []
@@ -239,6 +243,7 @@ def _prediction(
     tuning: Tuning,
     lines: Sequence[Timeline],
     sums: Mapping[Member, Sequence[tuple[float, float]]],
+    given_s: float,
     maker: _Maker,
     profiles: Profiles,
     memory: MemoryModel,
@@ -246,8 +251,8 @@ def _prediction(
     """Return `base` with everything replaced that the simulation knows better."""
     pipeline_s = max(line.makespan_s for line in lines)
     summed_s = max([pipeline_s, *(spans[-1][1] for spans in sums.values())])
-    reduce_s = summed_s - pipeline_s
-    iteration_s = summed_s + base.optimizer_s + tuning.step_s
+    reduce_s = summed_s - pipeline_s + given_s
+    iteration_s = pipeline_s + reduce_s + base.optimizer_s + tuning.step_s
     slower = iteration_s / base.iteration_s
     busy = sum(
         stage.tp * line.busy_s[number]
@@ -277,22 +282,30 @@ def _stage(
     memory: MemoryModel,
 ) -> StagePrediction:
     line, pipeline = lines[row.pipeline], plan.pipelines[row.pipeline]
-    costs = maker.costs(pipeline, row.stage)
+    stage = pipeline.stages[row.stage]
+    costs, whole = maker.costs(pipeline, row.stage), maker.whole(stage)
+    profile = profiles[maker.chip(stage.group)]
+    model = profile.memory or memory
+    flight = [
+        flight_bytes(cost.kept_bytes, cost.in_bytes, cost.out_bytes, stage.recompute, model)
+        for cost in costs
+    ]
     if len(costs) == 1:
-        kept = line.stored_peak[row.stage] * costs[0].kept_bytes
+        kept = line.stored_peak[row.stage] * flight[0]
     else:
-        kept = stored_peak(line.order[row.stage], [cost.kept_bytes for cost in costs])
+        kept = stored_peak(line.order[row.stage], flight)
     return replace(
         row,
         busy_s=line.busy_s[row.stage],
         send_s=line.sending_s[row.stage],
         memory_bytes=stage_bytes(
-            params=sum(cost.params for cost in costs),
+            params=whole.params,
+            owned_params=whole.owned_params,
             kept_per_micro_batch=kept,
-            working_bytes=max(cost.working_bytes for cost in costs),
+            working_bytes=whole.working_bytes,
             micro_batches_kept=1,
-            model=memory,
-            framework_bytes=profiles[maker.chip(pipeline.stages[row.stage].group)].framework_bytes,
-            optimizer_shards=len(plan.pipelines) if plan.shards_optimizer else 1,
+            model=model,
+            framework_bytes=profile.framework_bytes,
+            message_bytes=whole.message_bytes,
         ),
     )

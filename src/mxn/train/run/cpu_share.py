@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxn.errors import CapacityError, UnsupportedError
+from mxn.train.run.owner import Owner
 
 ROOT = Path("/sys/fs/cgroup")
 PERIOD_US = 20_000
 """Short against a micro-batch, so that a stage is slow evenly rather than in jerks."""
 _LEAST_QUOTA_US = 1_000  # the kernel takes no less
 _REMOVE_S = 5.0
+_YOUNG_S = 60.0
 _number = itertools.count()
 
 
@@ -46,7 +48,7 @@ class CpuShare:
                 f"machine, got {share!r}"
             )
         parent, is_second = _parent(root)
-        folder = parent / f"mxn-{os.getpid()}-{next(_number)}-{name}"
+        folder = parent / f"mxn-{Owner.me()}-{next(_number)}-{name}"
         try:
             if is_second:
                 _allow_cpu(parent)
@@ -92,6 +94,32 @@ class CpuShare:
                 if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
                     raise _cannot(self.folder, error) from error
                 time.sleep(0.01)
+
+
+def sweep(root: Path = ROOT, *, older_s: float = _YOUNG_S) -> list[Path]:
+    """Remove empty cgroups of processes that are gone, and return them.
+
+    Younger ones are left: their owner may be in another container, which cannot be seen from here.
+    """
+    try:
+        parent, _ = _parent(root)
+    except UnsupportedError:
+        return []
+    removed: list[Path] = []
+    for folder in parent.glob("mxn-*"):
+        owner = Owner.in_name(folder.name)
+        try:
+            if owner is None or owner.is_alive or _age_s(folder) < older_s:
+                continue
+            folder.rmdir()
+        except OSError:
+            continue  # it holds processes, is another user's, or another one was faster
+        removed.append(folder)
+    return removed
+
+
+def _age_s(folder: Path) -> float:
+    return time.time() - folder.stat().st_ctime
 
 
 def why_not(root: Path = ROOT) -> str | None:

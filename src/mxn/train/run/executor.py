@@ -86,9 +86,12 @@ class Executor:
             for chunk in range(len(modules))
         }
 
-    def run(self, batches: Callable[[int], MicroBatch]) -> StepWork:
-        """Do one step; `batches` gives this pipeline's micro-batches, on the device, by number."""
-        step = _Step(self, batches, self._bridge)
+    def run(self, batches: Callable[[int], MicroBatch], *, loss_scale: float = 1.0) -> StepWork:
+        """Do one step; `batches` gives this pipeline's micro-batches, on the device, by number.
+
+        Gradients come out multiplied by `loss_scale`, losses do not.
+        """
+        step = _Step(self, batches, self._bridge, loss_scale)
         begin_s = time.perf_counter()
         for at, action in enumerate(self._row):
             step.look_ahead(at)
@@ -99,6 +102,8 @@ class Executor:
             if is_last:
                 self._after_last(action.chunk)
         step.finish()
+        if self._bridge.device.type != "cpu":  # work that was started only is not done yet
+            torch.accelerator.current_stream(self._bridge.device).record_event().synchronize()
         step.work.total_s = time.perf_counter() - begin_s
         return step.work
 
@@ -137,9 +142,14 @@ class _Step:
     """What is under way while a step runs."""
 
     def __init__(
-        self, executor: Executor, batches: Callable[[int], MicroBatch], bridge: Bridge
+        self,
+        executor: Executor,
+        batches: Callable[[int], MicroBatch],
+        bridge: Bridge,
+        loss_scale: float,
     ) -> None:
         self.work = StepWork()
+        self._loss_scale = loss_scale
         self._executor, self._batches, self._bridge = executor, batches, bridge
         self._incoming: dict[tuple[str, int, int], Handle] = {}
         self._sent: deque[Handle] = deque()
@@ -191,8 +201,9 @@ class _Step:
     def _backward(self, chunk: int, micro_batch: int) -> None:
         executor, part = self._executor, self._executor.part(chunk)
         x, out = self._kept.pop((chunk, micro_batch))
-        gradient = None
-        if part < executor._num_parts - 1:
+        if part == executor._num_parts - 1:
+            gradient = torch.full_like(out, self._loss_scale)
+        else:
             gradient = self._take("B", part, micro_batch)
         is_split = (chunk, micro_batch) in executor._split
         later = executor._deferred[chunk].put_off() if is_split else nullcontext([])

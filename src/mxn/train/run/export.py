@@ -6,8 +6,8 @@ name only when it is whole. Knows no ranks. Start at `export_model`.
 
 from __future__ import annotations
 
+import glob
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mxn.errors import ConfigError, InternalError
 from mxn.train.run.lora import LoraSettings, merged
+from mxn.train.run.owner import Owner
 from mxn.train.run.weights import ModelSource
 
 StateOf = Callable[[int], Mapping[str, Tensor]]
@@ -104,8 +105,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already", hint="name a new folder, or remove this one")
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{os.getpid()}.part"
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+        owner = Owner.in_name(left.name.removeprefix(f".{out.name}"))
+        if owner is not None and not owner.is_alive:
+            shutil.rmtree(left, ignore_errors=True)  # its export was killed
+    folder = out.parent / f".{out.name}.{Owner.me()}.part"
     folder.mkdir()
     try:
         yield folder

@@ -13,6 +13,7 @@ Knows placement, sums of gradients and the bridge; knows no micro-batches. Start
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,6 +82,7 @@ class Gradients:
             for ranks in sets
             if len(ranks) > 1 and bridge.rank in ranks
         }
+        self.started_s = 0.0  # in this step, until sums were under way: some backends wait there
         self._armed: set[int] = set()  # chunks whose last backward pass runs
         self._left: dict[int, int] = {}  # of an armed chunk's layers: parameters still to come
         for chunk, module_sums in enumerate(sums):
@@ -90,6 +92,7 @@ class Gradients:
 
     def clear(self) -> None:
         """Begin a step."""
+        self.started_s = 0.0
         for sums in self._sums:
             sums.clear()
         for queue in self._queues.values():
@@ -256,7 +259,9 @@ class Gradients:
                 if bucket.is_whole:
                     self._fill(bucket)
                 ranks = self._sharers[next(iter(bucket.layers))]
+                begin_s = time.perf_counter()
                 bucket.handle = self._bridge.sum_(bucket.memory, ranks)
+                self.started_s += time.perf_counter() - begin_s
 
     @torch.no_grad()
     def _fill(self, bucket: _Bucket) -> None:

@@ -79,6 +79,8 @@ class DeviceSettings:
     memory_bytes: int | None = None  # of a rank; None: what the device has
     link_bytes_per_s: float | None = None  # of a rank's messages, for tests; None: no limit
     dtype: Dtype | None = None  # None: the job's
+    watts: float | None = None  # of a rank's device when busy; None: the catalogue's, if any
+    price_per_hour: float | None = None  # of a rank's device; None: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,18 @@ class GateSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceSettings:
+    """Whether micro-batches are shared out again by what the steps measured, and when.
+
+    auto: where the planner chose the shares, not where a plan file did.
+    """
+
+    when: Literal["auto", "always", "never"] = "auto"
+    every_steps: int = 5  # that a decision is made from
+    least_gain: float = 0.005  # share by which a step must become shorter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingSettings:
     mlflow: str | None = None  # tracking URI; None: only the metrics file
     experiment: str = "mxn"
@@ -143,6 +157,7 @@ class Job:
     lora: AdapterSettings | None = None
     dtype: Dtype = "float32"
     plan: PlanSettings = field(default_factory=PlanSettings)
+    rebalance: RebalanceSettings = field(default_factory=RebalanceSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     faults: FaultSettings = field(default_factory=FaultSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
@@ -153,6 +168,13 @@ class Job:
     def micro_batches(self) -> int:
         """Of a step, over all pipelines."""
         return self.global_batch // self.micro_batch
+
+    @property
+    def rebalances(self) -> bool:
+        """Whether steps may be done with other micro-batches for each pipeline than planned."""
+        if self.rebalance.when == "auto":
+            return self.plan.file is None
+        return self.rebalance.when == "always"
 
     def dtype_of(self, group: str) -> Dtype:
         """Return what a group computes in. Raises: UserError for an unknown group."""
@@ -197,6 +219,7 @@ _SECTIONS: dict[str, type] = {
     "optimizer": OptimizerSettings,
     "lora": AdapterSettings,
     "plan": PlanSettings,
+    "rebalance": RebalanceSettings,
     "gate": GateSettings,
     "faults": FaultSettings,
     "tracking": TrackingSettings,

@@ -81,6 +81,8 @@ class JobDevices:
             node_link=link,
             group_link=link,
             peak_flop_per_s=peak_of(device, self.job.dtype_of(group.name), group),
+            watts=group.watts if group.watts is not None else watts_of(device),
+            price_micro_per_hour=_micro(group.price_per_hour),
         )
 
     def _memory(self, device: Device) -> int:
@@ -127,6 +129,19 @@ def peak_of(device: Device, dtype: str, group: DeviceSettings) -> float | None:
         return None
     share = group.cpu_share if group.cpu_share is not None else 1.0
     return reading.value * 1e12 * share
+
+
+def watts_of(device: Device) -> float | None:
+    """Return what the catalogue says a busy device takes at most; None where it says nothing."""
+    from mxn.chips import specs
+
+    spec = specs.find(device.chip)
+    figure = spec.best("power") if spec else None
+    return figure.value if figure else None
+
+
+def _micro(price: float | None) -> int | None:
+    return None if price is None else round(price * 1e6)
 
 
 def members_of(job: Job) -> list[Member]:

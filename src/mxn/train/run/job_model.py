@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mxn.train.plan.memory import FLOAT32, MemoryModel
+from mxn.train.plan.memory import FLOAT32, MIXED, MemoryModel
 from mxn.train.plan.shape import ModelShape
-from mxn.train.run.job import Job
+from mxn.train.run.job import Dtype, Job
 from mxn.train.run.measured import Model
 
 if TYPE_CHECKING:
@@ -60,11 +60,7 @@ def trainable_params(job: Job, source: ModelSource) -> int:
     return total
 
 
-def memory_of(job: Job, *, trainable_share: float = 1.0) -> MemoryModel:
-    """Return what the trainer keeps for each parameter, see `optim.py`."""
-    if job.dtype == "float32":
-        return replace(FLOAT32, trainable_share=trainable_share)
-    return MemoryModel(
-        weight_bytes=2, grad_bytes=4, optimizer_bytes=12, reduce_bytes=4,
-        trainable_share=trainable_share,
-    )  # fmt: skip
+def memory_of(job: Job, *, trainable_share: float = 1.0, dtype: Dtype | None = None) -> MemoryModel:
+    """Return what the trainer keeps for each parameter in a dtype, default the job's."""
+    like = FLOAT32 if (dtype or job.dtype) == "float32" else MIXED
+    return replace(like, trainable_share=trainable_share)

@@ -15,7 +15,8 @@ through the sums of the step, so that all ranks do the same behind the same step
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from mxn.train.run.checkpoint.stored import check_job
 from mxn.train.run.checkpoint.writer import Identity, due, owned_layers
 from mxn.train.run.control import Control
 from mxn.train.run.job import Job
+from mxn.train.run.loss_scale import LossScale
 from mxn.train.run.net import StageModule
 from mxn.train.run.optim import AdamW
 
@@ -51,10 +53,16 @@ class Keeper:
         holders: Mapping[int, list[int]],
         num_ranks: int,
         facts: Mapping[str, Any],
+        loss_scale: LossScale | None = None,
+        before_save: Callable[[], float | None] = lambda: None,
     ) -> None:
         """`parts`: the chunks of this rank; `holders`: which ranks hold a layer as this one does,
-        by layer; `facts`: what `from_job.facts` says, kept for errors.
+        by layer; `facts`: what `from_job.facts` says, kept for errors; `before_save`: makes copies
+        of a layer equal and returns how far apart they were (`Replicas.align`).
         """
+        self._loss_scale = loss_scale or LossScale()
+        self._before_save = before_save
+        self._drift: float | None = None
         self.job, self.rank, self.parts = job, rank, tuple(parts)
         self._owned = set(owned_layers(holders, rank))
         self._control = Control(Path(job.out), launch)
@@ -84,9 +92,16 @@ class Keeper:
         for stage, optimizer in self.parts:
             for layer in range(stage.first, stage.end):
                 optimizer.load_layer_state(layer, stored.layer(layer))
-            optimizer.num_steps = position.step
+            optimizer.num_steps = position.step if position.updates is None else position.updates
+        self._loss_scale.go_on(position.loss_scale, position.good_steps)
         self._saved_step, self._tokens = position.step, position.tokens
         return position
+
+    def use(self, plan: TrainPlan) -> None:
+        """Say another plan in the next checkpoints: the same cut with other micro-batches."""
+        self.writer.identity = replace(
+            self.writer.identity, plan=plan.fingerprint, plan_json=plan.to_json()
+        )
 
     def wish(self, step: int) -> float:
         """Return what rank 0 wants behind step `step` (from 0); other ranks want nothing."""
@@ -112,6 +127,8 @@ class Keeper:
         """Begin to write a checkpoint; every rank calls it behind the same step."""
         if steps_done == self._saved_step:
             return
+        if (drift := self._before_save()) is not None:
+            self._drift = drift
         layers: dict[int, dict[str, Tensor]] = {}
         for stage, optimizer in self.parts:
             for layer in sorted(self._owned & {*range(stage.first, stage.end)}):
@@ -121,10 +138,13 @@ class Keeper:
                 elif layer % stage.team.size == stage.team.index:
                     layers[layer] = {name: tensor.cpu() for name, tensor in state.items()}
         position = Position(
-            step=steps_done,
-            micro_batch=steps_done * self.job.micro_batches,
-            tokens=self._tokens,
+            step=steps_done, micro_batch=steps_done * self.job.micro_batches, tokens=self._tokens
         )
+        if self._loss_scale.is_on:
+            position = replace(
+                position, updates=self.parts[0][1].num_steps, loss_scale=self._loss_scale.value,
+                good_steps=self._loss_scale.good_steps,
+            )  # fmt: skip
         self.writer.save(position, layers)
         self._saved_step, self._saved_s = steps_done, time.monotonic()
 
@@ -133,6 +153,10 @@ class Keeper:
         self.writer.close()
 
     def costs(self) -> dict[str, float]:
-        """Seconds that checkpoints took so far, for the metrics of a step."""
+        """Seconds that checkpoints took so far, for the metrics of a step.
+
+        With copies of layers on different chips also how far apart they were at the last one.
+        """
         costs = self.writer.costs
-        return {"checkpoint_stall_s": costs.copy_s + costs.wait_s}
+        told = {"checkpoint_stall_s": costs.copy_s + costs.wait_s}
+        return told if self._drift is None else told | {"replica_drift": self._drift}

@@ -13,8 +13,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +21,7 @@ from typing import Any
 
 from mxn.errors import UserError
 from mxn.train.plan.plan import TrainPlan
+from mxn.train.run import child, scratch
 from mxn.train.run.cores import Wish, assign
 from mxn.train.run.cpu_share import CpuShare
 from mxn.train.run.job import DeviceSettings, Job
@@ -65,7 +64,7 @@ class LocalRanks:
         self._specs, self._store = specs, store  # the store lives as long as the ranks
         self._processes: list[subprocess.Popen[bytes]] = []
         self._shares: list[CpuShare] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="mxn-ranks-")
+        self._folder = scratch.Folder("ranks")
 
     def start(self, job: Job) -> None:
         """Start all of them. Raises: UnsupportedError, CapacityError for CPU shares or cores."""
@@ -257,7 +256,7 @@ def start_process(
 
 
 def rank_command(spec_file: Path) -> list[str]:
-    return [sys.executable, "-m", "mxn.train.run.rank", str(spec_file)]
+    return child.command("mxn.train.run.rank", str(spec_file))
 
 
 def log_path(folder: Path, rank: int) -> Path:

@@ -29,12 +29,14 @@ from mxn.train.run.launch import (
     rank_specs,
     start_process,
 )
+from mxn.train.run.login import PASSWORD, USER
 from mxn.train.run.supervise.ranks import Launching
 
 log = logging.getLogger("mxn.train")
 
 RESOURCES = {"cuda": "GPU", "npu": "NPU", "hpu": "HPU", "xpu": "GPU"}
 """What Ray calls a kind of device. Ray shows a process only its own, as number 0."""
+_HANDED_ON = ("PYTHONPATH", USER, PASSWORD)  # variables that the machines do not have
 _RESERVE_S = 60.0
 _GONE = -signal.SIGKILL  # of a rank whose machine or actor is gone
 
@@ -42,7 +44,9 @@ _GONE = -signal.SIGKILL  # of a rank whose machine or actor is gone
 class RankHost:
     """The actor: holds one rank process on its machine."""
 
-    def start(self, spec_json: str, folder: str, group: dict[str, Any], python_path: str) -> int:
+    def start(
+        self, spec_json: str, folder: str, group: dict[str, Any], variables: dict[str, str]
+    ) -> int:
         """Start the rank and return its process id there."""
         spec, settings = RankSpec.from_json(spec_json), DeviceSettings(**group)
         file = Path(folder) / f"rank-{spec.rank}.json"
@@ -51,9 +55,8 @@ class RankHost:
         if settings.cpu_share is not None:
             self.share = CpuShare.create(settings.cpu_share, f"rank-{spec.rank}")
         self.process = start_process(
-            rank_command(file), log_path(Path(folder), spec.rank), settings,
-            {"PYTHONPATH": python_path},
-        )  # fmt: skip
+            rank_command(file), log_path(Path(folder), spec.rank), settings, variables
+        )
         if self.share is not None:
             self.share.take_in(self.process.pid)
         return self.process.pid
@@ -150,9 +153,8 @@ class RayRanks(LocalRanks):
             ),
         }
         actor = ray.remote(RankHost).options(**options).remote()
-        asked = actor.start.remote(
-            spec.to_json(), str(self.logs), asdict(group), os.environ.get("PYTHONPATH", "")
-        )
+        handed_on = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
+        asked = actor.start.remote(spec.to_json(), str(self.logs), asdict(group), handed_on)
         self._processes.append(_RemoteProcess(actor, ray.get(asked)))  # type: ignore[arg-type]
 
     def _clean(self) -> None:

@@ -25,6 +25,7 @@ from mxn.train.run.job_model import look_at, memory_of
 from mxn.train.run.measure_start import ask_ranks
 from mxn.train.run.measured import Answer, Request, basis_of, layers_key, link_key
 from mxn.train.run.stored import Reading, StoredLink, StoredProfile
+from mxn.train.shapes import BYTES
 
 log = logging.getLogger("mxn.train")
 
@@ -229,13 +230,27 @@ class _Bench:
             shape=self.shape,
             cluster=cluster,
             profiles={
-                label: with_sums(profile.to_chip_profile(), cluster.groups, self.shape)
+                label: self._with_dtype(
+                    with_sums(profile.to_chip_profile(), cluster.groups, self.shape)
+                )
                 for label, profile in profiles.items()
             },
             stored=profiles,
             links=links,
             memory=memory_of(self.job, trainable_share=self.trainable_share),
             is_reused=is_reused,
+        )
+
+    def _with_dtype(self, profile: ChipProfile) -> ChipProfile:
+        """Say what a group with a dtype of its own keeps, and how wide its values are."""
+        dtypes = {g.dtype for g in self.job.devices if self.devices.label(g) == profile.chip}
+        dtype = next(iter(dtypes), None)
+        if dtype is None or dtype == self.job.dtype:
+            return profile
+        return replace(
+            profile,
+            memory=memory_of(self.job, trainable_share=self.trainable_share, dtype=dtype),
+            width=BYTES[dtype] / BYTES[self.job.dtype],
         )
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mxn.errors import ChipError
+from mxn.train.run import child, scratch
 from mxn.train.run.cpu_share import CpuShare
 from mxn.train.run.job import DeviceSettings, Job
 from mxn.train.run.launch import cores_of, log_path, start_process, tail_of
@@ -32,7 +31,7 @@ def ask_ranks(job: Job, request: Request, model: Model) -> list[Answer]:
     from mxn.train.run.bridge import serve_store
 
     store, address = serve_store()
-    with tempfile.TemporaryDirectory(prefix="mxn-profile-") as name:
+    with scratch.Folder("profile") as name:
         folder = Path(name)
         (folder / "request.json").write_text(request.to_json())
         (folder / MODEL_FILE).write_bytes(pickle.dumps(model))
@@ -64,7 +63,7 @@ def ask_ranks(job: Job, request: Request, model: Model) -> list[Answer]:
 
 def _start(rank: int, group: DeviceSettings, folder: Path, address: str) -> subprocess.Popen[bytes]:
     request = str(folder / "request.json")
-    command = [sys.executable, "-m", "mxn.train.run.measure_rank", request, str(rank), address]
+    command = child.command("mxn.train.run.measure_rank", request, str(rank), address)
     return start_process(command, log_path(folder, rank), group)
 
 

@@ -134,6 +134,9 @@ class _Slot(NamedTuple):
     exp_avg_sq: Tensor
     weight_decay: float
 
+    def state(self) -> dict[str, Tensor]:
+        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
 
 class AdamW:
     """AdamW with decoupled weight decay on float32 master weights."""
@@ -179,12 +182,11 @@ class AdamW:
 
         A matrix shared within this stage is also given as the head's own, as another plan needs it.
         """
-        state: dict[str, Tensor] = {}
-        for name, slot in self._of_layer(layer):
-            state[f"{name}.master"] = slot.master
-            state[f"{name}.exp_avg"] = slot.exp_avg
-            state[f"{name}.exp_avg_sq"] = slot.exp_avg_sq
-        return state
+        return {
+            f"{name}.{part}": tensor
+            for name, slot in self._of_layer(layer)
+            for part, tensor in slot.state().items()
+        }
 
     @torch.no_grad()
     def load_layer_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
@@ -210,6 +212,18 @@ class AdamW:
             tensor.copy_(state[name])
         for _, slot in self._of_layer(layer):
             slot.parameter.data.copy_(slot.master)
+
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return master and moments of one parameter, not copied; empty if it has none here."""
+        own = (slot for slot in self._slots.values() if slot.parameter is parameter)
+        return next((slot.state() for slot in own), {})
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Give the master weights to the parameters, behind a change of the former."""
+        for slot in self._slots.values():
+            if slot.master.dtype != slot.parameter.dtype:
+                slot.parameter.data.copy_(slot.master)
 
     def whole_layer_state(self, layer: int) -> dict[str, Tensor]:
         """Return `layer_state` with whole tensors; the team of the stage calls it together."""

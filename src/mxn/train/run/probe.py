@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from mxn.train.run import child
 from mxn.train.run.job import Job
 
 _LONGEST_S = 120.0
@@ -23,7 +24,7 @@ class DeviceProbe:
     def __init__(self, device: str) -> None:
         self._until_s = time.monotonic() + _LONGEST_S
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mxn.train.run.probe", device],
+            child.command("mxn.train.run.probe", device),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mxn.chips.chip import Device
     from mxn.train.run.bridge import Bridge
     from mxn.train.run.from_job import Opened
+    from mxn.train.run.keeper import Keeper
+    from mxn.train.run.rebalance import Counts, Rebalancer, Since
     from mxn.train.run.trainer import RankStep, RankTrainer
 
 log = logging.getLogger("mxn.train")
@@ -113,8 +115,12 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
         holders=placement.holders(placement.places[spec.rank].index),
         num_ranks=placement.num_ranks,
         facts=facts(job, opened),
+        loss_scale=trainer.loss_scale,
+        before_save=trainer.align,
     )
     trainer.step = keeper.resume(spec.resume_step).step
+    trainer.align(judge=False)  # chips with another dtype begin with other roundings
+    shares = _Shares(job, trainer, keeper)
     tracker = None
     if spec.rank == 0:
         tracker = Tracker(Path(job.out), job.tracking, name=job.name, first_step=trainer.step)
@@ -129,8 +135,11 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
             wish = SAVE_AND_END
         told = trainer.train_step(int(wish))
         if tracker is not None:
-            tracker.step(step, metrics(told) | keeper.costs())
+            positions = job.global_batch * job.seq_tokens
+            tracker.step(step, metrics(told, positions) | keeper.costs())
         is_asked_to_end = keeper.obey(float(told.flags), step + 1, told.log.num_tokens)
+        if not is_asked_to_end:
+            shares.look(told)
     keeper.close()
     trainer.bridge.barrier("the end of the job")
     is_finished = trainer.step >= opened.num_steps
@@ -140,17 +149,79 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
             control.say_finished()
 
 
-def metrics(told: RankStep) -> dict[str, float | int | None]:
-    """Return a step as a line of metrics."""
+class _Shares:
+    """The micro-batches of each pipeline: all ranks change them behind the same step."""
+
+    def __init__(self, job: Job, trainer: RankTrainer, keeper: Keeper) -> None:
+        """All ranks make theirs at the same time: the first one reads, and tells the others."""
+        from mxn.train.run import counts_log
+        from mxn.train.run.rebalance import Rebalancer
+
+        plan = trainer.placement.plan
+        self._out, self._plan = Path(job.out), plan.fingerprint
+        self._trainer, self._keeper = trainer, keeper
+        self._rebalancer: Rebalancer | None = None
+        if not job.rebalances or len(plan.pipelines) == 1:
+            return
+        known: list[Since] = []
+        if trainer.bridge.rank == 0:
+            known = counts_log.since(counts_log.read(self._out, self._plan), trainer.step)
+        self._rebalancer = Rebalancer(
+            plan, every_steps=job.rebalance.every_steps, least_gain=job.rebalance.least_gain,
+            first_step=trainer.step, recorded=_told(trainer.bridge, known, len(plan.pipelines)),
+        )  # fmt: skip
+        self._use(self._rebalancer.counts)
+
+    def look(self, told: RankStep) -> None:
+        """Take what a step measured, and change what the next one does, if that pays."""
+        from mxn.train.run import counts_log
+        from mxn.train.run.trainer import loads_of
+
+        if self._rebalancer is None:
+            return
+        loads = loads_of(self._trainer.placement, told.times)
+        change = self._rebalancer.observe(told.log.step, loads, told.step_s)
+        # Before the first step with it: whoever starts again behind that one must find it.
+        if change is not None and self._trainer.bridge.rank == 0:
+            log.info("%s", change.text())
+            counts_log.append(self._out, self._plan, change)
+        self._use(self._rebalancer.counts)
+
+    def _use(self, counts: Counts) -> None:
+        if counts != self._trainer.counts:
+            self._trainer.set_counts(counts)
+            self._keeper.use(self._trainer.placement.plan)
+
+
+def _told(bridge: Bridge, known: list[Since], num_pipelines: int) -> list[Since]:
+    """Return what rank 0 knows. Others do not read its file: a shared folder may be behind."""
+    size = 1 + num_pipelines
+    count = int(bridge.gather([float(len(known))])[0][0])
+    mine = [float(number) for step, counts in known for number in (step, *counts)]
+    flat = bridge.gather(mine or [0.0] * (count * size))[0] if count else []
+    rows = [[int(number) for number in flat[at : at + size]] for at in range(0, len(flat), size)]
+    return [(step, tuple(counts)) for step, *counts in rows]
+
+
+def metrics(told: RankStep, positions: int) -> dict[str, float | int | None]:
+    """Return a step as a line of metrics. `positions`: tokens of all its rows, as predictions count
+    them; fewer are learned where some have no label.
+    """
     log_ = told.log
     values: dict[str, float | int | None] = {
         "loss": log_.loss,
         "num_tokens": log_.num_tokens,
         "seconds": log_.seconds,
-        "tokens_per_s": log_.num_tokens / log_.seconds,
+        "tokens_per_s": positions / log_.seconds,
+        "learned_tokens_per_s": log_.num_tokens / log_.seconds,
         "learning_rate": log_.learning_rate,
-        "gradient_norm": log_.gradient_norm,
+        "gradient_norm": log_.gradient_norm if log_.is_taken else None,
     }
+    if log_.loss_scale != 1:
+        values |= {"loss_scale": log_.loss_scale, "is_taken": int(log_.is_taken)}
+    if len(told.counts) > 1:
+        for number, count in enumerate(told.counts):
+            values[f"pipeline{number}_micro_batches"] = count
     for rank, times in enumerate(told.times):
         values[f"rank{rank}_busy_s"] = times.busy_s
         values[f"rank{rank}_waited_s"] = times.waited_s

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from mxn.errors import ConfigError, NotFoundError, UserError
 from mxn.train.plan.plan import TrainPlan
+from mxn.train.run import counts_log
 from mxn.train.run.control import write_whole
 from mxn.train.run.job import Job
+from mxn.train.run.login import hide_login
 from mxn.train.run.prepare import Task, plan_of_job, task_of_job, with_devices
+from mxn.train.run.rebalance import counts_of
 
 if TYPE_CHECKING:
+    from mxn.train.plan.prediction import Prediction
     from mxn.train.run.measure import Measured
     from mxn.train.run.supervise.words import State
 
@@ -36,14 +40,15 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
     a Ray cluster whose machines the ranks run on; devices are measured and checked on this one.
     Raises: UserError when another command runs the job, or a checkpoint is broken.
     """
+    from mxn.train.run.counts_told import CountsTold
     from mxn.train.run.launch import launch
     from mxn.train.run.launch_ray import launch_on_ray
     from mxn.train.run.probe import start_probe
     from mxn.train.run.supervise.shell import Supervisor
     from mxn.train.run.supervise.words import State
 
-    job = with_devices(job)
-    checks = Checks(on_say)
+    job = with_devices(hide_login(job))
+    checks = Checks(on_say, Path(job.out))
     supervisor = Supervisor(
         job,
         tuple(group.name for group in job.devices),
@@ -55,8 +60,15 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
     )
     with supervisor.held():  # before the folder is written to: another command may be at work there
         keep_job(job)
+        keep_counts(job)
         if (steps := _steps_done(job)) is None:
-            return supervisor.run()
+            with CountsTold(
+                Path(job.out),
+                plan=lambda: supervisor.plan,
+                say=supervisor.say,
+                keep=checks.foretell,
+            ):
+                return supervisor.run()
         on_say(f"all {steps} steps are done")
         return State(groups=tuple(g.name for g in job.devices), phase="done", checkpoint_step=steps)
 
@@ -64,10 +76,10 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
 class Checks:
     """Plans of a job and the checks before it starts, which ask what a plan was made from."""
 
-    def __init__(self, on_say: Say) -> None:
+    def __init__(self, on_say: Say, out: Path) -> None:
         from mxn.train.run.gate.process import Gate
 
-        self._on_say = on_say
+        self._on_say, self._out = on_say, out
         self._parity = Gate(on_say=on_say)
         self._planned: tuple[tuple[str, ...], Task] | None = None
         self._is_fresh = False  # the profiles were measured a moment ago, by the speed check
@@ -77,6 +89,11 @@ class Checks:
         task = task_of_job(job, groups=groups, on_progress=self._on_say)
         self._planned = groups, task
         return make_plan(job, groups, task=task, on_say=self._on_say)
+
+    def foretell(self, plan: TrainPlan) -> None:
+        """Keep what the last plan is predicted to do with other micro-batches."""
+        if self._planned is not None:
+            _keep_prediction(self._out, plan, self._planned[1].predict(plan))
 
     def run_gate(self, job: Job, plan: TrainPlan) -> None:
         """Raises: GateError, SpeedError."""
@@ -119,11 +136,43 @@ def make_plan(
         f"{prediction.iteration_s:.3g} s a step, {prediction.tokens_per_s:,.0f} tokens/s "
         f"({prediction.basis})"
     )
-    told = {"plan": plan.fingerprint, "prediction": asdict(prediction)}
-    out = Path(job.out)
+    _keep_prediction(Path(job.out), plan, prediction)
+    return plan
+
+
+def _keep_prediction(out: Path, plan: TrainPlan, prediction: Prediction) -> None:
+    told = {
+        "plan": plan.fingerprint,
+        "micro_batches": counts_of(plan),
+        "prediction": asdict(prediction),
+    }
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "predicted.json", json.dumps(told))
-    return plan
+
+
+def keep_counts(job: Job) -> None:
+    """Forget how micro-batches were shared out by steps that do not count for this run."""
+    from mxn.train.run.checkpoint import manifest as manifests
+
+    has_begun = bool(manifests.complete(Path(job.checkpoint.folder)))
+    if not job.rebalances or job.checkpoint.resume == "never" or not has_begun:
+        counts_log.forget(Path(job.out))
+
+
+def micro_batches(out: Path, plan: str | None) -> dict[str, Any] | None:
+    """Return how a job shares out its micro-batches now and as planned; None: as it was planned.
+
+    `plan`: the fingerprint of the one that its ranks were started with.
+    """
+    changes = counts_log.read(out, plan)
+    if not changes:
+        return None
+    return {
+        "now": changes[-1].after,
+        "since_step": changes[-1].step,
+        "planned": changes[0].before,
+        "changes": [asdict(change) for change in changes],
+    }
 
 
 def _steps_done(job: Job) -> int | None:
@@ -194,7 +243,7 @@ def export(out: Path, target: Path, *, step: int | None = None, is_adapter: bool
     Raises: NotFoundError without that checkpoint; BrokenError for one that was altered;
     UserError for an adapter of a job without one.
     """
-    from mxn.train.run.checkpoint import Stored
+    from mxn.train.run.checkpoint import Stored, with_checkpoint
     from mxn.train.run.export import export_adapter, export_model
     from mxn.train.run.from_job import open_source
     from mxn.train.run.lora import LoraSettings
@@ -202,19 +251,21 @@ def export(out: Path, target: Path, *, step: int | None = None, is_adapter: bool
     job = kept_job(out)
     if is_adapter and job.lora is None:
         raise UserError(f"job {job.name!r} trains no adapter", hint="leave --adapter out")
-    stored = Stored.open(_checkpoint(job, step))
     source, lora = open_source(job), None
     if job.lora is not None:
         lora = LoraSettings(rank=job.lora.rank, alpha=job.lora.alpha, targets=job.lora.targets)
 
-    def state_of(layer: int) -> dict[str, Any]:
-        return _layer_state(source, stored, layer, lora, job.seed)
+    def write(stored: Stored) -> int:
+        def state_of(layer: int) -> dict[str, Any]:
+            return _layer_state(source, stored, layer, lora, job.seed)
 
-    if is_adapter and lora is not None:
-        export_adapter(source, state_of, target, lora)
-    else:
-        export_model(source, state_of, target, lora=lora)
-    return stored.manifest.position.step
+        if is_adapter and lora is not None:
+            export_adapter(source, state_of, target, lora)
+        else:
+            export_model(source, state_of, target, lora=lora)
+        return stored.manifest.position.step
+
+    return with_checkpoint(Path(job.checkpoint.folder), step, write)
 
 
 def _layer_state(source: Any, stored: Any, layer: int, lora: Any, seed: int) -> dict[str, Any]:
@@ -228,21 +279,3 @@ def _layer_state(source: Any, stored: Any, layer: int, lora: Any, seed: int) -> 
     optimizer = AdamW(stage, AdamSettings())
     optimizer.load_layer_state(layer, stored.layer(layer))
     return optimizer.master_state(layer)
-
-
-def _checkpoint(job: Job, step: int | None) -> Path:
-    from mxn.train.run.checkpoint import manifest as manifests
-
-    found = dict(manifests.complete(Path(job.checkpoint.folder)))
-    if not found:
-        raise NotFoundError(
-            f"job {job.name!r} has no checkpoint in {job.checkpoint.folder}",
-            hint="run it first: `mxn train run`",
-        )
-    if step is None:
-        return found[max(found)]
-    if step not in found:
-        raise NotFoundError(
-            f"no checkpoint of step {step}", hint=f"there are: {', '.join(map(str, found))}"
-        )
-    return found[step]

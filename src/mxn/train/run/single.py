@@ -15,6 +15,7 @@ from mxn.errors import ConfigError
 from mxn.train.run import lora
 from mxn.train.run.data import Rows
 from mxn.train.run.lora import LoraSettings
+from mxn.train.run.loss_scale import LossScale
 from mxn.train.run.net.stage import Recompute
 from mxn.train.run.optim import AdamSettings, AdamW, GradientSums, clip_factor
 from mxn.train.run.schedule import Schedule, learning_rate
@@ -49,6 +50,8 @@ class StepLog:
     learning_rate: float
     gradient_norm: float  # before clipping
     seconds: float
+    loss_scale: float = 1.0
+    is_taken: bool = True  # False: gradients did not fit into float16, nothing was updated
 
 
 class SingleTrainer:
@@ -74,6 +77,8 @@ class SingleTrainer:
             lora.check_targets(settings.lora, adapted)
         self.gradients = GradientSums(self.stage)
         self.optimizer = AdamW(self.stage, settings.adam)
+        num_tokens = settings.micro_batches * rows.row_count * rows.seq_tokens
+        self.loss_scale = LossScale.for_step(num_tokens, is_on=dtype == torch.float16)
         self.step = 0  # the next one
 
     def run(
@@ -96,18 +101,19 @@ class SingleTrainer:
         began = time.perf_counter()
         settings, first = self.settings, self.step * self.settings.micro_batches
         self.gradients.clear()
-        losses, num_tokens = [], 0
+        losses, num_tokens, loss_scale = [], 0, self.loss_scale.value
         for index in range(first, first + settings.micro_batches):
             batch = self.rows.micro_batch(index)
             num_tokens += batch.num_tokens
             loss = self.stage(None, batch.to(self.stage.device))
-            loss.backward()
+            loss.backward(torch.full_like(loss, loss_scale))
             losses.append(loss.detach())
         share = 1 / max(1, num_tokens)
-        norm = self.gradients.square_norm().sqrt().item() * share
+        norm = self.gradients.square_norm().sqrt().item() * share / loss_scale
         rate = learning_rate(settings.schedule, self.step)
-        factor = clip_factor(norm, settings.clip_norm)
-        self.optimizer.step(self.gradients, rate, scale=share * factor)
+        if is_taken := self.loss_scale.takes(norm):
+            scale = share * clip_factor(norm, settings.clip_norm) / loss_scale
+            self.optimizer.step(self.gradients, rate, scale=scale)
         total = torch.stack(losses).cpu().double().sum().item()
         log = StepLog(
             step=self.step,
@@ -116,6 +122,8 @@ class SingleTrainer:
             learning_rate=rate,
             gradient_norm=norm,
             seconds=time.perf_counter() - began,
+            loss_scale=loss_scale,
+            is_taken=is_taken,
         )
         self.step += 1
         return log

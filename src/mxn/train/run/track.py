@@ -11,15 +11,16 @@ import json
 import logging
 import os
 import queue
-import re
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mxn.errors import UnsupportedError, UserError
 from mxn.train.run.job import TrackingSettings
+from mxn.train.run.login import take_login, with_login, without_login
 
 log = logging.getLogger("mxn.train")
 
@@ -44,7 +45,8 @@ class Tracker:
         self._file = self.path.open("a", encoding="utf-8")
         self._mlflow: _MlflowRun | None = None
         if settings.mlflow is not None:
-            self._mlflow = _MlflowRun(folder / "mlflow.json", settings, name)
+            shown = replace(settings, mlflow=take_login(settings.mlflow))
+            self._mlflow = _MlflowRun(folder / "mlflow.json", shown, name)
 
     def step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Write one step; values that are unknown (None) are left out of MLflow."""
@@ -139,10 +141,7 @@ class _MlflowRun:
             )
             run_id = self._client.create_run(experiment, run_name=name).info.run_id
         except Exception as error:  # MLflow passes on what its many stores raise
-            raise UserError(
-                _refused(settings, error),
-                hint="tracking: {mlflow: …} takes http://host:port, or sqlite:///path.db",
-            ) from error
+            raise _refused(settings, error) from None  # its own words may hold the password
         path.write_text(json.dumps({"uri": settings.mlflow, "run": run_id}), encoding="utf-8")
         return run_id
 
@@ -152,7 +151,8 @@ class _MlflowRun:
                 self._send(*item)
             except Exception as error:  # the job goes on, and the file has every number
                 if not self._has_failed:
-                    log.warning("MLflow fails, metrics are in the file only: %s", error)
+                    said = without_login(str(error))
+                    log.warning("MLflow fails, metrics are in the file only: %s", said)
                 self._has_failed = True
 
     def _send(self, kind: str, content: Any) -> None:
@@ -173,14 +173,12 @@ class _MlflowRun:
             self._client.set_terminated(self._run_id, status=content)
 
 
-def _refused(settings: TrackingSettings, error: Exception) -> str:
-    said = str(error).splitlines()[:1]
-    return _without_password(f"MLflow at {settings.mlflow!r} cannot be used: {''.join(said)}")
-
-
-def _without_password(text: str) -> str:
-    """Return what was said without passwords in its URIs: errors go into logs and status.json."""
-    return re.sub(r"://[^/@\s']*@", "://…@", text)
+def _refused(settings: TrackingSettings, error: Exception) -> UserError:
+    said = "".join(str(error).splitlines()[:1])
+    return UserError(
+        without_login(f"MLflow at {settings.mlflow!r} cannot be used: {said}"),
+        hint="tracking: {mlflow: …} takes http://host:port, or sqlite:///path.db",
+    )
 
 
 def _connect(settings: TrackingSettings) -> Any:
@@ -191,11 +189,10 @@ def _connect(settings: TrackingSettings) -> Any:
         mlflow: Any = importlib.import_module("mlflow")
     except ImportError as error:
         raise UnsupportedError(_NO_MLFLOW, hint="pip install 'mxn[train]'") from error
+    assert settings.mlflow is not None
+    uri = with_login(settings.mlflow)
     try:
         # Without a registry of models: the small package has none for sqlite.
-        return mlflow.MlflowClient(tracking_uri=settings.mlflow, registry_uri="")
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri="")
     except Exception as error:  # as above
-        raise UserError(
-            _refused(settings, error),
-            hint="tracking: {mlflow: …} takes http://host:port, or sqlite:///path.db",
-        ) from error
+        raise _refused(settings, error) from None

@@ -10,10 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
+from mxn.errors import InternalError
 from mxn.train.plan.schedules import Order, order
 from mxn.train.run import lora
 from mxn.train.run.bridge import Bridge
@@ -21,9 +23,12 @@ from mxn.train.run.data import MicroBatch, Rows
 from mxn.train.run.deferred import Add, DeferredWeights
 from mxn.train.run.executor import Executor, StepWork
 from mxn.train.run.gradients import Gradients
+from mxn.train.run.loss_scale import LossScale
 from mxn.train.run.net import StageModule
 from mxn.train.run.optim import AdamW, GradientSums, Key, clip_factor
 from mxn.train.run.placement import Placement
+from mxn.train.run.rebalance import Counts, Load, counts_of, with_counts
+from mxn.train.run.replicas import Replicas
 from mxn.train.run.schedule import learning_rate
 from mxn.train.run.sharded import ShardedAdamW, owner_of
 from mxn.train.run.single import RunSettings, StepLog
@@ -37,7 +42,7 @@ class RankTimes:
 
     busy_s: float  # computing, as far as the host can tell
     waited_s: float  # for neighbours of the pipeline
-    reduce_s: float  # for sums of gradients, behind the last backward pass
+    reduce_s: float  # for sums of gradients, behind the last backward pass and where they begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,8 @@ class RankStep:
     log: StepLog
     flags: int  # what ranks said with this step, or-ed together
     times: tuple[RankTimes, ...]  # by rank
+    counts: Counts  # micro-batches by pipeline
+    step_s: float  # of rank 0's step before this one; 0 for the first
     optimizer_s: float
 
 
@@ -73,7 +80,7 @@ class RankTrainer:
         self.rows, self.settings, self.placement, self.bridge = rows, settings, placement, bridge
         self.place = placement.places[rank]
         self.team = open_teams(bridge, placement.all_teams())
-        stage, pipeline = placement.stage_of(rank), placement.pipeline_of(rank)
+        stage = placement.stage_of(rank)
         self.chunks: list[StageModule] = []
         for chunk in stage.chunks:
             module = source.stage(
@@ -91,34 +98,60 @@ class RankTrainer:
         self.gradients = Gradients(placement, bridge, self.chunks, self.sums)
         self._holders = placement.holders(self.place.index)
         self.optimizers = [self._optimizer(module) for module in self.chunks]
+        self._replicas = Replicas(placement, bridge, self.chunks, self.optimizers, dtypes=dtypes)
+        plan = placement.plan
+        self.loss_scale = LossScale.for_step(
+            plan.micro_batches * plan.micro_batch * plan.seq_tokens,
+            is_on=torch.float16 in dtypes,
+        )
         self.step = 0  # the next one
         bridge.open_channels(list(placement.channels()))
-        number = self.place.pipeline
-        all_rows = orders[number] if orders else _order(placement, number)
+        self._orders, self._dtypes = orders, dtypes
+        self._deferred: list[DeferredWeights] = []
+        self._before_s = 0.0  # of the step before
+        self.executor = self._executor()
+
+    @property
+    def counts(self) -> Counts:
+        """Return the micro-batches of a step, by pipeline."""
+        return counts_of(self.placement.plan)
+
+    def set_counts(self, counts: Counts) -> None:
+        """Do the next steps with other micro-batches for each pipeline; all ranks at once.
+
+        Raises: InternalError for counts that are not of this plan, or for orders made for others.
+        """
+        if counts == self.counts:
+            return
+        if self._orders:
+            raise InternalError("the given orders are for the plan's counts only")
+        self.placement = Placement(with_counts(self.placement.plan, counts))
+        self.executor = self._executor()
+
+    def _executor(self) -> Executor:
+        placement, number = self.placement, self.place.pipeline
+        all_rows = self._orders[number] if self._orders else _order(placement, number)
         row = all_rows[self.place.stage]
-        is_split = any(action.kind == "W" for action in row)
-        self.executor = Executor(
+        if not self._deferred and any(action.kind == "W" for action in row):
+            self._deferred = [
+                DeferredWeights(module, _adder(sums))
+                for module, sums in zip(self.chunks, self.sums, strict=True)
+            ]
+        return Executor(
             placement,
             self.place,
             row,
             self.chunks,
-            bridge,
+            self.bridge,
             team=self.team,
             dtypes=[
-                dtypes[placement.rank_of_part(number, part)]
+                self._dtypes[placement.rank_of_part(number, part)]
                 for part in range(placement.num_parts(number))
             ],
-            deferred=[
-                DeferredWeights(module, _adder(sums))
-                for module, sums in zip(self.chunks, self.sums, strict=True)
-            ]
-            if is_split
-            else [],
+            deferred=self._deferred,
             before_last=self.gradients.arm,
             after_last=self.gradients.complete,
         )
-        self._first = placement.first_micro_batch(number)
-        self._num_micro_batches = pipeline.micro_batches
 
     def train_step(self, flags: int = 0) -> RankStep:
         """Do the next step together with all other ranks.
@@ -127,27 +160,27 @@ class RankTrainer:
         is lost; UserError when the gradients are no numbers, on all ranks alike.
         """
         begin_s = time.perf_counter()
-        first = self.step * self.settings.micro_batches + self._first
+        first = self.step * self.settings.micro_batches
+        first += self.placement.first_micro_batch(self.place.pipeline)
         self.gradients.clear()
-        work = self.executor.run(lru_cache(4)(partial(self._batch, first)))
+        batches, loss_scale = lru_cache(4)(partial(self._batch, first)), self.loss_scale.value
+        work = self.executor.run(batches, loss_scale=loss_scale)
         computed_s = time.perf_counter()
         self.gradients.finish()
         summed_s = time.perf_counter()
         mine = RankTimes(
-            busy_s=work.total_s - work.waited_s,
+            busy_s=max(0.0, work.total_s - work.waited_s - self.gradients.started_s),
             waited_s=work.waited_s,
-            reduce_s=summed_s - computed_s,
+            reduce_s=summed_s - computed_s + self.gradients.started_s,
         )
-        square, loss, tokens, said, times = self._exchange(work, flags, mine)
+        square, loss, tokens, said, times, step_s = self._exchange(work, flags, mine)
         told_s = time.perf_counter()
         share = 1 / max(1, tokens)
-        norm = square**0.5 * share
+        norm = square**0.5 * share / loss_scale
         rate = learning_rate(self.settings.schedule, self.step)
-        scale = share * clip_factor(norm, self.settings.clip_norm)
-        for optimizer, sums in zip(self.optimizers, self.sums, strict=True):
-            optimizer.step(sums, rate, scale=scale)
-        if self.placement.plan.shards_optimizer:
-            self.gradients.share_weights(self._owns)
+        if is_taken := self.loss_scale.takes(norm):
+            factor = clip_factor(norm, self.settings.clip_norm)
+            self._update(rate, share * factor / loss_scale)
         end_s = time.perf_counter()
         log = StepLog(
             step=self.step,
@@ -156,14 +189,29 @@ class RankTrainer:
             learning_rate=rate,
             gradient_norm=norm,
             seconds=end_s - begin_s,
+            loss_scale=loss_scale,
+            is_taken=is_taken,
         )
         self.step += 1
+        self._before_s = log.seconds
         return RankStep(
             log=log,
             flags=said,
             times=times,
+            counts=self.counts,
+            step_s=step_s,
             optimizer_s=end_s - told_s,
         )
+
+    def align(self, *, judge: bool = True) -> float | None:
+        """Make copies of layers on different chips the same bits; see `Replicas.align`."""
+        return self._replicas.align(judge=judge)
+
+    def _update(self, rate: float, scale: float) -> None:
+        for optimizer, sums in zip(self.optimizers, self.sums, strict=True):
+            optimizer.step(sums, rate, scale=scale)
+        if self.placement.plan.shards_optimizer:
+            self.gradients.share_weights(self._owns)
 
     def _owns(self, key: Key) -> bool:
         return owner_of(self._holders, key[0]) == self.bridge.rank
@@ -181,10 +229,12 @@ class RankTrainer:
 
     def _exchange(
         self, work: StepWork, flags: int, times: RankTimes
-    ) -> tuple[float, float, int, int, tuple[RankTimes, ...]]:
-        """Return squared norm, sum of losses, tokens, flags and times of all ranks.
+    ) -> tuple[float, float, int, int, tuple[RankTimes, ...], float]:
+        """Return squared norm, sum of losses, tokens, flags, times of all ranks, and the seconds of
+        rank 0's step before.
 
         Numbers are added in the order of ranks, so that every rank has the same bits.
+        Raises: InternalError when ranks share out the step's micro-batches differently.
         """
         loss, num_tokens = 0.0, 0
         if work.losses and self.place.index == 0:  # the rest of its team has the same
@@ -195,16 +245,32 @@ class RankTrainer:
         square = total = tokens = 0.0
         seen: list[RankTimes] = []
         told = [times.busy_s, times.waited_s, times.reduce_s]
-        for others, other_loss, other_tokens, other_flags, *spent in self.bridge.gather(
-            mine + told
-        ):
+        shared_out = float(crc32(repr(self.counts).encode()))
+        rows = self.bridge.gather([*mine, shared_out, self._before_s, *told])
+        for others, other_loss, other_tokens, other_flags, theirs, _, *spent in rows:
+            if theirs != shared_out:
+                raise InternalError("ranks disagree on who does which micro-batches of a step")
             square, total = square + others, total + other_loss
             tokens, said = tokens + other_tokens, said | int(other_flags)
             seen.append(RankTimes(busy_s=spent[0], waited_s=spent[1], reduce_s=spent[2]))
-        return square, total, int(tokens), said, tuple(seen)
+        return square, total, int(tokens), said, tuple(seen), rows[0][5]
 
     def _batch(self, first: int, micro_batch: int) -> MicroBatch:
         return self.rows.micro_batch(first + micro_batch).to(self.bridge.device)
+
+
+def loads_of(placement: Placement, times: Sequence[RankTimes]) -> list[Load]:
+    """Return what each pipeline took, by the times of its ranks in one step."""
+    own: list[list[RankTimes]] = [[] for _ in placement.plan.pipelines]
+    for place, spent in zip(placement.places, times, strict=True):
+        own[place.pipeline].append(spent)
+    return [
+        Load(
+            total_s=max(rank.busy_s + rank.waited_s for rank in ranks),
+            busy_s=max(rank.busy_s for rank in ranks),
+        )
+        for ranks in own
+    ]
 
 
 def _order(placement: Placement, number: int) -> Order:

@@ -6,18 +6,20 @@ Exact in the time of the pipelines (sum + (m - 1)·slowest) plus an estimate of 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, pairwise
 from math import prod
 
 from mxn.train.plan.cluster import Cluster, Link
-from mxn.train.plan.search.cuts import Counts, Cut, fronts
+from mxn.train.plan.search.cuts import Counts, Cut, Table, fronts
 from mxn.train.plan.search.draft import Draft, Style, Template, template
+from mxn.train.plan.search.every import partitions
 from mxn.train.plan.search.packing import Option, pack, soonest
 from mxn.train.plan.search.tables import Kind, Tables
 
 _SMALL = 1000  # a millisecond each, about
+_SLOW_HOP = 0.05  # of a stage's time
 _MOST_SETS = 250  # of pipelines that are estimated
 _NUM_SETS = 16  # of them, the quickest, that are judged
 
@@ -47,21 +49,53 @@ def exact_drafts(
     What would take more than `worth_s` is left out. Drafts are for the first of `styles` and for
     the one that fills its pipelines best.
     """
+    drafts: list[Draft] = []
+    for hidden in (0.0, 0.5) if _has_slow_hops(tables, kinds) else (0.0,):
+        found = _fronts(tables, kinds, num_slots, micro_batches, max_stages, worth_s, hidden)
+        for style in dict.fromkeys((styles[0], min(styles, key=lambda style: style.fill))):
+            args = (tables, kinds, num_slots, micro_batches, found, style)
+            drafts += [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
+            if style is styles[0] and tables.shards == 1:
+                drafts += _sets(*args)
+    # Each pipeline keeps a shard, so fewer pipelines would not fit as the tables say.
+    return [draft for draft in drafts if draft.num_pipelines >= tables.shards]
+
+
+def _has_slow_hops(tables: Tables, kinds: Sequence[Kind]) -> bool:
+    """Return whether handing over takes a share of a stage's time that matters for cuts."""
+    hops = max(float(tables.hop(a, b).max()) for a in kinds for b in kinds)
+    num_slots = sum(tables.job.num_slots(kind) for kind in kinds)
+    return hops * num_slots > _SLOW_HOP * min(map(tables.work_s, kinds))
+
+
+def _fronts(
+    tables: Tables, kinds: Sequence[Kind], num_slots: Counts, count: int, max_stages: int | None,
+    worth_s: float, hidden: float,
+) -> dict[Counts, list[Cut]]:  # fmt: skip
+    """Return the fronts where a part of each hop is `hidden` from the pace, not from the filling.
+
+    Two neighbours go round once in two micro-batches, so half of the hop between them is.
+    """
+
+    def hop(kind: int, after: int) -> Table:
+        return tables.hop(kinds[kind], kinds[after])
+
     found = fronts(
         num_slots,
-        lambda kind, at: tables.busy(kinds[kind], min(at + 1, micro_batches)),
-        lambda kind, after: tables.hop(kinds[kind], kinds[after]),
+        lambda kind, at: tables.busy(kinds[kind], min(at + 1, count)),
+        lambda kind, after: hop(kind, after) * (1 - hidden),
         max_stages=max_stages,
         limit_s=worth_s,
     )
-    drafts: list[Draft] = []
-    for style in dict.fromkeys((styles[0], min(styles, key=lambda style: style.fill))):
-        args = (tables, kinds, num_slots, micro_batches, found, style)
-        drafts += [*_alone(*args), *_copies(*args), *_mixes(*args, worth_s)]
-        if style is styles[0] and tables.shards == 1:
-            drafts += _sets(*args)
-    # Each pipeline keeps a shard, so fewer pipelines would not fit as the tables say.
-    return [draft for draft in drafts if draft.num_pipelines >= tables.shards]
+    if not hidden:
+        return found
+
+    def whole(cut: Cut) -> Cut:
+        borders = zip(pairwise(cut.kinds), cut.bounds[1:-1], strict=True)
+        more = sum(float(hop(a, b)[at]) for (a, b), at in borders)
+        return replace(cut, sum_s=cut.sum_s + hidden * more)
+
+    return {slots: [whole(cut) for cut in cuts] for slots, cuts in found.items()}
 
 
 def _alone(
@@ -75,7 +109,8 @@ def _alone(
         for cut in cuts
     ]
     lines.sort(key=lambda line: line.pace(style.fill).time_s(count))
-    for line in lines[:4]:
+    by_depth = {line.num_stages: line for line in reversed(lines)}
+    for line in dict.fromkeys((*lines[:4], *by_depth.values())):
         yield _draft(
             tables, [(line, 1)], line.pace(style.fill).time_s(count), "one pipeline", style
         )
@@ -123,7 +158,7 @@ def _sets(
     rows = {s: [template(kinds, cut, 0.0) for cut in cuts] for s, cuts in found.items()}
     paces = {slots: tuple(t.pace(style.fill) for t in of) for slots, of in rows.items()}
     drafts: list[Draft] = []
-    for chosen in islice(_partitions(num_slots, sorted(rows)), _MOST_SETS):
+    for chosen in islice(partitions(num_slots, sorted(rows)), _MOST_SETS):
         if not 1 < sum(chosen.values()) <= count:
             continue
         seconds = soonest([(paces[slots], num) for slots, num in chosen.items()], count)
@@ -134,17 +169,6 @@ def _sets(
         drafts.append(_draft(tables, lines, seconds, "mix of pipelines", style))
     drafts.sort(key=lambda draft: draft.estimate_s)
     yield from drafts[:_NUM_SETS]
-
-
-def _partitions(left: Counts, choices: Sequence[Counts]) -> Iterator[Counter[Counts]]:
-    """Yield all ways to make pipelines of these slots; some slots may stay unused."""
-    for number, slots in enumerate(choices):
-        rest = tuple(n - take for n, take in zip(left, slots, strict=True))
-        if min(rest) < 0:
-            continue
-        yield Counter({slots: 1})
-        for more in _partitions(rest, choices[number:]):
-            yield more + Counter({slots: 1})
 
 
 def _packed(

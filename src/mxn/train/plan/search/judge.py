@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from mxn.errors import CapacityError
-from mxn.train.plan.plan import TrainPlan
+from mxn.train.plan.plan import Pipeline, TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
 from mxn.train.plan.search.build import plan_of, settled
@@ -18,14 +17,19 @@ from mxn.train.plan.search.draft import Draft
 from mxn.train.plan.search.polish import neighbours
 from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.simulate import simulate_plan
+from mxn.train.plan.warmup import with_warmup
 from mxn.units import format_bytes
 
 _HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
 
 _NUM_POLISHED = 4  # kinds of plans whose best is improved by small steps
+_SMALL = 8  # devices: up to so many, more is tried
 _FEWEST_LOOKS = 48
 _MOST_LOOKS = 400  # of one such climb in a small pool, fewer in a large one
 _MOST_SIMULATED = 24  # whatever the closed form promises
+_DOUBT = 0.9  # of a small pool's closed forms: in short steps they are up to a tenth too long
+_NUM_WARMED = 3  # of the best, that get extra warm-up if it helps them
+_MOST_WARMED = 64  # devices of a pool; beyond, it takes seconds
 _NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
 
 
@@ -37,6 +41,7 @@ class Judge:
         self._job = book.job
         self._rows = rows
         self._limits = limits
+        self._is_small = self._job.cluster.num_devices <= _SMALL
         self._best_s = float("inf")
         self._fit: dict[TrainPlan, Candidate] = {}
         self._drafts: dict[TrainPlan, Draft] = {}
@@ -58,8 +63,8 @@ class Judge:
         """Return the largest estimate that is still predicted."""
         return self._best_s * _HOPELESS
 
-    def finish(self, *, is_exact: bool) -> Found:
-        """Return the ranking. Raises: CapacityError when no plan fits, with the nearest one."""
+    def finish(self, *, is_exact: bool) -> Found | None:
+        """Return the ranking; None when no plan fits."""
         for candidate in self._ranked()[:_NUM_RESCHEDULED]:
             draft = self._drafts[candidate.plan]
             for style in self._limits.styles:
@@ -69,9 +74,9 @@ class Judge:
         for candidate in self._tops():
             self._climb(candidate)
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
-        if not allowed:
-            raise self._nothing_fits()
-        ranking = self._simulated(allowed)
+        ranking = self._warmed(self._simulated(allowed)) if allowed else []
+        if not ranking:
+            return None
         return Found(
             best=ranking[0],
             runners_up=tuple(ranking[1 : 1 + self._limits.num_kept]),
@@ -83,24 +88,39 @@ class Judge:
     def _simulated(self, allowed: Sequence[Candidate]) -> list[Candidate]:
         """Return the best few as simulated, in their order, then the others as predicted.
 
-        One more is simulated while the closed form promises that it beats the simulated best.
+        One more is simulated while the closed form promises that it may beat the simulated best.
         """
         found: list[Candidate] = []
         if not self._limits.num_simulated:
             return list(allowed)
+        doubt = _DOUBT if self._is_small else 1.0
         for number, candidate in enumerate(allowed):
             fits = [c.prediction.iteration_s for c in found if c.prediction.fits]
             enough = number >= self._limits.num_simulated and fits
-            hopeless = fits and candidate.prediction.iteration_s >= min(fits)
+            hopeless = fits and candidate.prediction.iteration_s * doubt >= min(fits)
             if enough and (hopeless or number >= _MOST_SIMULATED):
                 break
             found.append(self._simulate(candidate))
         fits = [c for c in found if c.prediction.fits]
         fits.sort(key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices))
-        rest = list(allowed[len(found) :])
-        if not fits and not rest:
-            raise self._nothing_fits()
-        return fits + rest
+        return fits + list(allowed[len(found) :])
+
+    def _warmed(self, ranking: list[Candidate]) -> list[Candidate]:
+        """Return the ranking with extra warm-up on the best few, where it hides their links."""
+        if not self._limits.num_simulated or self._job.cluster.num_devices > _MOST_WARMED:
+            return ranking
+        job, found = self._job, list(ranking)
+        for number, candidate in enumerate(ranking[:_NUM_WARMED]):
+            if not candidate.is_simulated or max(map(_depth, candidate.plan.pipelines)) < 2:
+                continue
+            seen = with_warmup(
+                candidate.plan, job.shape, job.cluster, job.profiles, memory=job.memory
+            )
+            if seen.prediction.fits and seen.plan != candidate.plan:
+                found[number] = replace(candidate, plan=seen.plan, prediction=seen.prediction)
+        return sorted(
+            found, key=lambda c: (not c.is_simulated, round(c.prediction.iteration_s, 12))
+        )
 
     def _simulate(self, candidate: Candidate) -> Candidate:
         job = self._job
@@ -115,15 +135,18 @@ class Judge:
         return replace(candidate, prediction=seen, is_simulated=True)
 
     def _tops(self) -> list[Candidate]:
-        """Return the best plan of each of the best few kinds: copies, schedule, micro-batch."""
+        """Return the best plan of each of the best few kinds: depths, schedule, micro-batch.
+
+        In a large pool pipelines are counted instead of their depths compared.
+        """
         found: dict[object, Candidate] = {}
         for candidate in self._ranked():
             plan = candidate.plan
             chunks = len(plan.pipelines[0].stages[0].chunks)
-            found.setdefault(
-                (len(plan.pipelines), plan.schedule, chunks, plan.micro_batch), candidate
-            )
-        return list(found.values())[:_NUM_POLISHED]
+            depths = tuple(sorted(len(pipeline.stages) for pipeline in plan.pipelines))
+            kind = depths if self._is_small else len(depths)
+            found.setdefault((kind, plan.schedule, chunks, plan.micro_batch), candidate)
+        return list(found.values())[: 3 * _NUM_POLISHED if self._is_small else _NUM_POLISHED]
 
     def _climb(self, candidate: Candidate) -> None:
         """Change a plan by small steps that make it quicker, within a number of looks."""
@@ -156,8 +179,10 @@ class Judge:
         if draft.is_flat and draft.style != self._limits.styles[0]:
             return None  # pipelines of one stage do the same under every schedule
         plan = plan_of(self._book, draft, self._rows, by_stage=by_stage)
-        if plan is None or plan in self._seen:
+        if plan is None:
             return None
+        if plan in self._seen:
+            return self._fit.get(plan)
         self._seen.add(plan)
         found = self._predict(plan)
         if found.fits:
@@ -177,30 +202,13 @@ class Judge:
             key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices),
         )
 
-    def _nothing_fits(self) -> CapacityError:
-        state = self._job.shape.params * self._job.memory.state_bytes
-        room = sum(group.num_devices * group.memory_bytes for group in self._job.cluster.groups)
-        reason = (
-            f"weights, gradients and optimizer state of {format_bytes(state)}, the pool has "
-            f"{format_bytes(room)}"
-        )
-        if self._refused:
-            nearest = min((self._excess(r.plan), r.reason) for r in self._refused.values())[1]
-            reason += f"; the nearest plan: {nearest}"
-        elif state <= room:
-            reason += ", but no allowed cut leaves every stage within its device"
-        return CapacityError(
-            f"the model does not fit into this pool: {reason}",
-            hint="more devices, larger tensor parallelism, a smaller micro-batch or shorter rows",
-        )
-
-    def _excess(self, plan: TrainPlan) -> float:
-        stages = self._predict(plan).stages
-        return max(stage.memory_bytes / stage.memory_limit_bytes for stage in stages)
-
     def _predict(self, plan: TrainPlan) -> Prediction:
         job = self._job
         return predict(plan, job.shape, job.cluster, job.profiles, memory=job.memory)
+
+
+def _depth(pipeline: Pipeline) -> int:
+    return len(pipeline.stages)
 
 
 def _too_large(plan: TrainPlan, found: Prediction) -> str:

@@ -18,6 +18,7 @@ from mxn.train.plan.experts import has_experts
 from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.copies import alike
 from mxn.train.plan.search.cuts import Counts
+from mxn.train.plan.search.every import Every, is_countable
 from mxn.train.plan.search.exact import effort_of, exact_drafts
 from mxn.train.plan.search.families import Families
 from mxn.train.plan.search.judge import Judge
@@ -70,18 +71,18 @@ def exact_search(
 ) -> bool:
     """Look at every choice, most promising first, until no other could beat the best plan.
 
-    Return whether it came so far: a pool with very many choices is given up on, which leaves the
-    best of those that were looked at.
+    Return whether each of them had so few devices that all its orders and cuts were timed; a pool
+    with very many choices is given up on, which leaves the best of those that were looked at.
     """
     choices = [
         _choice(book, rows, pool.micro_batch, kinds)
         for pool in pools
         for kinds in product(*pool.options)
     ]
-    effort = 0.0
+    effort, is_exact = 0.0, True
     for choice in sorted(choices, key=lambda c: (c.bound_s, c.micro_batch, c.kinds)):
         if choice.bound_s >= judge.best_s():
-            return True
+            return is_exact
         counts = tuple(book.job.num_slots(kind) for kind in choice.kinds)
         for shards in _all_shards(book, choice, sum(counts), limits):
             effort += effort_of(counts, book.job.shape.num_layers)
@@ -92,6 +93,24 @@ def exact_search(
                 rows // choice.micro_batch, max_stages=limits.max_stages,
                 worth_s=judge.worth_s(), styles=limits.styles,
             ))  # fmt: skip
+            is_exact &= _look_at_every(book, rows, limits, choice, counts, shards, judge)
+    return is_exact
+
+
+def _look_at_every(
+    book: TableBook, rows: int, limits: Limits, choice: Choice, counts: Counts, shards: int,
+    judge: Judge,
+) -> bool:  # fmt: skip
+    """Time all orders and cuts of a choice; return whether they are few enough for that."""
+    if not is_countable(counts, book.job.shape.num_layers, limits.max_stages):
+        return False
+    for style in limits.styles:
+        if style.chunks == 1:
+            judge.look(Every(
+                book.at(choice.micro_batch, shards), choice.kinds, counts,
+                rows // choice.micro_batch, style, max_stages=limits.max_stages,
+                worth_s=judge.worth_s(),
+            ).drafts())  # fmt: skip
     return True
 
 

@@ -12,6 +12,7 @@ from mxn.train.plan.profile import Profiles
 from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.search.exact import is_small
 from mxn.train.plan.search.judge import Judge
+from mxn.train.plan.search.nearest import no_plan
 from mxn.train.plan.search.order import exact_search, guided_search, pools_of
 from mxn.train.plan.search.tables import Job, TableBook
 from mxn.train.plan.shape import ModelShape
@@ -28,8 +29,8 @@ def search(
 ) -> Found:
     """Return the quickest plan for steps of `rows` rows, with runners-up and what was refused.
 
-    Raises: CapacityError when no plan fits into memory; UserError when nothing is profiled that the
-    job could use, or a link is missing.
+    Raises: CapacityError when no plan fits into memory, with the nearest one and what would help;
+    UserError when nothing is profiled that the job could use, or a link is missing.
     """
     limits = limits or Limits()
     job = Job(
@@ -49,7 +50,10 @@ def search(
     is_exact = False
     if all(is_small(pool.most_slots(job), shape.num_layers) for pool in pools):
         is_exact = exact_search(book, rows, limits, pools, judge)
-    return judge.finish(is_exact=is_exact)
+    found = judge.finish(is_exact=is_exact)
+    if found is None:
+        raise no_plan(book, rows, limits, pools)
+    return found
 
 
 def _check(job: Job, rows: int) -> None:

@@ -12,15 +12,16 @@ from dataclasses import replace
 from mxn.train.plan.search.draft import Draft, Template
 
 _FEW_PIPELINES = 8  # up to so many, single micro-batches are moved
+_FEW_STAGES = 8  # up to so many, a stage may be left out
 
 
 def neighbours(draft: Draft) -> Iterator[Draft]:
-    """Yield drafts with one layer, one order or one micro-batch changed.
+    """Yield drafts with one layer, one order, one stage or one micro-batch changed.
 
     `draft` has a line for each pipeline, and shares. Pipelines that are alike change together.
     """
     for line in dict.fromkeys(line for line, _ in draft.lines):
-        for changed in (*_moved_layers(line), *_swapped_stages(line)):
+        for changed in (*_moved_layers(line), *_swapped_stages(line), *_shortened(line)):
             lines = tuple((changed if old == line else old, 1) for old, _ in draft.lines)
             yield replace(draft, lines=lines)
     if draft.shares is not None and 1 < len(draft.shares) <= _FEW_PIPELINES:
@@ -46,6 +47,17 @@ def _swapped_stages(line: Template) -> Iterator[Template]:
         bounds[at + 1] = bounds[at] + size
         kinds = (*line.kinds[:at], b, a, *line.kinds[at + 2 :])
         yield replace(line, kinds=kinds, bounds=tuple(bounds))
+
+
+def _shortened(line: Template) -> Iterator[Template]:
+    """A stage of a short pipeline is left out; a neighbour takes its layers, and one hop is less"""
+    if not 1 < line.num_stages <= _FEW_STAGES:
+        return
+    for at in range(line.num_stages):
+        kinds = (*line.kinds[:at], *line.kinds[at + 1 :])
+        for bound in {max(at, 1), min(at + 1, line.num_stages - 1)}:
+            bounds = (*line.bounds[:bound], *line.bounds[bound + 1 :])
+            yield replace(line, kinds=kinds, bounds=bounds)
 
 
 def _moved_shares(shares: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mxn.train.plan.cluster import Cluster, Link
 from mxn.train.plan.costs import CostBook, StageCost
-from mxn.train.plan.memory import MemoryModel, stage_bytes
+from mxn.train.plan.memory import MemoryModel, flight_bytes, stage_bytes
 from mxn.train.plan.plan import Chunk, Recompute, Stage
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.search.cuts import Cut, Table
@@ -84,7 +85,9 @@ class Tables:
         self.micro_batch = micro_batch
         self.shards = shards
         self._columns = columns.of
+        self._owned: dict[tuple[Kind, str], Table] = {}
         self._busy: dict[tuple[Kind, float], Table] = {}
+        self._parts: dict[tuple[Kind, float], tuple[Table, Table, Table, Table]] = {}
         self._fits: dict[tuple[Kind, Recompute, float], Table] = {}
         self._steps: dict[tuple[Kind, Kind, float], Table] = {}
         self._hops: dict[tuple[Kind, Kind], Table] = {}
@@ -96,6 +99,22 @@ class Tables:
             options = [self._fitting(kind, how, in_flight) for how in self.job.recompute]
             self._busy[key] = np.minimum.reduce(options)
         return self._busy[key]
+
+    def parts(self, kind: Kind, in_flight: float) -> tuple[Table, Table, Table, Table]:
+        """Return what `busy` is of: seconds [a, e] forward, backward, its weight half; and those
+        of the optimizer. Where nothing fits they mean nothing.
+        """
+        key = (kind, in_flight)
+        if key not in self._parts:
+            options = [self._fitting(kind, how, in_flight) for how in self.job.recompute]
+            choice = np.argmin(options, axis=0)
+            columns = [self._columns(kind, how) for how in self.job.recompute]
+            forward, weight, busy = (
+                np.choose(choice, [of[name] for of in columns])
+                for name in ("forward_s", "weight_s", "busy_s")
+            )
+            self._parts[key] = (forward, busy - forward, weight, self.owned(kind, "optimizer_s"))
+        return self._parts[key]
 
     def step(self, kind: Kind, after: Kind, in_flight: float) -> Table:
         """Return `busy` with the hop to a slot of kind `after` added."""
@@ -115,16 +134,49 @@ class Tables:
     def bytes(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         """Return the bytes on one device."""
         sums = self._columns(kind, how)
-        chip = self.job.cluster.group(kind.group).chip
+        profile = self.job.profiles[self.job.cluster.group(kind.group).chip]
+        model = profile.memory or self.job.memory
+        tokens = self.micro_batch * self.job.shape.seq_tokens
+        sizes = np.array([0.0, *(layer.output_bytes * tokens for layer in self.job.shape.layers)])
+        ins, outs = sizes[:, None], sizes[None, :] * profile.width
+        # The formulas work on tables too.
+        flight = flight_bytes(sums["kept_bytes"], ins, outs, how, model)  # type: ignore[arg-type]
         return stage_bytes(
-            params=sums["params"],  # type: ignore[arg-type]  # the formula works on tables too
-            kept_per_micro_batch=sums["kept_bytes"],  # type: ignore[arg-type]
+            params=sums["params"],  # type: ignore[arg-type]
+            owned_params=self.owned(kind, "params"),  # type: ignore[arg-type]
+            kept_per_micro_batch=flight,
             working_bytes=sums["working_bytes"],  # type: ignore[arg-type]
             micro_batches_kept=in_flight,
-            model=self.job.memory,
-            framework_bytes=self.job.profiles[chip].framework_bytes,
-            optimizer_shards=self.shards,
+            model=model,
+            framework_bytes=profile.framework_bytes,
+            message_bytes=np.maximum(ins, outs),  # type: ignore[arg-type]
         )  # type: ignore[return-value]
+
+    def owned(self, kind: Kind, what: str) -> Table:
+        """Return "params" or "optimizer_s" [a, e] of the shard that has most."""
+        key = (kind, what)
+        if key not in self._owned:
+            whole = self._columns(kind, "none")[what]
+            if self.shards == 1 or not self.job.memory.shares_layers:
+                self._owned[key] = whole / self.shards
+            else:
+                self._owned[key] = self._largest(whole)
+        return self._owned[key]
+
+    def _largest(self, whole: Table) -> Table:
+        """As `costs.largest_share`, of all runs at once."""
+        size = len(whole)
+        values, is_tied = whole[range(size - 1), range(1, size)], self.job.shape.is_tied
+        ends = np.isin(np.arange(size - 1), (0, size - 2)) & is_tied
+        always = _runs(np.where(ends, values, 0.0))
+        if is_tied:
+            always[0, -1] -= values[0]
+        numbers = np.arange(size - 1) % self.shards
+        parts = [
+            _runs(np.where((numbers == shard) & ~ends, values, 0.0))
+            for shard in range(min(self.shards, size - 1))
+        ]
+        return always + np.maximum.reduce(parts)
 
     def hop(self, kind: Kind, after: Kind) -> Table:
         """Return the seconds of a micro-batch from `kind` to `after` and back, by first layer.
@@ -133,9 +185,10 @@ class Tables:
         """
         key = (kind, after)
         if key not in self._hops:
-            link = self._link(kind, after)
-            tokens = self.micro_batch * self.job.shape.seq_tokens / min(kind.tp, after.tp)
-            sizes = [0.0, *(layer.output_bytes * tokens for layer in self.job.shape.layers)]
+            link, tp = self._link(kind, after), min(kind.tp, after.tp)
+            chip = self.job.cluster.group(kind.group).chip
+            values = self.micro_batch * self.job.shape.seq_tokens * self.job.profiles[chip].width
+            sizes = [0.0, *(layer.output_on(tp) * values for layer in self.job.shape.layers)]
             known = {size: 2 * link.transfer_s(size) for size in set(sizes)}
             self._hops[key] = np.array([known[size] for size in sizes])
         return self._hops[key]
@@ -151,7 +204,7 @@ class Tables:
             run = (cut.bounds[stage], cut.bounds[stage + 1])
             sums = self._columns(kinds[number], "none")
             size = float(sums["params"][run]) * model.reduce_bytes * model.trainable_share
-            seconds = float(sums["optimizer_s"][run]) / self.shards
+            seconds = float(self.owned(kinds[number], "optimizer_s")[run])
             worst = max(worst, seconds + sum(2 * link.transfer_s(size) for link in reduce_links))
         return worst
 
@@ -209,6 +262,12 @@ class _Columns:
         return costs
 
 
+def _runs(values: NDArray[np.float64]) -> Table:
+    """Return the sums [a, e] of values a … e - 1."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return sums[None, :] - sums[:, None]
+
+
 def _run_tables(costs: Sequence[StageCost]) -> dict[str, Table]:
     """Return tables [a, e] of sums over layers a … e - 1 (the largest for working bytes).
 
@@ -217,7 +276,7 @@ def _run_tables(costs: Sequence[StageCost]) -> dict[str, Table]:
     found: dict[str, Table] = {}
     size = len(costs) + 1
     empty = np.tril(np.ones((size, size), dtype=bool))
-    for name in ("busy_s", "optimizer_s", "params", "kept_bytes"):
+    for name in ("busy_s", "forward_s", "weight_s", "optimizer_s", "params", "kept_bytes"):
         sums = np.concatenate([[0.0], np.cumsum([getattr(cost, name) for cost in costs])])
         # Rounded, so that like runs at different places compare as equal.
         runs = sums[None, :] - sums[:, None]

@@ -6,7 +6,8 @@ pipelines: a job may go on from it under any other plan. A folder without manife
 """
 
 from mxn.train.run.checkpoint.manifest import Manifest, Position
+from mxn.train.run.checkpoint.reading import with_checkpoint
 from mxn.train.run.checkpoint.stored import Stored, find
 from mxn.train.run.checkpoint.writer import Checkpointer
 
-__all__ = ["Checkpointer", "Manifest", "Position", "Stored", "find"]
+__all__ = ["Checkpointer", "Manifest", "Position", "Stored", "find", "with_checkpoint"]

@@ -37,6 +37,9 @@ class Position:
     step: int  # steps done
     micro_batch: int  # index of the next one, over all epochs
     tokens: int = 0  # labels learnt from
+    updates: int | None = None  # steps that changed weights; None: all of them
+    loss_scale: float | None = None  # of a job with float16, behind the last step
+    good_steps: int = 0  # in a row at that scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

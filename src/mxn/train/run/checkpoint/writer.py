@@ -21,6 +21,7 @@ from mxn.errors import MxnError
 from mxn.train.run.checkpoint import manifest as manifests
 from mxn.train.run.checkpoint.files import Written, sync_folder, write_json, write_tensors
 from mxn.train.run.checkpoint.manifest import Manifest, Position, ShardFile
+from mxn.train.run.checkpoint.reading import remove
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,12 +204,14 @@ class Checkpointer:
             (partial / _piece(rank)).unlink()
         manifest.write(partial)
         final = self.folder / manifests.folder_name(position.step)
-        if final.exists():  # a run that went back to an older one comes by again
-            _remove(final)
+        # A run that went back to an older one comes by again.
+        if final.exists() and not remove(final):
+            final.rename(_free(partial))  # who reads it finds it gone, and takes this one
         partial.rename(final)
         sync_folder(self.folder)
         for _, old in manifests.complete(self.folder)[: -self.keep]:
-            _remove(old)
+            if not remove(old):
+                log.info("%s is being read: it is removed behind the next one", old.name)
 
     def _gather(self, partial: Path) -> dict[str, ShardFile]:
         files: dict[str, ShardFile] = {}
@@ -239,11 +242,12 @@ def _await_piece(path: Path, deadline: float) -> dict[str, Any]:
         time.sleep(_POLL_S)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; the manifest goes first, so that half of one is none."""
-    (folder / manifests.NAME).unlink(missing_ok=True)
-    sync_folder(folder)
-    shutil.rmtree(folder)
+def _free(partial: Path) -> Path:
+    """Return a free name of what the next start removes, beside a partial folder."""
+    number = 0
+    while (path := partial.with_name(f"{partial.name}{number:03d}")).exists():
+        number += 1
+    return path
 
 
 def due(step: int, since_s: float, every_steps: int | None, every_seconds: float | None) -> bool:

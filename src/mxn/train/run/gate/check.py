@@ -81,13 +81,13 @@ def _check_layer(
     given = None if hidden is None else _leaf(hidden, cpu, dtype)
     alike(given, batch)  # tables that are made once are made now, and not written down
     calls = record(lambda: alike(given, batch))
-    findings = [found for call in calls for found in _check_call(call, kind, device)]
+    findings = [found for call in calls for found in check_call(call, kind, device)]
     truth = _run_layer(source, layer, hidden, batch, cpu, torch.float32)
     is_sound = all(finding.problem is None for finding in findings)
     if is_sound and not (_routes(source, layer) and dtype != torch.float32):
         got = _run_layer(source, layer, hidden, batch, device, dtype)
         for name, want in truth.items():
-            findings.append(_compared(kind, "", name, want, got[name], LAYER_SLACK, dtype))
+            findings.append(compared(kind, "", name, want, got[name], LAYER_SLACK, dtype))
     return findings, truth["output"]
 
 
@@ -121,7 +121,7 @@ def _run_layer(
     return {name: tensor.float().cpu() for name, tensor in results.items()}
 
 
-def _check_call(call: Call, kind: str, device: torch.device) -> Iterator[Finding]:
+def check_call(call: Call, kind: str, device: torch.device) -> Iterator[Finding]:
     """Repeat a call on the CPU in float32 and on the device as it was, forward and backward."""
     wanted = _results(call, lambda tensor: _widened(tensor))
     dtype = next((t.dtype for t in tensors_of(call.args) if t.is_floating_point()), torch.float32)
@@ -136,7 +136,7 @@ def _check_call(call: Call, kind: str, device: torch.device) -> Iterator[Finding
         return
     for name, want in wanted.items():
         slack = GRADIENT_SLACK if name.startswith("gradient") else 1.0
-        yield _compared(kind, str(call), name, want, found[name], slack, dtype)
+        yield compared(kind, str(call), name, want, found[name], slack, dtype)
 
 
 def _results(call: Call, change: Any) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ def _results(call: Call, change: Any) -> dict[str, Tensor]:
     leaves: list[Tensor] = []
 
     def placed(tensor: Tensor) -> Tensor:
-        moved = change(tensor.detach())
+        moved = change(tensor.detach().clone())  # it may be written to
         if tensor.requires_grad and moved.is_floating_point():
             moved = moved.detach().clone().requires_grad_()
             leaves.append(moved)
@@ -175,12 +175,13 @@ def _seed(output: Tensor) -> Tensor:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor.clone()
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _compared(
+def compared(
     kind: str, operator: str, name: str, want: Tensor, got: Tensor, slack: float, dtype: torch.dtype
 ) -> Finding:
+    """Hold a tensor against the truth, with the budget of `dtype` times `slack`."""
     budget = TOLERANCES[str(dtype).removeprefix("torch.")] * slack
     if want.is_floating_point():
         want, got = want.float(), got.float()

@@ -10,7 +10,6 @@ import json
 import logging
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from mxn.errors import MxnError
 from mxn.train.plan.plan import TrainPlan
+from mxn.train.run import child, scratch
 from mxn.train.run.job import DeviceSettings, Job
-from mxn.train.run.supervise.shell import GateError
+from mxn.train.run.supervise.needs import GateError
 
 if TYPE_CHECKING:
     from mxn.train.run.gate.check import Finding
@@ -111,11 +111,11 @@ def check_group(job: Job, group: DeviceSettings, *, timeout_s: float = _LONGEST_
 
     Raises: GateError, with the end of its output, when the process fails.
     """
-    with tempfile.TemporaryDirectory(prefix="mxn-gate-") as folder:
+    with scratch.Folder("gate") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         told = {"job": job.to_json(), "group": group.name, "answer": str(answer)}
         request.write_text(json.dumps(told), encoding="utf-8")
-        command = [sys.executable, "-m", "mxn.train.run.gate.process", str(request)]
+        command = child.command("mxn.train.run.gate.process", str(request))
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=timeout_s, check=False,
@@ -148,13 +148,16 @@ def check_here(job: Job, group: DeviceSettings) -> Verdict:
     from mxn.chips import find_device
     from mxn.train.run.from_job import open_rows, open_source
     from mxn.train.run.gate.check import check_layers
+    from mxn.train.run.gate.optimizer import check_optimizer
 
     began = time.perf_counter()
     device = find_device(group.device)
     dtype = job.dtype_of(group.name)
+    target, computes_in = torch.device(device.torch_device), getattr(torch, dtype)
     source = open_source(job)
     batch = open_rows(job, source).micro_batch(0)
-    findings = check_layers(source, batch, torch.device(device.torch_device), getattr(torch, dtype))
+    findings = check_layers(source, batch, target, computes_in)
+    findings += check_optimizer(source, target, computes_in)
     return Verdict(
         device=device.id,
         chip=device.chip,

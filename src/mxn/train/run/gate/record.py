@@ -38,12 +38,13 @@ class Call:
         return self.fn(*mapped(self.args, change), **mapped(self.kwargs, change))
 
 
-def record(run: Callable[[], Any]) -> list[Call]:
+def record(run: Callable[[], Any], *, in_place: bool = False) -> list[Call]:
     """Return the calls that `run` makes, one for each function, set of shapes, dtypes and numbers.
 
-    Views, casts and what takes no tensor are left out.
+    Views, casts and what takes no tensor are left out, and what writes to its first argument
+    (`lerp_`) but with `in_place`.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(in_place)
     with recorder:
         run()
     return list(recorder.calls.values())
@@ -74,8 +75,9 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool) -> None:
         super().__init__()
+        self._in_place = in_place
         self.calls: dict[str, Call] = {}
 
     def __torch_function__(
@@ -91,7 +93,8 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         before = mapped((args, kwargs), _copy)  # first: the function may write to what it is given
         out = func(*args, **kwargs)
-        if _is_work(given, out):
+        writes = self._in_place and name.endswith("_") and not name.endswith("__")
+        if writes or _is_work(given, out):
             self.calls[signature] = Call(name, func, before[0], before[1])
         return out
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mxn.train.plan.profile import ChipProfile
 from mxn.train.plan.shape import ModelShape
 from mxn.train.run.job import Job
-from mxn.train.run.supervise.shell import SpeedError
+from mxn.train.run.supervise.needs import SpeedError
 
 if TYPE_CHECKING:
     from mxn.train.run.measure import Measured

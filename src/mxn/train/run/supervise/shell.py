@@ -1,26 +1,22 @@
 """Carries out what `decide.py` decides: the thin shell with processes, files, signals, the clock.
 
-Planner, gate, launcher and probe are handed in, so that it knows no planner and no devices. Start
-at `Supervisor.run`. One supervisor holds a job's folder at a time.
+Planner, gate, launcher and probe are handed in (`needs.py`), so that it knows no planner and no
+devices. Start at `Supervisor.run`. One supervisor holds a job's folders at a time.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 from mxn.errors import CapacityError, MxnError, UserError
 from mxn.train.plan.plan import TrainPlan
+from mxn.train.run import scratch
 from mxn.train.run.checkpoint import find
 from mxn.train.run.checkpoint import manifest as manifests
 from mxn.train.run.control import Asked, Control
@@ -28,52 +24,27 @@ from mxn.train.run.job import Job, metrics_path, status_path
 from mxn.train.run.supervise import status
 from mxn.train.run.supervise import words as w
 from mxn.train.run.supervise.decide import begin, decide
+from mxn.train.run.supervise.files import held_folders, last_launch, last_line
+from mxn.train.run.supervise.interrupts import Interrupts
+from mxn.train.run.supervise.needs import (
+    GateError,
+    Launch,
+    MakePlan,
+    Probe,
+    RunGate,
+    SpeedError,
+    StartProbe,
+    policy_of,
+)
 from mxn.train.run.supervise.ranks import Death, Launching, Ranks, culprit
 
 log = logging.getLogger("mxn.train")
 
+__all__ = ["GateError", "SpeedError", "Supervisor"]
+
 _POLL_S = 0.1
 _GRACE_S = 2.0  # after a first death, for the others to say what they saw
 _STATUS_S = 1.0
-
-
-class GateError(MxnError):
-    """A chip does not compute what it must; the message names operator, chip, error and budget."""
-
-
-class SpeedError(MxnError):
-    """A chip is not as fast as its profile says; what was measured is stored."""
-
-    def __init__(self, message: str, *, chip: str, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.chip = chip
-
-
-class Probe(Protocol):
-    """A check of a group's device that runs beside the job."""
-
-    def answer(self) -> bool | None:
-        """True: it computes; False: it does not; None: not known yet."""
-        ...
-
-
-MakePlan = Callable[[Job, tuple[str, ...]], TrainPlan]
-RunGate = Callable[[Job, TrainPlan], None]
-Launch = Callable[[Launching], Ranks]
-StartProbe = Callable[[Job, str], Probe]
-
-
-def policy_of(job: Job) -> w.Policy:
-    faults = job.faults
-    return w.Policy(
-        max_restarts=faults.max_restarts,
-        backoff_s=faults.backoff_s,
-        max_backoff_s=faults.max_backoff_s,
-        drop_after=faults.drop_after,
-        grow=faults.grow,
-        grow_every_s=faults.grow_every_s,
-        replans_on_lie=job.gate.speed == "replan",
-    )
 
 
 class Supervisor:
@@ -102,8 +73,7 @@ class Supervisor:
         self._sign_of_life: tuple[float, float] = (0.0, 0.0)  # of which file time, seen when
         self._probes: dict[str, tuple[float, Probe | None]] = {}
         self._written_s = 0.0
-        self._stops = 0
-        self._is_busy = False  # in a call that may last minutes, with no rank running
+        self._interrupts = Interrupts()
         self._is_held = False
         self._asked: Asked | None = None
         self._groups = groups
@@ -114,7 +84,8 @@ class Supervisor:
 
         Raises: UserError when another supervisor holds the folder, or the checkpoint is broken.
         """
-        with self.held(), self._interruptible():
+        with self.held(), self._interrupts.heard():
+            scratch.sweep()
             Control(self.out, 0)
             self._asked = Asked(self.out)
             find(self._checkpoints, self.job.checkpoint.resume)
@@ -168,7 +139,7 @@ class Supervisor:
     def _plan(self, groups: tuple[str, ...]) -> w.Event:
         self._write_status()
         try:
-            with self._leaving_at_once():
+            with self._interrupts.leaving_at_once():
                 self.plan = self._make_plan(self.job, groups)
         except CapacityError as error:
             return w.PlanFailed(str(error), is_capacity=True)
@@ -181,7 +152,7 @@ class Supervisor:
         assert self.plan is not None
         self._write_status()
         try:
-            with self._leaving_at_once():
+            with self._interrupts.leaving_at_once():
                 self._run_gate(self.job, self.plan)
         except SpeedError as error:
             return w.SpeedOff(error.chip, error.message)
@@ -220,8 +191,7 @@ class Supervisor:
 
     def _look(self) -> None:
         """Put what happened since the last look among the events."""
-        if self._stops:
-            self._stops -= 1
+        if self._interrupts.take():
             self._events.append(w.StopAsked())
         self._hear()
         newest = self._newest()
@@ -297,66 +267,24 @@ class Supervisor:
         status.write(
             status_path(self.job), self.job.name, self.state,
             self.plan.fingerprint if self.plan else None,
-            last=_last_line(metrics_path(self.job)), said=tuple(self.said),
+            last=last_line(metrics_path(self.job)), said=tuple(self.said),
         )  # fmt: skip
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Be the only one at work in the job's folder; `run` sees to it where its caller did not.
+        """Be the only one at work in the job's folders; `run` sees to it where its caller did not.
 
-        Raises: UserError when another supervisor is.
+        Raises: UserError when another supervisor is, naming it.
         """
         if self._is_held:
             yield
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another `mxn train run` is at work in {self.out}",
-                    hint="wait for it, stop it, or give another `out`",
-                ) from None
+        with held_folders(self.job):
             self._is_held = True
             try:
                 yield
             finally:
                 self._is_held = False
-
-    @contextmanager
-    def _leaving_at_once(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt for a ctrl-c that comes inside, or came just before."""
-        self._is_busy = True
-        try:
-            if self._stops:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self._is_busy = False
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-c and SIGTERM become events; the second one ends ranks without a checkpoint.
-
-        A plan that is being made, and chips that are being checked, are left at once.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def heard(number: int, frame: Any) -> None:
-            self._stops += 1
-            if self._is_busy:
-                raise KeyboardInterrupt
-
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        before = {kind: signal.signal(kind, heard) for kind in kinds}
-        try:
-            yield
-        finally:
-            for kind, handler in before.items():
-                signal.signal(kind, handler)
 
 
 def _with_words(death: Death, control: Control) -> Death:
@@ -365,27 +293,3 @@ def _with_words(death: Death, control: Control) -> Death:
     return Death(
         rank=death.rank, group=death.group, code=death.code, words=control.words_of(death.rank)
     )
-
-
-def last_launch(out: Path) -> int:
-    """Return the number of the last launch in a job's folder, 0 before the first.
-
-    Numbers go on over runs of the command: files of an earlier launch (it was asked to pause, it
-    had finished) and ranks that have just lost their supervisor must not be taken for the next's.
-    """
-    paths = (*out.glob("log/launch-*"), *out.glob("control/*-*"))  # logs may have been removed
-    numbers = (path.name.split("-")[1] for path in paths)
-    return max((int(number) for number in numbers if number.isdecimal()), default=0)
-
-
-def _last_line(path: Path) -> dict[str, Any]:
-    """Return the last whole line of a JSONL file, read from its end."""
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        begin, lines = file.seek(0, 2), [b""]
-        while len(lines) < 3 and begin > 0:  # a line of a job of many ranks is long
-            begin = max(0, begin - 65536)
-            file.seek(begin)
-            lines = file.read().split(b"\n")
-    return json.loads(lines[-2]) if len(lines) > 1 else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from mxn.errors import NotFoundError
 from mxn.train.run.control import write_whole
+from mxn.train.run.owner import Owner
 from mxn.train.run.supervise.words import FINAL, State
 
 
@@ -28,6 +28,7 @@ class Status:
     checkpoint_step: int | None
     plan: str | None  # fingerprint
     pid: int
+    started: int  # of that process, as `Owner` has it: numbers come again
     updated_at: float  # seconds since 1970
     last: dict[str, Any] = field(default_factory=dict)  # the last line of metrics.jsonl
     said: tuple[str, ...] = ()  # the last things the supervisor said
@@ -35,6 +36,7 @@ class Status:
 
 
 def write(path: Path, job: str, state: State, plan: str | None, **more: Any) -> None:
+    me = Owner.me()
     status = Status(
         job=job,
         phase=state.phase,
@@ -45,7 +47,8 @@ def write(path: Path, job: str, state: State, plan: str | None, **more: Any) -> 
         restarts=state.restarts,
         checkpoint_step=state.checkpoint_step if state.checkpoint_step >= 0 else None,
         plan=plan,
-        pid=os.getpid(),
+        pid=me.pid,
+        started=me.started,
         updated_at=time.time(),
         **more,
     )
@@ -61,16 +64,7 @@ def read(out: Path) -> Status:
         told = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFoundError(f"no training job has run in {out}") from None
-    is_alive = told["phase"] not in FINAL and _runs(told["pid"])
+    told.setdefault("started", -1)  # as one of an earlier version has it
+    is_alive = told["phase"] not in FINAL and Owner(told["pid"], told["started"]).is_alive
     told |= {"groups": tuple(told["groups"]), "said": tuple(told["said"])}
     return Status(**told, is_alive=is_alive)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,0 +1,65 @@
+"""Says what ranks decided about their micro-batches, and keeps what the plan should then take.
+
+Runs beside the supervisor: ranks decide (`rebalance.py`) and write it down (`counts_log.py`), and
+have neither profiles nor the user's ear. Start at `CountsTold`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from mxn.train.plan.plan import TrainPlan
+from mxn.train.run import counts_log
+from mxn.train.run.rebalance import Change, with_counts
+
+_POLL_S = 0.5
+
+
+class CountsTold:
+    """Follows `micro-batches.jsonl` while the block runs, and once more behind it."""
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        plan: Callable[[], TrainPlan | None],
+        say: Callable[[str], None],
+        keep: Callable[[TrainPlan], None],
+    ) -> None:
+        """`plan`: the one that ranks were started with, None before there is one. `keep`: takes
+        the plan with its counts of now, whenever they or the plan have changed.
+        """
+        self._out, self._plan, self._say, self._keep = out, plan, say, keep
+        self._said = set(counts_log.read_all(out))
+        self._kept: tuple[TrainPlan, Change] | None = None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="mxn-counts", daemon=True)
+
+    def __enter__(self) -> CountsTold:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._is_over.wait(_POLL_S):
+            self.look()
+        self.look()
+
+    def look(self) -> None:
+        plan = self._plan()
+        changes = counts_log.read(self._out, plan.fingerprint) if plan is not None else []
+        if plan is None or not changes:
+            return
+        for change in changes:
+            if change not in self._said:
+                self._said.add(change)
+                self._say(change.text())
+        # A plan that was made anew is another object, and what it is predicted to do was written.
+        if self._kept is None or self._kept[0] is not plan or self._kept[1] != changes[-1]:
+            self._kept = plan, changes[-1]
+            self._keep(with_counts(plan, changes[-1].after))

@@ -1,0 +1,71 @@
+"""Temporary folders that name their owner, and the removal of what killed processes left behind.
+
+A process that is killed by signal 9 removes nothing: its folders stay, and its cgroups, empty once
+its ranks have ended. Whoever starts next removes both. Knows no jobs. Start at `Folder`, `sweep`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from mxn.train.run import cpu_share
+from mxn.train.run.owner import Owner
+
+log = logging.getLogger("mxn.train")
+
+_PREFIX = "mxn-train-"
+
+
+class Folder(tempfile.TemporaryDirectory[str]):
+    """A new folder only this user may read, such as ``mxn-train-gate-812.5533-x1y2``.
+
+    It is locked as long as it is used: an owner in another container cannot be seen by its number.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(prefix=f"{_PREFIX}{kind}-{Owner.me()}-")
+        self._lock: int | None = os.open(self.name, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def sweep(root: Path | None = None) -> list[Path]:
+    """Remove folders and cgroups of owners that are gone, and return them.
+
+    Those of other users, and what cannot be removed, are left.
+    """
+    removed = cpu_share.sweep()
+    for path in (root or Path(tempfile.gettempdir())).glob(f"{_PREFIX}*"):
+        owner = Owner.in_name(path.name)
+        if owner is None or owner.is_alive or path.lstat().st_uid != os.getuid():
+            continue
+        if _is_unused(path):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    if removed:
+        log.info("removed what killed processes left: %s", ", ".join(map(str, removed)))
+    return removed
+
+
+def _is_unused(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False  # another one was faster, or it is no folder
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True

@@ -1,0 +1,172 @@
+"""What killed processes leave behind is told from what is in use, and their helpers end too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mxn.train.run import child, cpu_share, scratch
+from mxn.train.run.owner import Owner
+from mxn.train.run.supervise import status
+from mxn.train.run.supervise.words import State
+
+
+def wait_for(condition, timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def test_a_number_that_came_again_is_another_process():
+    me = Owner.me()
+    assert me.is_alive
+    assert Owner.in_name(f"mxn-gate-{me}-abc.1.2") == me
+    assert not Owner(me.pid, me.started - 1).is_alive
+    assert Owner.in_name("mxn-gate-812-x") is None
+
+
+def test_a_process_that_has_ended_and_is_not_waited_for_is_dead():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    try:
+        wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+        assert not Owner(process.pid, started(process.pid)).is_alive
+    finally:
+        process.wait()
+
+
+def started(pid: int) -> int:
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return int(text[text.rindex(")") + 2 :].split()[19])
+
+
+def test_status_is_not_deceived_by_a_number_that_came_again(tmp_path):
+    path = tmp_path / "status.json"
+    status.write(path, "j", State(groups=("a",), phase="running"), None)
+    assert status.read(tmp_path).is_alive
+    told = json.loads(path.read_text())
+    assert told["pid"] == os.getpid()
+    path.write_text(json.dumps(told | {"started": told["started"] - 1}))
+    assert not status.read(tmp_path).is_alive
+    del told["started"]  # of an earlier version
+    path.write_text(json.dumps(told))
+    assert not status.read(tmp_path).is_alive
+
+
+def test_folders_of_dead_owners_are_removed_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = Owner(Owner.me().pid, Owner.me().started - 1)
+    left = tmp_path / f"mxn-train-gate-{dead}-x"
+    left.mkdir()
+    (left / "request.json").write_text("{}")
+    locked = tmp_path / f"mxn-train-ranks-{dead}-y"  # as an owner in another container has it
+    locked.mkdir()
+    stranger = tmp_path / "mxn-train-x"
+    stranger.mkdir()
+    with scratch.Folder("profile") as mine:
+        assert Path(mine).parent == tmp_path
+        other = scratch.Folder("ranks")
+        Path(other.name).rename(locked / "in")
+        handle = os.open(locked, os.O_RDONLY)
+        scratch.fcntl.flock(handle, scratch.fcntl.LOCK_SH)
+        assert scratch.sweep(tmp_path) == [left]
+        assert Path(mine).is_dir()
+        assert locked.is_dir()
+        assert stranger.is_dir()
+        os.close(handle)
+        assert scratch.sweep(tmp_path) == [locked]
+
+
+def test_cgroups_of_dead_owners_are_removed_once_they_are_empty(tmp_path):
+    parent = tmp_path / "cpu"
+    parent.mkdir()
+    (parent / "cgroup.procs").touch()
+    dead = Owner(Owner.me().pid, Owner.me().started - 1)
+    empty, used, mine = (
+        parent / f"mxn-{owner}-{n}-rank-0" for n, owner in enumerate((dead, dead, Owner.me()))
+    )
+    for folder in (empty, used, mine):
+        folder.mkdir()
+    (used / "tasks").touch()  # a real one is busy while a process is in it
+    assert cpu_share.sweep(tmp_path) == []  # too young
+    assert cpu_share.sweep(tmp_path, older_s=0) == [empty]
+    assert used.is_dir()
+    assert mine.is_dir()
+
+
+STARTER = """
+import subprocess, sys, time
+from mxn.train.run import child
+command = child.command("http.server", "--bind", "127.0.0.1", "0")
+process = subprocess.Popen(command, stdout=2, start_new_session=True)
+print(process.pid, flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("lives_s", [0.0, 60.0])
+def test_a_helper_ends_with_who_started_it_however_early_that_is(lives_s):
+    """A server that nobody asks stands for a measurement or a check that would go on for long."""
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(lives_s)], stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    if lives_s:
+        time.sleep(0.5)
+        assert psutil.pid_exists(pid)
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+
+
+def test_every_helper_is_started_so(monkeypatch, tmp_path):
+    from mxn.train.run import launch, measure_start, probe
+    from mxn.train.run.gate import process as gate
+    from mxn.train.run.job import DeviceSettings
+    from support.launches import small_job
+
+    seen: list[list[str]] = []
+
+    class Started(Exception):
+        pass
+
+    def start(command, *_, **__):
+        seen.append(command)
+        raise Started
+
+    group = DeviceSettings(name="a", device="cpu")
+    job = small_job(tmp_path, 1, [group])
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(measure_start, "start_process", start)
+    for call in (
+        lambda: gate.check_group(job, group),
+        lambda: probe.start_probe(job, "a"),
+        lambda: measure_start._start(0, group, tmp_path, "x"),
+        lambda: start(launch.rank_command(tmp_path / "rank-0.json")),
+    ):
+        with pytest.raises(Started):
+            call()
+    begin = child.command("m")[:-1]
+    assert [command[: len(begin)] for command in seen] == [begin] * 4
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    from mxn.train.run.export import new_folder
+
+    dead = tmp_path / f".model.{Owner(Owner.me().pid, Owner.me().started - 1)}.part"
+    other = tmp_path / f".model.{Owner.me()}.other.part"
+    for folder in (dead, other):
+        folder.mkdir()
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "model"]
