@@ -57,6 +57,6 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _change(row: dict[str, Any]) -> Change:
-    told = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
+    told: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
     del told["plan"]
     return Change(**told)
