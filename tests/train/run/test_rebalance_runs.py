@@ -19,6 +19,7 @@ from mxn.train.run.job import CheckpointSettings, Job, RebalanceSettings, metric
 from mxn.train.run.launch import launch
 from mxn.train.run.supervise.shell import Supervisor
 from mxn.train.run.track import read_metrics
+from support.forked_start import quickly
 from support.launches import group, on_one_device, small_job
 from support.parity_cases import plan_of
 
@@ -55,7 +56,8 @@ def job(tmp_path):
     )  # fmt: skip
 
 
-def test_counts_follow_the_speeds_and_are_the_same_behind_a_restart(job):
+def test_counts_follow_the_speeds_and_are_the_same_behind_a_restart(job, monkeypatch):
+    quickly(monkeypatch)  # imports under a quota take longer than all steps
     launches, seen = [], []
 
     def start(launching):
