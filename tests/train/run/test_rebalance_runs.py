@@ -57,7 +57,7 @@ def job(tmp_path):
 
 
 def test_counts_follow_the_speeds_and_are_the_same_behind_a_restart(job, monkeypatch):
-    quickly(monkeypatch)  # at a quarter of a core, imports take longer than the job
+    quickly(monkeypatch)  # imports under a quota take longer than all steps
     launches, seen = [], []
 
     def start(launching):
