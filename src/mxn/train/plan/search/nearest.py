@@ -96,7 +96,8 @@ def _hint(
     model = job.profiles[job.cluster.group(stage.group).chip].memory or job.memory
     if model.trainable_share == 1.0 and fullest.state > 0.5 * fullest.total:
         found.append("LoRA, which keeps no gradients and no optimizer for the model's own weights")
-    if limits.max_stages is not None and len(plan.pipelines[0].stages) >= limits.max_stages:
+    depth = max(len(pipeline.stages) for pipeline in plan.pipelines)
+    if limits.max_stages is not None and depth >= limits.max_stages:
         found.append(
             f"pipelines deeper than {limits.max_stages} stage{'s' * (limits.max_stages > 1)}"
         )
