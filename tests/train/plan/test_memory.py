@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mxn.train.plan.costs import largest_share
 from mxn.train.plan.memory import (
     FLOAT32,
     MemoryModel,
@@ -97,3 +98,16 @@ def test_sharing_the_optimizer_out_leaves_weights_and_gradients():
 def test_lora_trains_a_share_only():
     model = MemoryModel(trainable_share=0.01)
     assert model.state_bytes == pytest.approx(2 + 0.14)
+
+
+def test_the_owner_of_most_layers_counts_where_whole_layers_are_shared_out():
+    """Layers 1 to 4 of 5 parameters each: of two owners one has layers 2 and 4, the other 1 and 3;
+    of three, one has 1 and 4. A tied matrix is updated by each.
+    """
+    column = [0, 7, 12, 17, 22, 27, 34]  # prefix sums
+    assert largest_share(column, [(1, 5)], 1, is_tied=False) == 20
+    assert largest_share(column, [(1, 5)], 2, is_tied=False) == 10
+    assert largest_share(column, [(1, 5)], 3, is_tied=False) == 10  # 20 / 3 evenly
+    assert largest_share(column, [(1, 5)], 64, is_tied=False) == 5
+    assert largest_share(column, [(0, 3)], 64, is_tied=True) == 7 + 5
+    assert largest_share(column, [(0, 6)], 64, is_tied=True) == 7 + 5  # one matrix, held once

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
-from mxn.train.plan.memory import MemoryModel
+from mxn.train.plan.memory import FLOAT32, MIXED, MemoryModel
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.profile import ChipProfile, LayerCost
@@ -19,7 +19,9 @@ LINK = Link(latency_s=0.0, bytes_per_s=1e9)
 
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_bytes_and_seconds_of_every_run_are_the_predictors(is_tied, how):
+@pytest.mark.parametrize("memory", [MemoryModel(), FLOAT32, MIXED], ids=["usual", "f32", "mixed"])
+@pytest.mark.parametrize("num_pipelines", [1, 2, 3])
+def test_bytes_of_every_run_are_the_predictors(num_pipelines, memory, is_tied, how):
     rows = [("embedding", 500, 0.0), *[("block", 300, 40.0)] * 3, ("head", 510, 90.0)]
     shape = ModelShape(
         name="toy", seq_tokens=4, is_tied=is_tied,
@@ -35,26 +37,28 @@ def test_bytes_and_seconds_of_every_run_are_the_predictors(is_tied, how):
     }
     profiles = {"a": ChipProfile(chip="a", costs=costs, framework_bytes=77.0)}
     group = DeviceGroup(
-        name="a", chip="a", num_devices=3, devices_per_node=3, memory_bytes=10**6,
+        name="a", chip="a", num_devices=12, devices_per_node=12, memory_bytes=10**6,
         node_link=LINK, group_link=LINK,
     )  # fmt: skip
-    cluster, memory = Cluster(groups=(group,)), MemoryModel()
-    tables = TableBook(Job(shape=shape, cluster=cluster, profiles=profiles, memory=memory)).at(1)
+    cluster = Cluster(groups=(group,))
+    job = Job(shape=shape, cluster=cluster, profiles=profiles, memory=memory)
+    tables = TableBook(job).at(1, num_pipelines)
     for bounds in ((0, 5), (0, 1, 5), (0, 2, 5), (0, 1, 4, 5), (0, 3, 4, 5)):
         plan = TrainPlan(
             model="toy", num_layers=5, seq_tokens=4, micro_batch=1,
-            pipelines=(Pipeline(
+            shards_optimizer=num_pipelines > 1,
+            pipelines=tuple(Pipeline(
                 stages=tuple(
-                    Stage(group="a", first_device=s, recompute=how,
+                    Stage(group="a", first_device=4 * p + s, recompute=how,
                           chunks=(Chunk(first=first, end=end),))
                     for s, (first, end) in enumerate(pairwise(bounds))
                 ),
                 micro_batches=2,
-            ),),
+            ) for p in range(num_pipelines)),
         )  # fmt: skip
         told = predict(plan, shape, cluster, profiles, memory=memory).stages
         for s, (first, end) in enumerate(pairwise(bounds)):
-            kept = min(2, len(told) - s)
+            kept = min(2, len(bounds) - 1 - s)
             assert tables.bytes(Kind("a", 1), how, kept)[first, end] == pytest.approx(
                 told[s].memory_bytes
             )

@@ -287,6 +287,12 @@ def test_two_jobs_do_not_share_checkpoints_and_the_holder_is_named(job, tmp_path
         pass  # one folder for both is locked once
 
 
+def test_a_folder_that_cannot_be_written_is_said(job, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="the folder of the job, cannot be used: Not a directory"):
+        Harness(replace(job, out=str(tmp_path / "file" / "out"))).run()
+
+
 def test_another_job_does_not_go_on_in_the_folder(job):
     Harness(job).run()
     state = Harness(replace(job, seed=4, steps=STEPS + 1)).run()

@@ -22,11 +22,15 @@ def hold(folder: Path, what: str, job: str, out: str, *, hint: str) -> Iterator[
     """Be the only one at work in `folder`, which is made if it is not there.
 
     `what`: of the folder, for the error; `job` and `out` are told to whoever comes next.
-    Raises: UserError naming the holder where another one is at work.
+    Raises: UserError naming the holder where another one is at work, or for no right to write.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    # Opened without cutting it: until the lock is ours, it says who has it.
-    with (folder / _NAME).open("a+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Opened without cutting it: until the lock is ours, it says who has it.
+        file = (folder / _NAME).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}, {what}, cannot be used: {error.strerror}", hint=hint) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

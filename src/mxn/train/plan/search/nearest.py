@@ -79,6 +79,7 @@ def _hint(
     """Say what would bring this device under its limit, or at least nearer, and is not used yet."""
     job = book.job
     found: list[str] = []
+    depth = max(len(pipeline.stages) for pipeline in plan.pipelines)
     for how in ("selective", "full"):
         if how not in limits.recompute and stage.recompute != how:
             other = _with(plan, recompute=how)
@@ -91,12 +92,11 @@ def _hint(
         found.append("shorter rows, for which the activations shrink")
     width = min(stage.tp * 2, job.cluster.group(stage.group).devices_per_node)
     is_barred = limits.tps is not None and width not in limits.tps
-    if is_barred and width > stage.tp:
-        found.append(f"tensor parallelism over {width} devices of {stage.group!r} (in a plan file)")
+    if is_barred and job.is_profiled(Kind(stage.group, width), plan.micro_batch):
+        found.append(f"tensor parallelism over {width} devices of {stage.group!r}")
     model = job.profiles[job.cluster.group(stage.group).chip].memory or job.memory
     if model.trainable_share == 1.0 and fullest.state > 0.5 * fullest.total:
         found.append("LoRA, which keeps no gradients and no optimizer for the model's own weights")
-    depth = max(len(pipeline.stages) for pipeline in plan.pipelines)
     if limits.max_stages is not None and depth >= limits.max_stages:
         found.append(
             f"pipelines deeper than {limits.max_stages} stage{'s' * (limits.max_stages > 1)}"
@@ -138,7 +138,8 @@ def _fullest(job: Job, plan: TrainPlan) -> tuple[tuple[int, int], Parts, Stage]:
             cost = costs.stage(group.chip, stage)
             parts = device_bytes(stage, cost, kept, job.profiles[group.chip], job.memory)
             found.append((parts.total / group.memory_bytes, (p, s), parts, stage))
-    return max(found, key=lambda one: one[0])[1:]
+    _, at, parts, stage = max(found, key=lambda one: one[0])
+    return at, parts, stage
 
 
 def _candidates(

@@ -86,6 +86,7 @@ class Tables:
         self.shards = shards
         self._columns = columns.of
         self._owned: dict[tuple[Kind, str], Table] = {}
+        self._memory: dict[tuple[Kind, Recompute], tuple[Table, Table]] = {}
         self._busy: dict[tuple[Kind, float], Table] = {}
         self._parts: dict[tuple[Kind, float], tuple[Table, Table, Table, Table]] = {}
         self._fits: dict[tuple[Kind, Recompute, float], Table] = {}
@@ -133,6 +134,14 @@ class Tables:
 
     def bytes(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         """Return the bytes on one device."""
+        key = (kind, how)
+        if key not in self._memory:
+            empty = self._held(kind, how, 0.0)
+            self._memory[key] = (empty, self._held(kind, how, 1.0) - empty)
+        fixed, each = self._memory[key]
+        return fixed + each * in_flight
+
+    def _held(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         sums = self._columns(kind, how)
         profile = self.job.profiles[self.job.cluster.group(kind.group).chip]
         model = profile.memory or self.job.memory
@@ -172,11 +181,10 @@ class Tables:
         if is_tied:
             always[0, -1] -= values[0]
         numbers = np.arange(size - 1) % self.shards
-        parts = [
-            _runs(np.where((numbers == shard) & ~ends, values, 0.0))
-            for shard in range(min(self.shards, size - 1))
-        ]
-        return always + np.maximum.reduce(parts)
+        num = min(self.shards, size - 1)
+        owned = np.where((numbers == np.arange(num)[:, None]) & ~ends, values, 0.0)
+        sums = np.concatenate([np.zeros((num, 1)), np.cumsum(owned, axis=1)], axis=1)
+        return always + (sums[:, None, :] - sums[:, :, None]).max(axis=0)
 
     def hop(self, kind: Kind, after: Kind) -> Table:
         """Return the seconds of a micro-batch from `kind` to `after` and back, by first layer.
