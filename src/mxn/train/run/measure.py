@@ -19,7 +19,7 @@ from mxn.train.plan.memory import MemoryModel
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.shape import ModelShape
 from mxn.train.run import stored
-from mxn.train.run.job import DeviceSettings, Job
+from mxn.train.run.job import DeviceSettings, Dtype, Job
 from mxn.train.run.job_devices import JobDevices, Pair, with_sums
 from mxn.train.run.job_model import look_at, memory_of
 from mxn.train.run.measure_start import ask_ranks
@@ -243,7 +243,9 @@ class _Bench:
 
     def _with_dtype(self, profile: ChipProfile) -> ChipProfile:
         """Say what a group with a dtype of its own keeps, and how wide its values are."""
-        dtypes = {g.dtype for g in self.job.devices if self.devices.label(g) == profile.chip}
+        dtypes: set[Dtype | None] = {
+            g.dtype for g in self.job.devices if self.devices.label(g) == profile.chip
+        }
         dtype = next(iter(dtypes), None)
         if dtype is None or dtype == self.job.dtype:
             return profile
