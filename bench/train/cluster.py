@@ -28,6 +28,7 @@ from mxn.train.plan.bounds import Bounds, bounds
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.clusters import read_cluster
 from mxn.train.plan.explain import describe, explain
+from mxn.train.plan.memory import MIXED
 from mxn.train.plan.profile import ChipProfile
 from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.search.planner import search
@@ -87,7 +88,7 @@ def timed_search(
     shape: ModelShape, rows: int, cluster: Cluster, profiles: dict[str, ChipProfile]
 ) -> tuple[Found, dict[str, float]]:
     wall, cpu = time.perf_counter(), time.process_time()
-    found = search(shape, rows, cluster, profiles, limits=Limits())
+    found = search(shape, rows, cluster, profiles, memory=MIXED, limits=Limits())
     return found, {
         "search_wall_s": round(time.perf_counter() - wall, 2),
         "search_cpu_s": round(time.process_time() - cpu, 2),
@@ -119,11 +120,11 @@ def cases() -> Iterator[dict[str, Any]]:
             profiles = profiles_of(cluster, shape)
             found, times = timed_search(shape, ROWS, cluster, profiles)
             began = time.process_time()
-            bound = bounds(shape, ROWS, cluster, profiles)
+            bound = bounds(shape, ROWS, cluster, profiles, memory=MIXED)
             times["bounds_cpu_s"] = round(time.process_time() - began, 2)
-            shared = bounds(shape, ROWS, cluster, profiles, share_batch=True)
+            shared = bounds(shape, ROWS, cluster, profiles, memory=MIXED, share_batch=True)
             ratio, _ = shared.ratios(found.best.prediction.tokens_per_s)
-            told = explain(found, shape, cluster, profiles, bound)
+            told = explain(found, shape, cluster, profiles, bound, memory=MIXED)
             yield {
                 "cluster": pool, "model": model, "params": shape.params, "rows": ROWS,
                 **outcome(found, bound), **times, "R_shared_batch": ratio and round(ratio, 4),
@@ -140,7 +141,9 @@ def links() -> Iterator[dict[str, Any]]:
         for rate in LINKS:
             cluster, _ = pool_of(groups, between_gb_per_s=rate)
             profiles = profiles_of(cluster, shape)
-            bound = bound or bounds(shape, ROWS, cluster, profiles)  # no group has such a link
+            bound = bound or bounds(
+                shape, ROWS, cluster, profiles, memory=MIXED
+            )  # no group has such a link
             found, times = timed_search(shape, ROWS, cluster, profiles)
             yield {"cluster": pool, "between_gb_per_s": rate, **outcome(found, bound), **times}
 
@@ -152,7 +155,7 @@ def scale() -> Iterator[dict[str, Any]]:
         for factor in SCALES:
             cluster, _ = pool_of(SIX_CHIPS, scale=factor)
             profiles = profiles_of(cluster, shape)
-            bound = bounds(shape, rows, cluster, profiles)
+            bound = bounds(shape, rows, cluster, profiles, memory=MIXED)
             try:
                 found, times = timed_search(shape, rows, cluster, profiles)
             except CapacityError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,21 @@ def test_no_plan_is_quicker_when_all_are_simulated(seed):
     limits = Limits(schedules=("1f1b",), recompute=("none",), may_shard_optimizer=False)
     found = search(shape, rows, cluster, profiles, memory=TINY_MEMORY, limits=limits)
     assert found.best.prediction.iteration_s <= best * 1.01
+
+
+def test_a_pipeline_over_a_slow_link_gets_extra_warm_up():
+    """Two stages of 12 s a micro-batch, and 10 s on the way between them, each way."""
+    shape = model(6)
+    profiles = {name: chip(name, 1.0, shape) for name in ("a", "b")}
+    cluster = pool({"a": 1, "b": 1}, between=1, memory=20_000)
+    limits = Limits(schedules=("1f1b",), recompute=("none",))
+    found = search(shape, 16, cluster, profiles, memory=TINY_MEMORY, limits=limits)
+    plan = found.best.plan
+    assert max(plan.pipelines[0].extra_warmup) > 0
+    bare = replace(plan, pipelines=(replace(plan.pipelines[0], extra_warmup=()),))
+    slower = simulate_plan(bare, shape, cluster, profiles, memory=TINY_MEMORY).prediction
+    assert found.best.prediction.iteration_s < 0.9 * slower.iteration_s
+    assert found.best.prediction.fits
 
 
 def test_a_search_that_did_not_try_everything_does_not_say_so():

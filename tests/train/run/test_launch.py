@@ -21,6 +21,7 @@ from mxn.train.run import cpu_share
 from mxn.train.run.control import Control
 from mxn.train.run.job import Job, metrics_path
 from mxn.train.run.launch import LocalRanks, device_of, launch, launching_of
+from mxn.train.run.owner import Owner
 from mxn.train.run.track import read_metrics
 from support.forked_start import quickly
 from support.launches import group, on_one_device, small_job
@@ -205,7 +206,8 @@ def test_devices_of_a_group_are_numbered_from_its_first():
 
 @pytest.mark.skipif(cpu_share.why_not() is not None, reason=str(cpu_share.why_not()))
 def test_a_cpu_share_limits_a_rank_and_leaves_nothing_behind(tmp_path, forked):
-    before = set(cpu_share.ROOT.glob("cpu/mxn-*"))
+    mine = f"cpu/mxn-{Owner.me()}-*"  # other tests run at the same time
+    before = set(cpu_share.ROOT.glob(mine))
     job = small_job(tmp_path, 100_000, [group(cpu_share=0.2)])
     ranks = launch(launching_of(job, plan_of((8, [[(0, 6)]]))))
     try:
@@ -216,4 +218,4 @@ def test_a_cpu_share_limits_a_rank_and_leaves_nothing_behind(tmp_path, forked):
         assert share <= 0.25
     finally:
         ranks.kill()
-    assert set(cpu_share.ROOT.glob("cpu/mxn-*")) == before
+    assert set(cpu_share.ROOT.glob(mine)) == before

@@ -253,7 +253,7 @@ def test_status_shows_the_counts_of_now_and_those_planned(tmp_path):
     assert (counts["now"], counts["planned"], counts["since_step"]) == ((9, 3), (6, 6), 22)
     told = Status(
         job="small", phase="running", reason="", groups=("a",), dropped={}, launch=1, restarts=0,
-        started=1, checkpoint_step=None, plan=planned.fingerprint, pid=1, updated_at=0.0,
+        checkpoint_step=None, plan=planned.fingerprint, pid=1, started=0, updated_at=0.0,
     )  # fmt: skip
     lines = status_lines(tmp_path, told, None, counts)
     assert "  micro-batches 9:3 since step 23, as measured; planned 6:6" in lines

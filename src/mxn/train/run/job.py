@@ -130,7 +130,7 @@ class RebalanceSettings:
 
     when: Literal["auto", "always", "never"] = "auto"
     every_steps: int = 5  # that a decision is made from
-    least_gain: float = 0.01  # share by which a step must become shorter
+    least_gain: float = 0.005  # share by which a step must become shorter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

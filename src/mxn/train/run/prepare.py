@@ -113,19 +113,25 @@ def task_of_job(
     Raises: what `measure` raises; UserError for a group that the job does not have.
     """
     from mxn.train.run.measure import measure
+    from mxn.train.run.widths import promising_widths
 
     job = with_devices(job)
     if groups is not None:
         kept = tuple(job.group(name) for name in groups)
         job = replace(job, devices=kept)
     measured = measure(job, tps=sorted(widths_of(job)), fresh=fresh, on_progress=on_progress)
+    limits = limits_of(job)
+    if job.plan.file is None and (widths := promising_widths(job, measured, limits)):
+        on_progress(f"tensor parallelism of {', '.join(map(str, widths))} might pay")
+        measured = measure(job, tps=widths, on_progress=on_progress)
+        limits = replace(limits, tps=(1, *widths))
     return Task(
         shape=measured.shape,
         rows=job.global_batch,
         cluster=measured.cluster,
         profiles=measured.profiles,
         memory=measured.memory,
-        limits=limits_of(job),
+        limits=limits,
         measured=measured,
     )
 
@@ -144,7 +150,7 @@ def widths_of(job: Job) -> list[int]:
 def limits_of(job: Job) -> Limits:
     """Return what the planner may choose for a job: what the runner does and the job allows.
 
-    Tensor parallelism runs, and is left to plan files: searching it would measure every width.
+    Tensor parallelism is 1 here; `widths.promising_widths` says which others to measure.
     """
     plan, free = job.plan, Limits()
     return Limits(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from mxn.train.plan.plan import TrainPlan
+from mxn.train.plan.plan import Pipeline, TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
 from mxn.train.plan.search.build import plan_of, settled
@@ -17,6 +17,7 @@ from mxn.train.plan.search.draft import Draft
 from mxn.train.plan.search.polish import neighbours
 from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.simulate import simulate_plan
+from mxn.train.plan.warmup import with_warmup
 from mxn.units import format_bytes
 
 _HOPELESS = 1.15  # an estimate that is so much over the best plan is not predicted
@@ -27,6 +28,8 @@ _FEWEST_LOOKS = 48
 _MOST_LOOKS = 400  # of one such climb in a small pool, fewer in a large one
 _MOST_SIMULATED = 24  # whatever the closed form promises
 _DOUBT = 0.9  # of a small pool's closed forms: in short steps they are up to a tenth too long
+_NUM_WARMED = 3  # of the best, that get extra warm-up if it helps them
+_MOST_WARMED = 64  # devices of a pool; beyond, it takes seconds
 _NUM_RESCHEDULED = 8  # of the best, that are tried under every schedule and placement
 
 
@@ -71,7 +74,7 @@ class Judge:
         for candidate in self._tops():
             self._climb(candidate)
         allowed = [c for c in self._ranked() if c.plan.schedule in self._limits.schedules]
-        ranking = self._simulated(allowed) if allowed else []
+        ranking = self._warmed(self._simulated(allowed)) if allowed else []
         if not ranking:
             return None
         return Found(
@@ -101,6 +104,23 @@ class Judge:
         fits = [c for c in found if c.prediction.fits]
         fits.sort(key=lambda c: (round(c.prediction.iteration_s, 12), c.plan.num_devices))
         return fits + list(allowed[len(found) :])
+
+    def _warmed(self, ranking: list[Candidate]) -> list[Candidate]:
+        """Return the ranking with extra warm-up on the best few, where it hides their links."""
+        if not self._limits.num_simulated or self._job.cluster.num_devices > _MOST_WARMED:
+            return ranking
+        job, found = self._job, list(ranking)
+        for number, candidate in enumerate(ranking[:_NUM_WARMED]):
+            if not candidate.is_simulated or max(map(_depth, candidate.plan.pipelines)) < 2:
+                continue
+            seen = with_warmup(
+                candidate.plan, job.shape, job.cluster, job.profiles, memory=job.memory
+            )
+            if seen.prediction.fits and seen.plan != candidate.plan:
+                found[number] = replace(candidate, plan=seen.plan, prediction=seen.prediction)
+        return sorted(
+            found, key=lambda c: (not c.is_simulated, round(c.prediction.iteration_s, 12))
+        )
 
     def _simulate(self, candidate: Candidate) -> Candidate:
         job = self._job
@@ -185,6 +205,10 @@ class Judge:
     def _predict(self, plan: TrainPlan) -> Prediction:
         job = self._job
         return predict(plan, job.shape, job.cluster, job.profiles, memory=job.memory)
+
+
+def _depth(pipeline: Pipeline) -> int:
+    return len(pipeline.stages)
 
 
 def _too_large(plan: TrainPlan, found: Prediction) -> str:
