@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from math import prod
 
 import numpy as np
 
@@ -147,19 +148,22 @@ def _candidates(
 ) -> Iterator[tuple[float, int, TrainPlan]]:
     """Yield the share of its limit that the fullest device takes, devices, and the plan."""
     for pool in sorted(pools, key=lambda pool: pool.micro_batch)[:2]:
-        choices = list(product(*pool.options))
-        if len(choices) > _MOST_CHOICES:
-            widths = sorted({kind.tp for of in pool.options for kind in of})
-            choices = [
-                tuple(min(of, key=lambda k: abs(k.tp - tp)) for of in pool.options) for tp in widths
-            ]
-        for kinds, num in product(choices, _COPIES):
+        for kinds, num in product(_choices(pool), _COPIES):
             if num > rows // pool.micro_batch:
                 continue
             slots = {kind: book.job.num_slots(kind) // num for kind in kinds}
             shards = num if limits.may_shard_optimizer else 1
             tables = book.at(pool.micro_batch, shards)
             yield from _nearest(book, tables, rows, limits, slots, num)
+
+
+def _choices(pool: Pool) -> list[tuple[Kind, ...]]:
+    """Return a kind of slot for each group, in all ways; where those are many, like widths."""
+    if prod(map(len, pool.options)) <= _MOST_CHOICES:
+        return list(product(*pool.options))
+    widths = sorted({kind.tp for of in pool.options for kind in of})
+    found = [tuple(min(of, key=lambda k: abs(k.tp - tp)) for of in pool.options) for tp in widths]
+    return list(dict.fromkeys(found))
 
 
 def _nearest(
