@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from mxn.train.plan.search import nearest
-from mxn.train.plan.search.order import Pool
-from mxn.train.plan.search.tables import Kind
+from mxn.errors import CapacityError
+from mxn.train.plan.search import nearest, planner
+from mxn.train.plan.search.choices import Limits
+from mxn.train.plan.search.order import Choice, Pool, _all_shards
+from mxn.train.plan.search.planner import search
+from mxn.train.plan.search.tables import Job, Kind, TableBook
+from support.plan_pools import TINY_MEMORY, chip, model, pool
+
+PLAIN = Limits(schedules=("1f1b",), recompute=("none",), may_shard_optimizer=False, num_simulated=0)
 
 
 @pytest.mark.parametrize("num_groups", [12, 64])
@@ -26,3 +34,50 @@ def test_the_widths_of_many_groups_are_not_all_listed(num_groups, monkeypatch):
 def test_the_widths_of_few_groups_are():
     options = ((Kind("a", 1), Kind("a", 2)), (Kind("b", 1), Kind("b", 4)))
     assert len(nearest._choices(Pool(1, options))) == 4
+
+
+def asked(memory, *, num=2):
+    """Ten layers of 4,000 bytes and 100 more for each micro-batch in flight; 8 rows, one chip."""
+    shape = model(8)
+    return shape, 8, pool({"a": num}, memory=memory), {"a": chip("a", 1.0, shape)}
+
+
+def refused(memory, limits, **more):
+    with pytest.raises(CapacityError) as caught:
+        search(*asked(memory, **more), memory=TINY_MEMORY, limits=limits)
+    assert caught.value.hint is not None
+    return caught.value.message, caught.value.hint
+
+
+def test_what_lacks_is_counted_under_the_schedule_that_is_allowed():
+    """GPipe keeps all eight micro-batches: 24,000 bytes, where 1F1B's two take 21,000."""
+    message, hint = refused(22_000, replace(PLAIN, schedules=("gpipe",)))
+    assert "gpipe" in message
+    assert "needs 23.4 KiB on each device, 2.0 KiB more than the 21.5 KiB" in message
+    assert "schedule 1f1b (20.5 KiB instead" in hint
+
+
+@pytest.mark.parametrize("schedule", ["zero-bubble", "interleaved"])
+def test_the_nearest_plan_is_of_an_allowed_schedule(schedule):
+    message, _ = refused(19_000, replace(PLAIN, schedules=(schedule,)))
+    assert schedule in message
+    assert "-" not in message.replace("micro-", "").replace(schedule, "")  # nothing lacks -5 KiB
+
+
+def test_a_nearest_plan_that_fits_is_returned(monkeypatch):
+    """Whatever the search did not look at."""
+    monkeypatch.setattr(planner, "guided_search", lambda *_: None)
+    monkeypatch.setattr(planner, "is_small", lambda *_: False)
+    found = search(*asked(22_000), memory=TINY_MEMORY, limits=PLAIN)
+    assert found.best.prediction.fits
+    assert not found.is_exact
+
+
+def test_memory_is_called_tight_by_what_the_schedule_keeps():
+    """A pipeline of one stage keeps 8 micro-batches under GPipe, one under 1F1B."""
+    shape, rows, cluster, profiles = asked(43_000)
+    book = TableBook(Job(shape=shape, cluster=cluster, profiles=profiles, memory=TINY_MEMORY))
+    choice = Choice(1, (Kind("a", 1),), 0.0)
+    for schedule, shards in (("1f1b", [1]), ("gpipe", [1, 2])):
+        limits = Limits(schedules=(schedule,))
+        assert _all_shards(book, rows, choice, 2, limits) == shards

@@ -85,6 +85,17 @@ class Judge:
             is_exact=is_exact,
         )
 
+    def accept(self, plan: TrainPlan) -> Found | None:
+        """Return a plan that no draft led to as all that was found; None when it does not fit."""
+        seen = self._predict(plan)
+        if not seen.fits:
+            return None
+        return Found(
+            best=Candidate(plan=plan, prediction=seen, origin="least memory"), runners_up=(),
+            rejected=tuple(self._refused.values())[: self._limits.num_kept],
+            num_looked_at=len(self._seen) + 1, is_exact=False,
+        )  # fmt: skip
+
     def _simulated(self, allowed: Sequence[Candidate]) -> list[Candidate]:
         """Return the best few as simulated, in their order, then the others as predicted.
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
 from math import prod
 
 import numpy as np
 
 from mxn.errors import CapacityError
 from mxn.train.plan.memory import Parts, in_flight
-from mxn.train.plan.plan import Recompute, Stage, TrainPlan
+from mxn.train.plan.plan import Chunk, Pipeline, Recompute, Stage, TrainPlan
 from mxn.train.plan.search.build import plan_of
 from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.cuts import Cut, Table, quickest_in_order, slowest_in_order
@@ -32,15 +32,31 @@ _MOST_CHOICES = 64  # of widths
 _COPIES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def no_plan(book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool]) -> CapacityError:
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """A plan, and the share of its limit that its fullest device takes."""
+
+    plan: TrainPlan
+    share: float
+
+
+def nearest(book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool]) -> Nearest | None:
+    """Return the plan whose fullest device passes its limit least; None when there is no plan.
+
+    Its share may be at most 1: then it fits, and the search looked elsewhere.
+    """
+    found = _candidates(book, rows, limits, pools)
+    return min(found, key=lambda near: (near.share, near.plan.num_devices), default=None)
+
+
+def no_plan(book: TableBook, rows: int, limits: Limits, found: Nearest | None) -> CapacityError:
     """Return the error of a search in which nothing fits."""
-    found = min(_candidates(book, rows, limits, pools), key=lambda c: c[:2], default=None)
     if found is None:
         return CapacityError(
             "the model does not fit into this pool: it has fewer layers than a plan needs stages",
             hint="allow deeper pipelines, or give more devices",
         )
-    plan = found[2]
+    plan = found.plan
     at, fullest, stage = _fullest(book.job, plan)
     limit = book.job.cluster.group(stage.group).memory_bytes
     lacking = fullest.total - limit
@@ -48,7 +64,7 @@ def no_plan(book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool]) -
     return CapacityError(
         f"the model does not fit into this pool: in the plan that comes nearest, {where} "
         f"({stage.num_layers} of {plan.num_layers} layers on group {stage.group!r}, tensor width "
-        f"{stage.tp}, {_how(stage.recompute)}, micro-batches of {plan.micro_batch}"
+        f"{stage.tp}, {_how(stage.recompute)}, {plan.schedule}, micro-batches of {plan.micro_batch}"
         f"{', optimizer shared out' if plan.shards_optimizer else ''}) needs "
         f"{format_bytes(fullest.total)} on each device, {format_bytes(lacking)} more than the "
         f"{format_bytes(limit)} that it may use: {_of_what(fullest)}",
@@ -81,6 +97,8 @@ def _hint(
     job = book.job
     found: list[str] = []
     depth = max(len(pipeline.stages) for pipeline in plan.pipelines)
+    if "1f1b" not in limits.schedules:
+        found += _gain(job, _in_1f1b(plan), fullest, "schedule 1f1b")
     for how in ("selective", "full"):
         if how not in limits.recompute and stage.recompute != how:
             other = _with(plan, recompute=how)
@@ -127,6 +145,19 @@ def _with(plan: TrainPlan, *, recompute: Recompute) -> TrainPlan:
     )
 
 
+def _in_1f1b(plan: TrainPlan) -> TrainPlan:
+    """Return the plan under 1F1B, each stage with as many layers as before in one chunk."""
+    pipelines: list[Pipeline] = []
+    for pipeline in plan.pipelines:
+        ends = accumulate(stage.num_layers for stage in pipeline.stages)
+        stages = tuple(
+            replace(stage, chunks=(Chunk(first=end - stage.num_layers, end=end),))
+            for stage, end in zip(pipeline.stages, ends, strict=True)
+        )
+        pipelines.append(replace(pipeline, stages=stages))
+    return replace(plan, schedule="1f1b", pipelines=tuple(pipelines))
+
+
 def _fullest(job: Job, plan: TrainPlan) -> tuple[tuple[int, int], Parts, Stage]:
     """Return the device that passes its limit by the largest share: where, and what it holds."""
     costs = book_of(plan, job.shape, job.profiles, job.memory)
@@ -145,16 +176,17 @@ def _fullest(job: Job, plan: TrainPlan) -> tuple[tuple[int, int], Parts, Stage]:
 
 def _candidates(
     book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool]
-) -> Iterator[tuple[float, int, TrainPlan]]:
-    """Yield the share of its limit that the fullest device takes, devices, and the plan."""
+) -> Iterator[Nearest]:
+    """Yield plans of all choices; 1F1B holds least, so others are looked at where it is barred."""
+    styles = limits.styles[:1] if "1f1b" in limits.schedules else limits.styles
     for pool in sorted(pools, key=lambda pool: pool.micro_batch)[:2]:
-        for kinds, num in product(_choices(pool), _COPIES):
+        for kinds, num, style in product(_choices(pool), _COPIES, styles):
             if num > rows // pool.micro_batch:
                 continue
             slots = {kind: book.job.num_slots(kind) // num for kind in kinds}
             shards = num if limits.may_shard_optimizer else 1
             tables = book.at(pool.micro_batch, shards)
-            yield from _nearest(book, tables, rows, limits, slots, num)
+            yield from _nearest(book, tables, rows, limits, slots, num, style)
 
 
 def _choices(pool: Pool) -> list[tuple[Kind, ...]]:
@@ -167,17 +199,19 @@ def _choices(pool: Pool) -> list[tuple[Kind, ...]]:
 
 
 def _nearest(
-    book: TableBook, tables: Tables, rows: int, limits: Limits, slots: dict[Kind, int], num: int
-) -> Iterator[tuple[float, int, TrainPlan]]:
+    book: TableBook, tables: Tables, rows: int, limits: Limits, slots: dict[Kind, int], num: int,
+    style: Style,
+) -> Iterator[Nearest]:  # fmt: skip
     """Yield the nearest plan of `num` like pipelines over these slots each, in a good order."""
     count = rows // tables.micro_batch
+    most = -(-count // num)  # of one pipeline
     ways = Ways(tables, count, fill=1.0, max_stages=limits.max_stages)
     row = ways.row(Counter(slots))
     if not row:
         return
     for order in dict.fromkeys((row[: ways.max_stages], row[-ways.max_stages :])):
         shares = [
-            _shares(tables, kind, in_flight("1f1b", s, len(order), max(count // num, 1)))
+            _shares(tables, kind, style.in_flight(s, len(order), most), style.chunks)
             for s, kind in enumerate(order)
         ]
         none = np.zeros(len(shares[0]))
@@ -187,30 +221,34 @@ def _nearest(
         cut = quickest_in_order(
             numbers, shares, [none] * (len(order) - 1), least * (1 + 1e-9)
         ) if np.isfinite(least) else None  # fmt: skip
-        plan = _plan(book, tables, kinds, cut, rows, num) if cut else None
+        plan = _plan(book, tables, kinds, cut, rows, num, style) if cut else None
         if plan is not None:
             plan = _with_least(book.job, plan)
             _, fullest, stage = _fullest(book.job, plan)
             limit = book.job.cluster.group(stage.group).memory_bytes
-            yield fullest.total / limit, plan.num_devices, plan
+            yield Nearest(plan, fullest.total / limit)
 
 
-def _shares(tables: Tables, kind: Kind, kept: float) -> Table:
-    """Return the share [a, e] of a device's limit that layers a … e - 1 take at the least."""
+def _shares(tables: Tables, kind: Kind, kept: float, chunks: int) -> Table:
+    """Return the share [a, e] of a device's limit that layers a … e - 1 take at the least.
+
+    Infinite for fewer layers than a stage has chunks.
+    """
     limit = tables.job.cluster.group(kind.group).memory_bytes
     least = np.minimum.reduce([tables.bytes(kind, how, kept) for how in tables.job.recompute])
-    empty = np.tril(np.ones(least.shape, dtype=bool))
-    return np.where(empty, np.inf, least / limit)
+    enough = np.tri(len(least), k=-chunks, dtype=bool).T
+    return np.where(enough, least / limit, np.inf)
 
 
 def _plan(
-    book: TableBook, tables: Tables, kinds: Sequence[Kind], cut: Cut, rows: int, num: int
-) -> TrainPlan | None:
+    book: TableBook, tables: Tables, kinds: Sequence[Kind], cut: Cut, rows: int, num: int,
+    style: Style,
+) -> TrainPlan | None:  # fmt: skip
     count = rows // tables.micro_batch
     shares = tuple(count // num + (p < count % num) for p in range(num))
     draft = Draft(
         tables.micro_batch, ((template(kinds, cut, 0.0), num),), 0.0, "nearest",
-        tables.shards > 1, Style(), shares=shares,
+        tables.shards > 1, style, shares=shares,
     )  # fmt: skip
     return plan_of(book, draft, rows)
 

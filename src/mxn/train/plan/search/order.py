@@ -84,7 +84,7 @@ def exact_search(
         if choice.bound_s >= judge.best_s():
             return is_exact
         counts = tuple(book.job.num_slots(kind) for kind in choice.kinds)
-        for shards in _all_shards(book, choice, sum(counts), limits):
+        for shards in _all_shards(book, rows, choice, sum(counts), limits):
             effort += effort_of(counts, book.job.shape.num_layers)
             if effort > _MOST_EFFORT:
                 return False
@@ -212,14 +212,21 @@ def _kinds(job: Job, group: DeviceGroup, micro_batch: int, limits: Limits) -> tu
     )
 
 
-def _all_shards(book: TableBook, choice: Choice, num_slots: int, limits: Limits) -> list[int]:
+def _all_shards(
+    book: TableBook, rows: int, choice: Choice, num_slots: int, limits: Limits
+) -> list[int]:
     """Return the numbers of optimizer shards to look at: 1 alone where there is memory enough."""
     if not limits.may_shard_optimizer or num_slots < 2:
         return [1]
-    plain = book.at(choice.micro_batch)
+    plain, count = book.at(choice.micro_batch), rows // choice.micro_batch
     cluster = book.job.cluster
+    kept = max(
+        style.in_flight(0, size, count)
+        for style in limits.styles
+        for size in range(1, num_slots + 1)
+    )
     tight = any(
-        (plain.bytes(kind, "none", num_slots) > cluster.group(kind.group).memory_bytes).any()
+        (plain.bytes(kind, "none", kept) > cluster.group(kind.group).memory_bytes).any()
         for kind in choice.kinds
     )
     powers = [2**power for power in range(1, num_slots.bit_length())]
