@@ -118,3 +118,15 @@ def test_a_search_that_did_not_try_everything_does_not_say_so():
     found = search(shape, 16, pool({"a": 4, "b": 4}), profiles, memory=TINY_MEMORY, limits=limits)
     assert not found.is_exact
     assert found.how.startswith("guided")
+
+
+@pytest.mark.parametrize(("schedule", "is_exact"), [("1f1b", True), ("interleaved", False)])
+def test_a_search_under_a_schedule_that_was_not_timed_does_not_say_so(schedule, is_exact):
+    """Only schedules of one chunk have a closed form over all cuts."""
+    shape = model(4)
+    profiles = {name: chip(name, 1.0, shape) for name in ("a", "b")}
+    # Too little for one device: two stages, and so a filling that no bound of work counts.
+    cluster = pool({"a": 1, "b": 1}, memory=16_000)
+    limits = Limits(schedules=(schedule,), recompute=("none",))
+    found = search(shape, 8, cluster, profiles, memory=TINY_MEMORY, limits=limits)
+    assert found.is_exact == is_exact

@@ -101,17 +101,20 @@ def _look_at_every(
     book: TableBook, rows: int, limits: Limits, choice: Choice, counts: Counts, shards: int,
     judge: Judge,
 ) -> bool:  # fmt: skip
-    """Time all orders and cuts of a choice; return whether they are few enough for that."""
+    """Time all orders and cuts of a choice under the schedules of one chunk.
+
+    Return whether they are few enough for that, and such a schedule is allowed.
+    """
+    styles = [style for style in limits.styles if style.chunks == 1]
     if not is_countable(counts, book.job.shape.num_layers, limits.max_stages):
         return False
-    for style in limits.styles:
-        if style.chunks == 1:
-            judge.look(Every(
-                book.at(choice.micro_batch, shards), choice.kinds, counts,
-                rows // choice.micro_batch, style, max_stages=limits.max_stages,
-                worth_s=judge.worth_s(),
-            ).drafts())  # fmt: skip
-    return True
+    for style in styles:
+        judge.look(Every(
+            book.at(choice.micro_batch, shards), choice.kinds, counts,
+            rows // choice.micro_batch, style, max_stages=limits.max_stages,
+            worth_s=judge.worth_s(),
+        ).drafts())  # fmt: skip
+    return bool(styles)
 
 
 def guided_search(
