@@ -100,6 +100,15 @@ def test_widths_of_tensor_parallelism_are_measured_where_a_plan_has_them(job, mo
     alone = measure.measure(wide)
     assert alone.is_reused
     assert alone.profiles == found.profiles
+    # A group in half the bytes sums half of them.
+    narrow = replace(wide, devices=(replace(wide.devices[0], dtype="bfloat16"),))
+    bench = measure._Bench(narrow, (1,), tps=(1, 2))
+    label = bench.label(narrow.devices[0])
+    told = bench.measured({label: replace(kept, chip=label)}, found.links, is_reused=True)
+    half_s = 2 * ring_s(2, 2 * 24 * 192, group.node_link)
+    assert told.profiles[label].layer("block", 1, 2).forward_s == pytest.approx(
+        reading.cost.forward_s + half_s
+    )
 
 
 def test_the_link_between_the_groups_is_measured(found):

@@ -96,7 +96,10 @@ class JobDevices:
 def with_sums(
     profile: ChipProfile, groups: Sequence[DeviceGroup], shape: ModelShape
 ) -> ChipProfile:
-    """Add to the blocks of a team what their sums take on the slowest link of these chips."""
+    """Add to the blocks of a team what their sums take on the slowest link of these chips.
+
+    The profile says how wide its values are already: they are summed as they are computed.
+    """
     links = [g.node_link for g in groups if g.chip == profile.chip and g.num_devices > 1]
     costs = dict(profile.costs)
     for (kind, size, tp), cost in profile.costs.items():
@@ -106,7 +109,7 @@ def with_sums(
         if not links:  # measured for a job of more devices
             del costs[kind, size, tp]
             continue
-        num_bytes = layer.output_bytes * shape.seq_tokens * size
+        num_bytes = layer.output_bytes * shape.seq_tokens * size * profile.width
         sums_s = _SUMS * max(ring_s(tp, num_bytes, link) for link in links)
         costs[kind, size, tp] = replace(
             cost, forward_s=cost.forward_s + sums_s, backward_s=cost.backward_s + sums_s

@@ -230,8 +230,8 @@ class _Bench:
             shape=self.shape,
             cluster=cluster,
             profiles={
-                label: self._with_dtype(
-                    with_sums(profile.to_chip_profile(), cluster.groups, self.shape)
+                label: with_sums(
+                    self._with_dtype(profile.to_chip_profile()), cluster.groups, self.shape
                 )
                 for label, profile in profiles.items()
             },
