@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mxn.errors import CapacityError
-from mxn.train.plan.search import nearest, planner
+from mxn.train.plan.search import build, nearest, planner
 from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.order import Choice, Pool, _all_shards
 from mxn.train.plan.search.planner import search
@@ -81,3 +81,50 @@ def test_memory_is_called_tight_by_what_the_schedule_keeps():
     for schedule, shards in (("1f1b", [1]), ("gpipe", [1, 2])):
         limits = Limits(schedules=(schedule,))
         assert _all_shards(book, rows, choice, 2, limits) == shards
+
+
+def test_a_help_is_judged_by_the_device_that_is_too_full():
+    """Not by another one, which is the fullest then: that takes 19.8 KiB with recomputation."""
+    shape = model(8)
+    cluster = pool({"a": 1, "b": 1}, memory={"a": 20_000, "b": 19_700})
+    profiles = {name: chip(name, 1.0, shape) for name in ("a", "b")}
+    with pytest.raises(CapacityError, match="group 'a'") as caught:
+        search(shape, 8, cluster, profiles, memory=TINY_MEMORY, limits=PLAIN)
+    assert "full recomputation (19.9 KiB instead, not enough alone)" in str(caught.value.hint)
+
+
+def test_deeper_pipelines_are_suggested_where_there_are_devices_for_them():
+    limits = replace(PLAIN, max_stages=1)
+    _, hint = refused(20_000, limits, num=2)
+    assert hint.endswith("deeper than 1 stage")
+    _, hint = refused(20_000, limits, num=1)
+    assert hint.endswith("deeper than 1 stage over more devices")
+    _, hint = refused(20_000, PLAIN, num=1)
+    assert hint.endswith("more devices")
+    assert "deeper" not in hint
+
+
+def test_a_width_is_suggested_with_what_it_leaves_where_devices_are_free():
+    shape = model(8)
+    profiles = {"a": chip("a", 1.0, shape, tps=(1, 2))}
+    narrow = replace(PLAIN, tps=(1,))
+    for limits, is_told in ((replace(narrow, max_stages=1), True), (narrow, False)):
+        with pytest.raises(CapacityError) as caught:
+            search(
+                shape, 8, pool({"a": 2}, memory=19_000), profiles, memory=TINY_MEMORY,
+                limits=limits,
+            )  # fmt: skip
+        told = "tensor parallelism over 2 devices of 'a' (20.0 KiB instead, not enough alone)"
+        assert (told in str(caught.value.hint)) == is_told
+
+
+def test_of_many_choices_few_become_plans(monkeypatch):
+    """The tables say which comes nearest; a plan is made to be sure of it."""
+    made = []
+    monkeypatch.setattr(nearest, "plan_of", lambda *args: made.append(args) or build.plan_of(*args))
+    shape = model(8)
+    cluster = pool({"a": 8, "b": 8}, memory=2_000)
+    profiles = {name: chip(name, 1.0, shape, tps=(1, 2, 4)) for name in ("a", "b")}
+    with pytest.raises(CapacityError):
+        search(shape, 64, cluster, profiles, memory=TINY_MEMORY)
+    assert 1 <= len(made) <= 8

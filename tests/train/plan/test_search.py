@@ -95,7 +95,7 @@ def test_an_impossible_job_names_the_nearest_plan_and_what_it_lacks():
     assert "5 of 10 layers on group 'a'" in message
     assert "needs 20.5 KiB on each device, 1000 B more than the 19.5 KiB" in message
     assert "19.5 KiB weights, gradients and optimizer, 1000 B activations" in message
-    assert "full recomputation (19.9 KiB instead)" in hint
+    assert "full recomputation (19.9 KiB instead, not enough alone)" in hint
     with_all, hint = refused(8, {"a": 2}, 20_000, Limits(max_stages=1))
     assert "10 of 10 layers" in with_all
     assert "recomputation (" not in hint  # allowed already
@@ -110,7 +110,7 @@ def test_the_nearest_plan_leaves_no_more_to_the_smaller_chip_than_it_must():
 def test_what_an_error_suggests_makes_the_job_fit():
     """The limit lies between what recomputation takes and what it leaves."""
     _, hint = refused(8, {"a": 2}, 20_400)
-    assert "full recomputation" in hint
+    assert "full recomputation (19.9 KiB instead, then it fits)" in hint
     shape = model(8)
     again = replace(PLAIN, recompute=("none", "full"))
     found = find(shape, 8, pool({"a": 2}, memory=20_400), {"a": chip("a", 1.0, shape)}, again)

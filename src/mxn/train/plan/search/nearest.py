@@ -1,8 +1,8 @@
-"""When nothing fits: the plan that comes nearest, what its fullest device lacks, what would help.
+"""When nothing fits: the plan that comes nearest. Start at `nearest`.
 
 Nearest is the plan whose fullest device passes its limit by the least share. For each choice of
 widths the program of `cuts` finds it over tables of shares instead of seconds, with all slots in
-one pipeline or in copies. What is suggested was tried on that plan. Start at `no_plan`.
+one pipeline or in copies. Knows no words: what is said of it is made by `refusal`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, product
+from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
-from mxn.errors import CapacityError
+from mxn.train.plan.costs import CostBook
 from mxn.train.plan.memory import Parts, in_flight
-from mxn.train.plan.plan import Chunk, Pipeline, Recompute, Stage, TrainPlan
+from mxn.train.plan.plan import Recompute, Stage, TrainPlan
 from mxn.train.plan.search.build import plan_of
 from mxn.train.plan.search.choices import Limits
-from mxn.train.plan.search.cuts import Cut, Table, quickest_in_order, slowest_in_order
+from mxn.train.plan.search.cuts import Table, quickest_in_order, slowest_in_order
 from mxn.train.plan.search.draft import Draft, Style, template
 from mxn.train.plan.search.order import Pool
 from mxn.train.plan.search.tables import Job, Kind, TableBook, Tables
-from mxn.train.plan.search.ways import Ways
+from mxn.train.plan.search.ways import Row, Ways
 from mxn.train.plan.solved import book_of, device_bytes
-from mxn.units import format_bytes
 
 _MOST_CHOICES = 64  # of widths
 _COPIES = (1, 2, 4, 8, 16, 32, 64)
@@ -40,102 +40,70 @@ class Nearest:
     share: float
 
 
+class Held(NamedTuple):
+    """What each device of a stage holds, of its limit, and where: pipeline and stage."""
+
+    share: float
+    at: tuple[int, int]
+    parts: Parts
+    stage: Stage
+
+
 def nearest(book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool]) -> Nearest | None:
     """Return the plan whose fullest device passes its limit least; None when there is no plan.
 
     Its share may be at most 1: then it fits, and the search looked elsewhere.
     """
-    found = _candidates(book, rows, limits, pools)
-    return min(found, key=lambda near: (near.share, near.plan.num_devices), default=None)
-
-
-def no_plan(book: TableBook, rows: int, limits: Limits, found: Nearest | None) -> CapacityError:
-    """Return the error of a search in which nothing fits."""
-    if found is None:
-        return CapacityError(
-            "the model does not fit into this pool: it has fewer layers than a plan needs stages",
-            hint="allow deeper pipelines, or give more devices",
-        )
-    plan = found.plan
-    at, fullest, stage = _fullest(book.job, plan)
-    limit = book.job.cluster.group(stage.group).memory_bytes
-    lacking = fullest.total - limit
-    where = f"stage {at[1]} of pipeline {at[0]}" if plan.num_devices > 1 else "the one stage"
-    return CapacityError(
-        f"the model does not fit into this pool: in the plan that comes nearest, {where} "
-        f"({stage.num_layers} of {plan.num_layers} layers on group {stage.group!r}, tensor width "
-        f"{stage.tp}, {_how(stage.recompute)}, {plan.schedule}, micro-batches of {plan.micro_batch}"
-        f"{', optimizer shared out' if plan.shards_optimizer else ''}) needs "
-        f"{format_bytes(fullest.total)} on each device, {format_bytes(lacking)} more than the "
-        f"{format_bytes(limit)} that it may use: {_of_what(fullest)}",
-        hint=_hint(book, rows, limits, plan, stage, fullest, limit),
+    best: Nearest | None = None
+    lines = sorted(
+        _lines(book, rows, limits, pools), key=lambda line: (line.least, line.num_devices)
     )
+    for line in lines:
+        if best is not None and line.least >= best.share:
+            break  # no plan takes less than its tables say
+        plan = line.plan(book, rows)
+        if plan is not None:
+            plan = _with_least(book.job, plan)
+            share = fullest(book.job, plan).share
+            if best is None or share < best.share:
+                best = Nearest(plan, share)
+    return best
 
 
-def _how(recompute: Recompute) -> str:
-    return "nothing computed again" if recompute == "none" else f"{recompute} recomputation"
+def fullest(job: Job, plan: TrainPlan) -> Held:
+    """Return what the device that passes its limit by the largest share holds."""
+    known: dict[object, int] = {}  # pipelines that are alike are looked at once
+    for number, pipeline in enumerate(plan.pipelines):
+        stages = tuple((s.group, s.chunks, s.tp, s.recompute) for s in pipeline.stages)
+        known.setdefault((pipeline.micro_batches, stages), number)
+    costs = book_of(plan, job.shape, job.profiles, job.memory)
+    found = [
+        held(job, plan, (number, s), costs)
+        for number in known.values()
+        for s in range(len(plan.pipelines[number].stages))
+    ]
+    return max(found, key=lambda one: one.share)
 
 
-def _of_what(parts: Parts) -> str:
-    """Return the largest parts of what a device would hold."""
-    named = (
-        ("weights, gradients and optimizer", parts.state),
-        ("activations", parts.activations),
-        ("messages", parts.messages),
-        ("headroom", parts.headroom),
-        ("the framework", parts.framework),
+def held(job: Job, plan: TrainPlan, at: tuple[int, int], costs: CostBook | None = None) -> Held:
+    """Return what a device of a stage holds; `at`: its pipeline and its number there.
+
+    `costs` are those of `book_of`, for who has them already.
+    """
+    pipeline = plan.pipelines[at[0]]
+    stage = pipeline.stages[at[1]]
+    group = job.cluster.group(stage.group)
+    kept = in_flight(
+        plan.schedule, at[1], len(pipeline.stages), pipeline.micro_batches, len(stage.chunks)
     )
-    large = [(what, size) for what, size in named if size >= 0.005 * parts.total]
-    return ", ".join(f"{format_bytes(size)} {what}" for what, size in large)
+    costs = costs or book_of(plan, job.shape, job.profiles, job.memory)
+    cost = costs.stage(group.chip, stage)
+    parts = device_bytes(stage, cost, kept, job.profiles[group.chip], job.memory)
+    return Held(parts.total / group.memory_bytes, at, parts, stage)
 
 
-def _hint(
-    book: TableBook, rows: int, limits: Limits, plan: TrainPlan, stage: Stage, fullest: Parts,
-    limit: int,
-) -> str:  # fmt: skip
-    """Say what would bring this device under its limit, or at least nearer, and is not used yet."""
-    job = book.job
-    found: list[str] = []
-    depth = max(len(pipeline.stages) for pipeline in plan.pipelines)
-    if "1f1b" not in limits.schedules:
-        found += _gain(job, _in_1f1b(plan), fullest, "schedule 1f1b")
-    for how in ("selective", "full"):
-        if how not in limits.recompute and stage.recompute != how:
-            other = _with(plan, recompute=how)
-            found += _gain(job, other, fullest, f"{how} recomputation")
-    if not limits.may_shard_optimizer and len(plan.pipelines) > 1:
-        found += _gain(job, replace(plan, shards_optimizer=True), fullest, "a shared-out optimizer")
-    if plan.micro_batch > 1 and fullest.activations > 0.1 * fullest.total:
-        found.append("a smaller micro-batch, for which the activations shrink")
-    elif fullest.activations > 0.1 * fullest.total:
-        found.append("shorter rows, for which the activations shrink")
-    width = min(stage.tp * 2, job.cluster.group(stage.group).devices_per_node)
-    is_barred = limits.tps is not None and width not in limits.tps
-    if is_barred and job.is_profiled(Kind(stage.group, width), plan.micro_batch):
-        found.append(f"tensor parallelism over {width} devices of {stage.group!r}")
-    model = job.profiles[job.cluster.group(stage.group).chip].memory or job.memory
-    if model.trainable_share == 1.0 and fullest.state > 0.5 * fullest.total:
-        found.append("LoRA, which keeps no gradients and no optimizer for the model's own weights")
-    if limits.max_stages is not None and depth >= limits.max_stages:
-        found.append(
-            f"pipelines deeper than {limits.max_stages} stage{'s' * (limits.max_stages > 1)}"
-        )
-    if stage.num_layers > 1:
-        found.append("more devices")
-    else:
-        found.append("devices with more memory: this one holds a single layer")
-    if fullest.framework > 0.5 * limit:
-        found.append(f"a higher limit: the framework alone takes {format_bytes(fullest.framework)}")
-    return "what would help: " + "; ".join(found)
-
-
-def _gain(job: Job, other: TrainPlan, before: Parts, what: str) -> Iterator[str]:
-    after = _fullest(job, other)[1].total
-    if after < 0.99 * before.total:
-        yield f"{what} ({format_bytes(after)} instead)"
-
-
-def _with(plan: TrainPlan, *, recompute: Recompute) -> TrainPlan:
+def with_recompute(plan: TrainPlan, recompute: Recompute) -> TrainPlan:
+    """Return the plan with the same recomputation on all stages."""
     return replace(
         plan,
         pipelines=tuple(
@@ -145,48 +113,55 @@ def _with(plan: TrainPlan, *, recompute: Recompute) -> TrainPlan:
     )
 
 
-def _in_1f1b(plan: TrainPlan) -> TrainPlan:
-    """Return the plan under 1F1B, each stage with as many layers as before in one chunk."""
-    pipelines: list[Pipeline] = []
-    for pipeline in plan.pipelines:
-        ends = accumulate(stage.num_layers for stage in pipeline.stages)
-        stages = tuple(
-            replace(stage, chunks=(Chunk(first=end - stage.num_layers, end=end),))
-            for stage, end in zip(pipeline.stages, ends, strict=True)
-        )
-        pipelines.append(replace(pipeline, stages=stages))
-    return replace(plan, schedule="1f1b", pipelines=tuple(pipelines))
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """`num` like pipelines over the slots of a row; `least`: the share of the best cut."""
+
+    row: Row
+    num: int
+    style: Style
+    tables: Tables
+    shares: Sequence[Table]
+    least: float
+
+    @property
+    def num_devices(self) -> int:
+        return self.num * sum(kind.tp for kind in self.row)
+
+    def plan(self, book: TableBook, rows: int) -> TrainPlan | None:
+        """Return the plan of least shares; None where stages have too few layers."""
+        kinds = tuple(dict.fromkeys(self.row))
+        none = np.zeros(len(self.shares[0]))
+        cut = quickest_in_order(
+            [kinds.index(kind) for kind in self.row], self.shares,
+            [none] * (len(self.row) - 1), self.least * (1 + 1e-9),
+        )  # fmt: skip
+        if cut is None:
+            return None
+        count = rows // self.tables.micro_batch
+        draft = Draft(
+            self.tables.micro_batch, ((template(kinds, cut, 0.0), self.num),), 0.0, "nearest",
+            self.tables.shards > 1, self.style,
+            shares=tuple(count // self.num + (p < count % self.num) for p in range(self.num)),
+        )  # fmt: skip
+        return plan_of(book, draft, rows)
 
 
-def _fullest(job: Job, plan: TrainPlan) -> tuple[tuple[int, int], Parts, Stage]:
-    """Return the device that passes its limit by the largest share: where, and what it holds."""
-    costs = book_of(plan, job.shape, job.profiles, job.memory)
-    found: list[tuple[float, tuple[int, int], Parts, Stage]] = []
-    for p, pipeline in enumerate(plan.pipelines):
-        size = len(pipeline.stages)
-        for s, stage in enumerate(pipeline.stages):
-            group = job.cluster.group(stage.group)
-            kept = in_flight(plan.schedule, s, size, pipeline.micro_batches, len(stage.chunks))
-            cost = costs.stage(group.chip, stage)
-            parts = device_bytes(stage, cost, kept, job.profiles[group.chip], job.memory)
-            found.append((parts.total / group.memory_bytes, (p, s), parts, stage))
-    _, at, parts, stage = max(found, key=lambda one: one[0])
-    return at, parts, stage
-
-
-def _candidates(
-    book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool]
-) -> Iterator[Nearest]:
-    """Yield plans of all choices; 1F1B holds least, so others are looked at where it is barred."""
+def _lines(book: TableBook, rows: int, limits: Limits, pools: Sequence[Pool]) -> Iterator[_Line]:
+    """Yield all choices; 1F1B holds least, so other schedules are looked at where it is barred."""
     styles = limits.styles[:1] if "1f1b" in limits.schedules else limits.styles
+    known: dict[object, Table] = {}
     for pool in sorted(pools, key=lambda pool: pool.micro_batch)[:2]:
         for kinds, num, style in product(_choices(pool), _COPIES, styles):
             if num > rows // pool.micro_batch:
                 continue
-            slots = {kind: book.job.num_slots(kind) // num for kind in kinds}
+            slots = Counter({kind: book.job.num_slots(kind) // num for kind in kinds})
             shards = num if limits.may_shard_optimizer else 1
-            tables = book.at(pool.micro_batch, shards)
-            yield from _nearest(book, tables, rows, limits, slots, num, style)
+            ways = Ways(
+                book.at(pool.micro_batch, shards), rows // pool.micro_batch, fill=1.0,
+                max_stages=limits.max_stages,
+            )  # fmt: skip
+            yield from _in_order(ways, slots, num, style, known)
 
 
 def _choices(pool: Pool) -> list[tuple[Kind, ...]]:
@@ -198,35 +173,25 @@ def _choices(pool: Pool) -> list[tuple[Kind, ...]]:
     return list(dict.fromkeys(found))
 
 
-def _nearest(
-    book: TableBook, tables: Tables, rows: int, limits: Limits, slots: dict[Kind, int], num: int,
-    style: Style,
-) -> Iterator[Nearest]:  # fmt: skip
-    """Yield the nearest plan of `num` like pipelines over these slots each, in a good order."""
-    count = rows // tables.micro_batch
-    most = -(-count // num)  # of one pipeline
-    ways = Ways(tables, count, fill=1.0, max_stages=limits.max_stages)
-    row = ways.row(Counter(slots))
+def _in_order(
+    ways: Ways, slots: Counter[Kind], num: int, style: Style, known: dict[object, Table]
+) -> Iterator[_Line]:
+    """Yield pipelines over these slots in a good order; `known` keeps tables from call to call."""
+    row, tables = ways.row(slots), ways.tables
     if not row:
         return
+    most = -(-ways.micro_batches // num)  # of one pipeline
     for order in dict.fromkeys((row[: ways.max_stages], row[-ways.max_stages :])):
-        shares = [
-            _shares(tables, kind, style.in_flight(s, len(order), most), style.chunks)
-            for s, kind in enumerate(order)
-        ]
-        none = np.zeros(len(shares[0]))
+        shares: list[Table] = []
+        for s, kind in enumerate(order):
+            kept = style.in_flight(s, len(order), most)
+            key = (tables.micro_batch, tables.shards, kind, kept, style.chunks)
+            if key not in known:
+                known[key] = _shares(tables, kind, kept, style.chunks)
+            shares.append(known[key])
         least = slowest_in_order(shares[:-1], shares[-1])
-        kinds = tuple(dict.fromkeys(order))
-        numbers = [kinds.index(kind) for kind in order]
-        cut = quickest_in_order(
-            numbers, shares, [none] * (len(order) - 1), least * (1 + 1e-9)
-        ) if np.isfinite(least) else None  # fmt: skip
-        plan = _plan(book, tables, kinds, cut, rows, num, style) if cut else None
-        if plan is not None:
-            plan = _with_least(book.job, plan)
-            _, fullest, stage = _fullest(book.job, plan)
-            limit = book.job.cluster.group(stage.group).memory_bytes
-            yield Nearest(plan, fullest.total / limit)
+        if np.isfinite(least):
+            yield _Line(order, num, style, tables, shares, least)
 
 
 def _shares(tables: Tables, kind: Kind, kept: float, chunks: int) -> Table:
@@ -240,20 +205,7 @@ def _shares(tables: Tables, kind: Kind, kept: float, chunks: int) -> Table:
     return np.where(enough, least / limit, np.inf)
 
 
-def _plan(
-    book: TableBook, tables: Tables, kinds: Sequence[Kind], cut: Cut, rows: int, num: int,
-    style: Style,
-) -> TrainPlan | None:  # fmt: skip
-    count = rows // tables.micro_batch
-    shares = tuple(count // num + (p < count % num) for p in range(num))
-    draft = Draft(
-        tables.micro_batch, ((template(kinds, cut, 0.0), num),), 0.0, "nearest",
-        tables.shards > 1, style, shares=shares,
-    )  # fmt: skip
-    return plan_of(book, draft, rows)
-
-
 def _with_least(job: Job, plan: TrainPlan) -> TrainPlan:
-    """Return the plan with the recomputation under which its fullest device holds least."""
-    plans = [_with(plan, recompute=how) for how in job.recompute]
-    return min(plans, key=lambda one: _fullest(job, one)[1].total)
+    """Return the plan with the recomputation under which its fullest device passes least."""
+    plans = [with_recompute(plan, how) for how in job.recompute]
+    return min(plans, key=lambda one: fullest(job, one).share)

@@ -12,8 +12,9 @@ from mxn.train.plan.profile import Profiles
 from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.search.exact import is_small
 from mxn.train.plan.search.judge import Judge
-from mxn.train.plan.search.nearest import nearest, no_plan
+from mxn.train.plan.search.nearest import nearest
 from mxn.train.plan.search.order import exact_search, guided_search, pools_of
+from mxn.train.plan.search.refusal import no_plan
 from mxn.train.plan.search.tables import Job, TableBook
 from mxn.train.plan.shape import ModelShape
 
@@ -55,7 +56,7 @@ def search(
         near = nearest(book, rows, limits, pools)
         found = judge.accept(near.plan) if near and near.share <= 1 else None
         if found is None:
-            raise no_plan(book, rows, limits, near)
+            raise no_plan(job, limits, near)
     return found
 
 
