@@ -8,6 +8,7 @@ import pytest
 
 from mxn.train.plan.bounds import bounds
 from mxn.train.plan.explain import explain
+from mxn.train.plan.search import planner
 from mxn.train.plan.search.choices import Limits
 from mxn.train.plan.search.planner import search
 from support.plan_pools import TINY_MEMORY, chip, model, pool
@@ -58,6 +59,19 @@ def test_a_group_too_small_for_the_model_is_judged_at_a_larger_size():
     assert small.times > 1
     assert small.alone
     assert small.num_devices == 1
+
+
+def test_a_bound_asks_for_no_reasons_where_a_group_is_too_small(monkeypatch):
+    """They take a search of their own, and nobody reads them."""
+
+    def refuse(*_):
+        raise AssertionError("the nearest plan is looked for")
+
+    monkeypatch.setattr(planner, "nearest", refuse)
+    small = pool({"b": 1}, memory=20_000)
+    shape = model(10)
+    bound = bounds(shape, 24, small, {"b": chip("b", 1.0, shape)}, memory=TINY_MEMORY, limits=PLAIN)
+    assert bound.groups[0].times > 1
 
 
 def test_a_share_of_the_batch_gives_a_lower_bound_than_all_of_it():

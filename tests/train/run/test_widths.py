@@ -11,6 +11,7 @@ import pytest
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
 from mxn.train.plan.memory import FLOAT32
 from mxn.train.plan.profile import ChipProfile, LayerCost
+from mxn.train.plan.search import planner
 from mxn.train.plan.search.choices import Limits
 from mxn.train.run.from_job import open_source
 from mxn.train.run.job_file import read_job
@@ -76,6 +77,12 @@ def test_a_width_is_measured_where_one_device_is_too_small(job):
     held = measured(job, memory_bytes=1).shape.params * FLOAT32.state_bytes
     found = measured(job, memory_bytes=int(FRAMEWORK + 0.85 * held))
     assert promising_widths(job, found, LIMITS) == (2,)
+
+
+def test_where_no_width_makes_a_job_fit_none_is_measured(job, monkeypatch):
+    """The error is the planner's to make, later."""
+    monkeypatch.setattr(planner, "nearest", None)
+    assert promising_widths(job, measured(job, memory_bytes=FRAMEWORK + 1), LIMITS) == ()
 
 
 def test_no_width_is_measured_where_two_pipelines_do_as_well(job):

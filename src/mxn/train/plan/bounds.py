@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mxn.errors import CapacityError, UserError
+from mxn.errors import UserError
 from mxn.train.plan.cluster import Cluster, DeviceGroup
 from mxn.train.plan.memory import MemoryModel
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.search.choices import Candidate, Limits
 from mxn.train.plan.search.order import pools_of
-from mxn.train.plan.search.planner import search
+from mxn.train.plan.search.planner import find
 from mxn.train.plan.search.tables import Job, TableBook
 from mxn.train.plan.shape import ModelShape
 
@@ -142,9 +142,8 @@ def _alone(
     while times <= _MOST_TIMES:
         larger = replace(group, num_devices=group.num_devices * times)
         pool = Cluster(groups=(larger,))
-        try:
-            found = search(shape, rows, pool, profiles, memory=memory, limits=limits)
-        except CapacityError:
+        found = find(shape, rows, pool, profiles, memory=memory, limits=limits)
+        if found is None:
             times *= 2
             continue
         return GroupBound(

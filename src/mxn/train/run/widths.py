@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mxn.errors import CapacityError, UnsupportedError
+from mxn.errors import UnsupportedError
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.links import ring_s
 from mxn.train.plan.profile import ChipProfile, LayerCost
 from mxn.train.plan.search.choices import Limits
-from mxn.train.plan.search.planner import search
+from mxn.train.plan.search.planner import find
 from mxn.train.plan.shape import ModelShape
 from mxn.train.plan.totals import weakest
 from mxn.train.run.from_job import open_source
@@ -55,12 +55,11 @@ def promising_widths(job: Job, measured: Measured, limits: Limits) -> tuple[int,
         for label, profile in measured.profiles.items()
     }
     trial = replace(limits, tps=(*limits.tps, *widths), num_simulated=0)
-    try:
-        found = search(
-            measured.shape, job.global_batch, measured.cluster, profiles,
-            memory=measured.memory, limits=trial,
-        )  # fmt: skip
-    except CapacityError:
+    found = find(
+        measured.shape, job.global_batch, measured.cluster, profiles,
+        memory=measured.memory, limits=trial,
+    )  # fmt: skip
+    if found is None:
         return ()
     used = {s.tp for p in found.best.plan.pipelines for s in p.stages}
     return tuple(sorted(used - {*limits.tps}))

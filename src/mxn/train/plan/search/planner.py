@@ -5,6 +5,9 @@ All pools are searched by families of plans; small ones exactly after that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from mxn.errors import UserError
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.memory import MemoryModel
@@ -13,7 +16,7 @@ from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.search.exact import is_small
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.nearest import nearest
-from mxn.train.plan.search.order import exact_search, guided_search, pools_of
+from mxn.train.plan.search.order import Pool, exact_search, guided_search, pools_of
 from mxn.train.plan.search.refusal import no_plan
 from mxn.train.plan.search.tables import Job, TableBook
 from mxn.train.plan.shape import ModelShape
@@ -33,31 +36,76 @@ def search(
     Raises: CapacityError when no plan fits into memory, with the nearest one and what would help;
     UserError when nothing is profiled that the job could use, or a link is missing.
     """
-    limits = limits or Limits()
+    asked = _ask(shape, rows, cluster, profiles, memory, limits or Limits())
+    found = _run(asked)
+    if found is None:
+        near = nearest(asked.book, rows, asked.limits, asked.pools)
+        found = asked.judge.accept(near.plan) if near and near.share <= 1 else None
+        if found is None:
+            raise no_plan(asked.book.job, asked.limits, near)
+    return found
+
+
+def find(
+    shape: ModelShape,
+    rows: int,
+    cluster: Cluster,
+    profiles: Profiles,
+    *,
+    memory: MemoryModel | None = None,
+    limits: Limits | None = None,
+) -> Found | None:
+    """Return what `search` does, and None where nothing fits: for who needs no reasons.
+
+    Those take a search of their own. Raises: UserError as `search`.
+    """
+    return _run(_ask(shape, rows, cluster, profiles, memory, limits or Limits()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A search that may begin."""
+
+    book: TableBook
+    rows: int
+    limits: Limits
+    pools: Sequence[Pool]
+    judge: Judge
+
+
+def _ask(
+    shape: ModelShape,
+    rows: int,
+    cluster: Cluster,
+    profiles: Profiles,
+    memory: MemoryModel | None,
+    limits: Limits,
+) -> _Asked:
     job = Job(
         shape=shape, cluster=cluster, profiles=profiles, memory=memory or MemoryModel(),
         recompute=limits.recompute,
     )  # fmt: skip
     _check(job, rows)
     book = TableBook(job)
-    judge = Judge(book, rows, limits)
     pools = pools_of(job, rows, limits)
     if not pools:
         raise UserError(
             f"no micro-batch that divides {rows} rows is profiled on any chip",
             hint="profile more sizes with `mxn train profile`",
         )
+    return _Asked(book, rows, limits, pools, Judge(book, rows, limits))
+
+
+def _run(asked: _Asked) -> Found | None:
+    book, rows, limits, pools, judge = (
+        asked.book, asked.rows, asked.limits, asked.pools, asked.judge,
+    )  # fmt: skip
     guided_search(book, rows, limits, pools, judge)
     is_exact = False
-    if all(is_small(pool.most_slots(job), shape.num_layers) for pool in pools):
+    num_layers = book.job.shape.num_layers
+    if all(is_small(pool.most_slots(book.job), num_layers) for pool in pools):
         is_exact = exact_search(book, rows, limits, pools, judge)
-    found = judge.finish(is_exact=is_exact)
-    if found is None:
-        near = nearest(book, rows, limits, pools)
-        found = judge.accept(near.plan) if near and near.share <= 1 else None
-        if found is None:
-            raise no_plan(job, limits, near)
-    return found
+    return judge.finish(is_exact=is_exact)
 
 
 def _check(job: Job, rows: int) -> None:
