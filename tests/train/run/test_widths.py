@@ -87,7 +87,7 @@ def test_where_no_width_makes_a_job_fit_none_is_measured(job, monkeypatch):
 
 def test_no_width_is_measured_where_two_pipelines_do_as_well(job):
     fine = measured(job, memory_bytes=10**9)
-    assert promising_widths(job, fine, replace(LIMITS, tps=None)) == ()
+    assert promising_widths(job, fine, replace(LIMITS, max_stages=None)) == ()
     slow = Link(latency_s=1.0, bytes_per_s=1e9)
     groups = tuple(replace(g, node_link=slow, group_link=slow) for g in fine.cluster.groups)
     assert promising_widths(job, replace(fine, cluster=Cluster(groups=groups)), LIMITS) == ()
