@@ -128,6 +128,34 @@ def test_layers_cut_differently_are_summed_run_by_run():
     assert sums == pytest.approx([0.006, 0.010, 0.010, 0.006])
 
 
+def wide(chip, tps):
+    one = profile(chip)
+    costs = {(kind, 1, tp): cost for (kind, _, _), cost in one.costs.items() for tp in tps}
+    return replace(one, costs=costs)
+
+
+def test_layers_held_at_different_widths_are_summed_whole_in_memory_of_their_own():
+    """As the runner does; at one width each device sums its part, where it lies."""
+    both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): SLOW})
+    profiles = {name: wide(name, (2, 4)) for name in ("fast", "slow")}
+    memory = MemoryModel(reduce_bytes=4, trainable_share=0.5)
+
+    def found(tps, seen):
+        stages = [replace(pipeline([8], [name], 1).stages[0], tp=tp) for name, tp in tps.items()]
+        made = plan(*(Pipeline(stages=(stage,), micro_batches=1) for stage in stages))
+        told = seen(made, SHAPE, both, profiles, memory=memory)
+        told = told if seen is predict else told.prediction
+        return told.reduce_s, [stage.memory_bytes for stage in told.stages]
+
+    for seen in (predict, simulate_plan):
+        even_s, even = found({"fast": 4, "slow": 4}, seen)
+        uneven_s, uneven = found({"fast": 4, "slow": 2}, seen)
+        assert even_s == pytest.approx(8 * 1000 / 4 * 2 / 1e6)
+        assert uneven_s == pytest.approx(8 * 1000 * 2 / 1e6)
+        assert uneven[0] == pytest.approx(even[0] + 8 * 1000 * 2)
+        assert uneven[1] == pytest.approx(2 * even[1] + 8 * 1000 * 2)
+
+
 def test_later_stages_hide_their_sums_behind_the_drain():
     one = Cluster(groups=(group("fast", link=Link(latency_s=0, bytes_per_s=1e3)),))
     pair = plan(pipeline([1, 8], ["fast"] * 2, 4), pipeline([1, 8], ["fast"] * 2, 4, first=2))

@@ -38,6 +38,7 @@ class StageCost:
     in_bytes: float = 0.0  # that come from other stages, one way, over all chunks
     out_bytes: float = 0.0
     message_bytes: float = 0.0  # of the largest of them
+    summed_params: float = 0.0  # whose gradients are summed as whole tensors, beside the device's
 
     @property
     def busy_s(self) -> float:
@@ -67,8 +68,13 @@ class CostBook:
         expert_parallel: int = 1,
         shards: int = 1,
         shares_layers: bool = False,
+        uneven_layers: frozenset[int] = frozenset(),
     ) -> None:
-        """`shards` pipelines share the optimizer out, by whole layers or evenly."""
+        """`shards` pipelines share the optimizer out, by whole layers or evenly.
+
+        `uneven_layers` as in `TrainPlan`.
+        """
+        self._uneven = uneven_layers
         self._shards, self._shares_layers = shards, shares_layers
         self._shape = shape
         self._profiles = profiles
@@ -106,6 +112,16 @@ class CostBook:
             in_bytes=sum(ins),
             out_bytes=sum(outs),
             message_bytes=max(*ins, *outs),
+            summed_params=self._summed(stage),
+        )
+
+    def _summed(self, stage: Stage) -> float:
+        """Return the parameters of the stage's uneven layers; a tied matrix is summed apart."""
+        ends = {0, self._shape.num_layers - 1} if self._shape.is_tied else set()
+        return sum(
+            held_params(self._shape.layers[layer], self._expert_parallel)
+            for layer in self._uneven - ends
+            if any(chunk.first <= layer < chunk.end for chunk in stage.chunks)
         )
 
     def _output(self, layer: int, width: float) -> float:

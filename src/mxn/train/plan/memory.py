@@ -149,16 +149,19 @@ def stage_parts(
     model: MemoryModel,
     framework_bytes: float,
     message_bytes: float = 0.0,
+    summed_params: float = 0.0,
 ) -> Parts:
     """Return on what the bytes of a device go.
 
     `params` are on this device (already divided by tensor parallelism); of `owned_params` it keeps
     the optimizer state. `working_bytes` is what recomputation makes anew of the largest layer; 0
-    when nothing is recomputed. `message_bytes` are those of the largest message.
+    when nothing is recomputed. `message_bytes` are those of the largest message. For so many as
+    `summed_params` it has memory in which gradients are summed as whole tensors.
     """
     per_param = model.weight_bytes + model.trainable_share * model.grad_bytes
     state = params * per_param
     state = state + owned_params * (model.optimizer_bytes * model.trainable_share)
+    state = state + summed_params * (model.reduce_bytes * model.trainable_share)
     activations = kept_per_micro_batch * micro_batches_kept + working_bytes
     messages = model.messages * message_bytes
     headroom = (state + activations + messages) * model.headroom
@@ -175,6 +178,7 @@ def stage_bytes(
     model: MemoryModel,
     framework_bytes: float,
     message_bytes: float = 0.0,
+    summed_params: float = 0.0,
 ) -> float:
     """Return the bytes on one device of a stage at its fullest; arguments as `stage_parts`."""
     return stage_parts(
@@ -186,4 +190,5 @@ def stage_bytes(
         model=model,
         framework_bytes=framework_bytes,
         message_bytes=message_bytes,
+        summed_params=summed_params,
     ).total

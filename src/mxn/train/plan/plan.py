@@ -87,6 +87,20 @@ class TrainPlan:
         return self.micro_batches * self.micro_batch * self.seq_tokens
 
     @property
+    def uneven_layers(self) -> frozenset[int]:
+        """Layers that pipelines hold at different widths: their gradients are summed whole."""
+        if len({stage.tp for pipeline in self.pipelines for stage in pipeline.stages}) < 2:
+            return frozenset()
+        rows = {tuple((s.chunks, s.tp) for s in pipeline.stages) for pipeline in self.pipelines}
+        widths: list[set[int]] = [set() for _ in range(self.num_layers)]
+        for row in rows:
+            for chunks, tp in row:
+                for chunk in chunks:
+                    for layer in range(chunk.first, chunk.end):
+                        widths[layer].add(tp)
+        return frozenset(layer for layer, found in enumerate(widths) if len(found) > 1)
+
+    @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 

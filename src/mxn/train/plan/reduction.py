@@ -80,7 +80,8 @@ def _by_layers(
         # Shared-out experts are summed over fewer pipelines; their part is taken as over all.
         members = tuple((p, row[first]) for p, row in enumerate(holders))
         stages = [plan.pipelines[p].stages[s] for p, s in members]
-        tp = min(stage.tp for stage in stages)
+        tps = {stage.tp for stage in stages}
+        tp = tps.pop() if len(tps) == 1 else 1  # widths differ: whole tensors are summed
         params = sum(
             layer.params_on(tp, held_params(layer, plan.expert_parallel))
             for layer in shape.layers[first:end]

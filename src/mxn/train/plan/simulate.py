@@ -307,5 +307,6 @@ def _stage(
             model=model,
             framework_bytes=profile.framework_bytes,
             message_bytes=whole.message_bytes,
+            summed_params=whole.summed_params,
         ),
     )

@@ -41,6 +41,7 @@ def book_of(
         expert_parallel=plan.expert_parallel,
         shards=len(plan.pipelines) if plan.shards_optimizer else 1,
         shares_layers=memory.shares_layers,
+        uneven_layers=plan.uneven_layers,
     )
 
 
@@ -60,6 +61,7 @@ def device_bytes(
         model=model,
         framework_bytes=profile.framework_bytes,
         message_bytes=cost.message_bytes,
+        summed_params=cost.summed_params,
     )
 
 
