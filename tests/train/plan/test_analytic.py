@@ -45,6 +45,19 @@ def test_work_grows_with_the_micro_batch_and_shrinks_with_width():
     assert found.basis == "derived"
 
 
+def test_what_is_whole_in_a_block_is_timed_as_the_constants_were_fitted():
+    """The measured runs had whole norms too, and their shapes do not tell them apart."""
+    whole = [
+        replace(layer, whole_bytes=layer.activation_bytes / 4) if layer.is_block else layer
+        for layer in SHAPE.layers
+    ]
+    found = [
+        derive_profile(CHIP, shape, [4], [8]).layer("block", 4, 8)
+        for shape in (SHAPE, replace(SHAPE, layers=tuple(whole)))
+    ]
+    assert found[0] == found[1]
+
+
 def test_an_odd_width_of_the_head_hurts():
     plain = derive_profile(CHIP, SHAPE, [4], [1]).layer("head", 4, 1)
     odd = derive_profile(CHIP, SHAPE, [4], [1], widths={"head": 50257}).layer("head", 4, 1)

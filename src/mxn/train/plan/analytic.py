@@ -123,7 +123,9 @@ def _layer(
 ) -> LayerCost:
     is_block = layer.kind.startswith("block")
     product_s = _product_s(chip, layer, tokens, tp, columns, roofline)
-    moved = roofline.passes * layer.kept_on(tp) * tokens
+    # `passes` was fitted with a block's bytes divided by the width: what is whole was in the times.
+    kept = layer.activation_bytes / tp if is_block else layer.kept_on(tp)
+    moved = roofline.passes * kept * tokens
     rate = chip.memory_bytes_per_s * share_at(roofline.memory_share, moved / 10)
     launch_s = roofline.block_launch_s + roofline.tensor_launch_s * math.log2(tp)
     if not is_block:
