@@ -110,6 +110,18 @@ def test_a_pipeline_over_a_slow_link_gets_extra_warm_up():
     assert found.best.prediction.fits
 
 
+def test_sets_of_any_number_share_the_optimizer_out():
+    """Only in thirds of 8,000 bytes does it fit beside the 8,400 that each pipeline needs."""
+    shape = model(2)
+    profiles = {name: chip(name, speed, shape) for name, speed in (("a", 2.0), ("b", 1.0))}
+    cluster = pool({"a": 1, "b": 2}, memory=11_500)
+    limits = Limits(schedules=("1f1b",), recompute=("none",), max_stages=1)
+    found = search(shape, 8, cluster, profiles, memory=TINY_MEMORY, limits=limits)
+    assert found.is_exact
+    assert found.best.plan.shards_optimizer
+    assert sorted(p.micro_batches for p in found.best.plan.pipelines) == [2, 2, 4]
+
+
 def test_a_search_that_did_not_try_everything_does_not_say_so():
     shape = model(24)
     assert not is_countable((4, 4), shape.num_layers)

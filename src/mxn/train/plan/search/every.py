@@ -82,7 +82,8 @@ class Every:
             ]
         for chosen in partitions(self._num_slots, self._choices):
             rows = [slots for slots, num in sorted(chosen.items()) for _ in range(num)]
-            if 1 < len(rows) <= self._count and len(rows) >= self._tables.shards:
+            # Where the optimizer is shared out, each pipeline of a set has a shard.
+            if 1 < len(rows) <= self._count and self._tables.shards in (1, len(rows)):
                 found += self._set(rows)
         return sorted(found, key=lambda draft: draft.estimate_s)
 

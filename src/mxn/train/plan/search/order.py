@@ -84,7 +84,8 @@ def exact_search(
         if choice.bound_s >= judge.best_s():
             return is_exact
         counts = tuple(book.job.num_slots(kind) for kind in choice.kinds)
-        for shards in _all_shards(book, rows, choice, sum(counts), limits):
+        numbers = _all_shards(book, rows, choice, sum(counts), limits)
+        for shards in numbers:
             effort += effort_of(counts, book.job.shape.num_layers)
             if effort > _MOST_EFFORT:
                 return False
@@ -93,22 +94,24 @@ def exact_search(
                 rows // choice.micro_batch, max_stages=limits.max_stages,
                 worth_s=judge.worth_s(), styles=limits.styles,
             ))  # fmt: skip
-            is_exact &= _look_at_every(book, rows, limits, choice, counts, shards, judge)
+        is_exact &= _look_at_every(book, rows, limits, choice, counts, len(numbers) > 1, judge)
     return is_exact
 
 
 def _look_at_every(
-    book: TableBook, rows: int, limits: Limits, choice: Choice, counts: Counts, shards: int,
+    book: TableBook, rows: int, limits: Limits, choice: Choice, counts: Counts, may_share: bool,
     judge: Judge,
 ) -> bool:  # fmt: skip
     """Time all orders and cuts of a choice under the schedules of one chunk.
 
-    Return whether they are few enough for that, and such a schedule is allowed.
+    With `may_share` also with the optimizer shared out over any number of pipelines. Return whether
+    they are few enough for that, and such a schedule is allowed.
     """
     styles = [style for style in limits.styles if style.chunks == 1]
     if not is_countable(counts, book.job.shape.num_layers, limits.max_stages):
         return False
-    for style in styles:
+    numbers = range(1, sum(counts) + 1) if may_share else (1,)
+    for style, shards in product(styles, numbers):
         judge.look(Every(
             book.at(choice.micro_batch, shards), choice.kinds, counts,
             rows // choice.micro_batch, style, max_stages=limits.max_stages,
