@@ -209,6 +209,19 @@ def test_full_recomputation_pays_a_forward_and_keeps_less():
     assert b.stages[0].memory_bytes < a.stages[0].memory_bytes
 
 
+def test_what_comes_from_a_chip_of_wider_values_takes_more():
+    """One micro-batch in flight and six messages of 1,000 bytes, which are 2,000 there."""
+    both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): NO_COST})
+    cut = plan(pipeline([4, 8], ["fast", "slow"], 1))
+    memory = MemoryModel(inputs_kept=1, messages=6)
+    wider = PROFILES | {"fast": replace(PROFILES["fast"], width=2.0)}
+    plain, found = (
+        predict(cut, SHAPE, both, profiles, memory=memory).stages[1].memory_bytes
+        for profiles in (PROFILES, wider)
+    )
+    assert found == pytest.approx(plain + 7 * 1000)
+
+
 def test_memory_decides_whether_a_plan_fits():
     one = Cluster(groups=(group("fast"),))
     whole = plan(pipeline([8], ["fast"], 1))

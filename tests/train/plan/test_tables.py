@@ -35,7 +35,10 @@ def test_bytes_of_every_run_are_the_predictors(num_pipelines, memory, is_tied, h
         (kind, 1, 1): LayerCost(forward_s=s, backward_s=2 * s, optimizer_s=s / 10)
         for kind, s in (("embedding", 0.1), ("block", 1.0), ("head", 0.7))
     }
-    profiles = {"a": ChipProfile(chip="a", costs=costs, framework_bytes=77.0)}
+    profiles = {
+        "a": ChipProfile(chip="a", costs=costs, framework_bytes=77.0),
+        "wider": ChipProfile(chip="wider", costs=costs, width=2.0),  # and may be a neighbour
+    }
     group = DeviceGroup(
         name="a", chip="a", num_devices=12, devices_per_node=12, memory_bytes=10**6,
         node_link=LINK, group_link=LINK,

@@ -75,6 +75,8 @@ class CostBook:
         `uneven_layers` as in `TrainPlan`.
         """
         self._uneven = uneven_layers
+        # A stage knows no neighbours: what comes in is taken as that of the widest chip.
+        self.widest = max((profile.width for profile in profiles.values()), default=1.0)
         self._shards, self._shares_layers = shards, shares_layers
         self._shape = shape
         self._profiles = profiles
@@ -98,7 +100,7 @@ class CostBook:
             params -= sums[4][1]  # embedding and head are one matrix here: held once
         optimizer_s, owned = (self._owned(column, stage) for column in sums[3:5])
         width = self._profiles[chip].width
-        ins = [self._output(chunk.first - 1, 1.0) for chunk in stage.chunks]
+        ins = [self._output(chunk.first - 1, self.widest) for chunk in stage.chunks]
         outs = [self._output(chunk.end - 1, width) for chunk in stage.chunks]
         return StageCost(
             forward_s=forward_s,

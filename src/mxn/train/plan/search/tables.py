@@ -84,7 +84,7 @@ class Tables:
         self.experts = experts
         self.micro_batch = micro_batch
         self.shards = shards
-        self._columns = columns.of
+        self._columns, self._widest = columns.of, columns.widest
         self._owned: dict[tuple[Kind, str], Table] = {}
         self._memory: dict[tuple[Kind, Recompute], tuple[Table, Table]] = {}
         self._busy: dict[tuple[Kind, float], Table] = {}
@@ -147,7 +147,7 @@ class Tables:
         model = profile.memory or self.job.memory
         tokens = self.micro_batch * self.job.shape.seq_tokens
         sizes = np.array([0.0, *(layer.output_bytes * tokens for layer in self.job.shape.layers)])
-        ins, outs = sizes[:, None], sizes[None, :] * profile.width
+        ins, outs = sizes[:, None] * self._widest, sizes[None, :] * profile.width
         # The formulas work on tables too.
         flight = flight_bytes(sums["kept_bytes"], ins, outs, how, model)  # type: ignore[arg-type]
         return stage_bytes(
@@ -242,6 +242,7 @@ class _Columns:
     def __init__(self, job: Job, micro_batch: int, experts: int) -> None:
         self._job = job
         self._book = CostBook(job.shape, job.profiles, micro_batch, expert_parallel=experts)
+        self.widest = self._book.widest
         self._known: dict[tuple[Kind, Recompute], dict[str, Table]] = {}
 
     def of(self, kind: Kind, how: Recompute) -> dict[str, Table]:
