@@ -53,7 +53,7 @@ def test_what_lacks_is_counted_under_the_schedule_that_is_allowed():
     """GPipe keeps all eight micro-batches: 24,000 bytes, where 1F1B's two take 21,000."""
     message, hint = refused(22_000, replace(PLAIN, schedules=("gpipe",)))
     assert "gpipe" in message
-    assert "needs 23.4 KiB on each device, 2.0 KiB more than the 21.5 KiB" in message
+    assert "needs 23.4 KiB on each device, 1.95 KiB more than the 21.5 KiB" in message
     assert "schedule 1f1b (20.5 KiB instead" in hint
 
 
@@ -114,7 +114,7 @@ def test_a_width_is_suggested_with_what_it_leaves_where_devices_are_free():
                 shape, 8, pool({"a": 2}, memory=19_000), profiles, memory=TINY_MEMORY,
                 limits=limits,
             )  # fmt: skip
-        told = "tensor parallelism over 2 devices of 'a' (20.0 KiB instead, not enough alone)"
+        told = "tensor parallelism over 2 devices of 'a' (20 KiB instead, not enough alone)"
         assert (told in str(caught.value.hint)) == is_told
 
 
