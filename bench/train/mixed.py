@@ -7,6 +7,9 @@ and the figures are `simulated`; ranks, messages, gradients and contention are r
 everything is measured in the same minutes, in an order that is turned round in every second round:
 
 - *solo*: each speed alone with the whole job. The sum over the ranks is the bound U.
+- *together*: all ranks at the same time, each alone with a whole job on the core that it has in the
+  mix. Cores of one machine share caches and memory, chips do not: what a rank loses here by its
+  neighbours it loses in any mix. R beside = throughput / sum of these.
 - *best*: what the planner chooses, with micro-batches shared out again by what the steps measure;
   the first steps, in which it settles, are not counted. R = its throughput / U.
 - *planned*: the same without sharing out again.
@@ -32,9 +35,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
+from mixed_report import show, summary
 
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
 from mxn.train.run import counts_log
@@ -61,6 +64,7 @@ class Mix:
     busy: dict[str, list[float]] = field(default_factory=dict)
     predicted: dict[str, list[float]] = field(default_factory=dict)
     plans: dict[str, str] = field(default_factory=dict)
+    beside: dict[int, list[float]] = field(default_factory=dict)  # seconds of steps, by rank
 
     @property
     def tokens(self) -> int:
@@ -73,7 +77,9 @@ class Mix:
     def num_steps(self, name: str) -> int:
         return SKIPPED + self.num_counted(name) + (SETTLING if name == "best" else 0)
 
-    def job(self, name: str, shares: tuple[float, ...], plan: Path | None) -> Path:
+    def job(
+        self, name: str, shares: tuple[float, ...], plan: Path | None, *, steps: int | None = None
+    ) -> Path:
         """Write the job of a variant and return its file."""
         devices = [
             {"name": f"r{number}", "device": "cpu", "cpu_share": share, "pin": True}
@@ -82,7 +88,7 @@ class Mix:
         told = {
             "name": name, "model": {"source": MODEL, "begin": "scratch"}, "method": "pretrain",
             "data": {"files": [str(TEXT)]}, "seq_tokens": self.seq_tokens, "micro_batch": 1,
-            "global_batch": self.rows, "steps": self.num_steps(name), "devices": devices,
+            "global_batch": self.rows, "steps": steps or self.num_steps(name), "devices": devices,
             "rebalance": name == "best",
             "checkpoint": {"every_steps": 10**6}, "gate": {"speed": "ignore"},
             "out": str(self.folder / name),
@@ -192,6 +198,54 @@ def measure(mix: Mix, name: str, shares: tuple[float, ...], plan: TrainPlan | No
     note(f"  {name}: {middle:.3f} s a step, predicted {predicted:.3f}, {mix.plans[name]}")
 
 
+def measure_together(mix: Mix) -> None:
+    """Run every rank alone, all at the same time, and keep the steps while all of them ran."""
+    medians = [statistics.median(mix.seconds[f"solo-{share:g}"]) for share in mix.shares]
+    lasts_s = mix.num_counted("solo") * max(medians)
+    running: list[subprocess.Popen[bytes]] = []
+    for number, (share, step_s) in enumerate(zip(mix.shares, medians, strict=True)):
+        steps = SKIPPED + round(lasts_s / step_s)
+        shutil.rmtree(mix.folder / f"together-{number}", ignore_errors=True)
+        job = mix.job(f"together-{number}", (share,), None, steps=steps)
+        cores = sorted(os.sched_getaffinity(0))
+        command = [sys.executable, "-c", _ON_CORE, str(cores[number % len(cores)]), "train", "run"]
+        running.append(subprocess.Popen([*command, str(job)], stderr=subprocess.DEVNULL))
+    for process in running:
+        if process.wait():
+            raise SystemExit("a job beside others ended with an error")
+    spans = [_spans(mix.folder / f"together-{number}") for number in range(len(running))]
+    begin_s = max(rank[SKIPPED][0] for rank in spans)
+    end_s = min(rank[-1][1] for rank in spans)
+    for number, rank in enumerate(spans):
+        inside = [
+            end - start for start, end in rank if start >= begin_s - 0.5 and end <= end_s + 0.5
+        ]
+        if not inside:
+            raise SystemExit(f"no step of rank {number} lies where all ran: more --steps")
+        mix.beside.setdefault(number, []).extend(inside)
+        middle = statistics.median(inside)
+        note(f"  together, rank {number}: {middle:.3f} s a step, {len(inside)} of them")
+
+
+_ON_CORE = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv.pop(1))})
+from mxn.cli.main import main
+main()
+"""
+
+
+def _spans(out: Path) -> list[tuple[float, float]]:
+    """Return begin and end of each step in seconds since 1970: the last ended as it was written."""
+    path = out / "metrics.jsonl"
+    end_s, found = path.stat().st_mtime, []
+    for line in reversed(path.read_text().splitlines()):
+        seconds = json.loads(line)["seconds"]
+        found.append((end_s - seconds, end_s))
+        end_s -= seconds
+    return found[::-1]
+
+
 def settled(out: Path, plan: TrainPlan) -> str:
     """Return the plan with the counts of the last step, in words."""
     changes = counts_log.read(out, plan.fingerprint)
@@ -210,47 +264,6 @@ def brief(plan: TrainPlan) -> str:
         stages = " > ".join(f"{stage.group}:{stage.num_layers}L" for stage in pipe.stages)
         parts.append(f"{stages} x {pipe.micro_batches}")
     return f"{plan.schedule}: {'; '.join(parts)}"
-
-
-def summary(mix: Mix) -> dict[str, Any]:
-    """Return the figures of a mix: tokens/s are medians over all counted steps."""
-    rate = {name: mix.tokens / statistics.median(steps) for name, steps in mix.seconds.items()}
-    solo = {share: rate[f"solo-{share:g}"] for share in set(mix.shares)}
-    pure = {
-        share: mix.tokens / statistics.median(mix.busy[f"solo-{share:g}"])
-        for share in set(mix.shares)
-    }
-    bound = sum(solo[share] for share in mix.shares)
-    strict = sum(pure[share] for share in mix.shares)
-    runs = {}
-    for name, steps in mix.seconds.items():
-        step, predicted = statistics.median(steps), statistics.median(mix.predicted[name])
-        runs[name] = {
-            "tokens_per_s": round(rate[name], 1), "step_s": round(step, 4),
-            "p20_s": round(statistics.quantiles(steps, n=5)[0], 4),
-            "p80_s": round(statistics.quantiles(steps, n=5)[-1], 4),
-            "predicted_s": round(predicted, 4), "error": round(predicted / step - 1, 4),
-            "plan": mix.plans[name], "steps": len(steps),
-        }  # fmt: skip
-        if not name.startswith("solo"):
-            runs[name] |= {
-                "R": round(rate[name] / bound, 4),
-                "R_strict": round(rate[name] / strict, 4),
-            }
-    return {
-        "shares": list(mix.shares), "U": round(bound, 1), "U_strict": round(strict, 1), "runs": runs
-    }  # fmt: skip
-
-
-def show(found: dict[str, Any]) -> None:
-    mix = " : ".join(f"{share:g}" for share in found["shares"])
-    print(
-        f"\nmix {mix}: sum of solos {found['U']:.0f} tokens/s, compute only {found['U_strict']:.0f}"
-    )
-    print(f"{'':14}{'tokens/s':>10}{'R':>8}{'R strict':>10}{'predicted':>11}  plan")
-    for name, row in found["runs"].items():
-        ratios = f"{row['R']:8.1%}{row['R_strict']:10.1%}" if "R" in row else " " * 18
-        print(f"{name:14}{row['tokens_per_s']:10.0f}{ratios}{row['error']:+11.1%}  {row['plan']}")
 
 
 def main() -> None:
@@ -281,6 +294,7 @@ def main() -> None:
                 note(f"mix {text}, round {number + 1} of {options.rounds}")
                 for name, (ranks, plan) in wanted[:: -1 if number % 2 else 1]:
                     measure(mix, name, ranks, plan)
+                measure_together(mix)
             results.append(summary(mix))
             show(results[-1])
     document = json.dumps(

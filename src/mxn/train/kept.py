@@ -49,8 +49,8 @@ class Kept:
         return kept
 
     def norm(self, width: int) -> float:
-        """Its input and itself before the weight, without its output."""
-        return 4 * width + 4 + (4 if self.spec.is_norm_offset else self.size) * width
+        """Its input and the reciprocal of its rms, without its output."""
+        return self.size * width + 4
 
     def input(self, is_normed: bool, *, is_kept: bool = True) -> float:
         """What a branch begins with."""
@@ -105,9 +105,8 @@ class Kept:
         return 4 * spec.rope.rotary_dim if spec.rope else 0
 
     def mla_parts(self, spec: AttentionSpec, mla: MlaSpec) -> float:
-        """The latents behind their norms; in float32 the keys' rotated part lies beside one."""
-        beside = mla.rope_dim * 4 if self.size == 4 else 0
-        kept = self.norm(mla.kv_lora_rank) + beside + self.size * mla.kv_lora_rank
+        """The latents behind their norms; the keys' rotated part lies beside one."""
+        kept = self.norm(mla.kv_lora_rank) + self.size * (mla.rope_dim + mla.kv_lora_rank)
         if mla.q_lora_rank is not None:
             kept += self.norm(mla.q_lora_rank) + self.size * mla.q_lora_rank
         return kept + self.angles(spec)

@@ -48,13 +48,13 @@ FLOAT32 = MemoryModel(
     weight_bytes=4, grad_bytes=4, optimizer_bytes=8, reduce_bytes=4,
     outputs_kept=1, messages=_MESSAGES, shares_layers=True,
 )  # fmt: skip
-"""What mxn's own runner keeps in float32: a stage's input is saved by its first norm."""
+"""What mxn's own runner keeps in float32. A stage's input is saved by its first norm."""
 
 MIXED = MemoryModel(
     weight_bytes=2, grad_bytes=4, optimizer_bytes=12, reduce_bytes=4,
-    inputs_kept=1, outputs_kept=1, messages=_MESSAGES, shares_layers=True,
+    outputs_kept=1, messages=_MESSAGES, shares_layers=True,
 )  # fmt: skip
-"""What it keeps in 16 bit: gradients are summed in float32, norms save float32 copies."""
+"""What it keeps in 16 bit: gradients are summed in float32."""
 
 
 def kept_bytes(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -117,19 +117,57 @@ class RmsNorm(nn.Module):
         self.cuts: dict[str, Cut] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(self._mean_square(wide) + self.eps)
         # Whole on every rank, but used for the heads of one: its gradient is a sum.
         weight = self.weight if self.cuts else enter(self.weight, self.team)
-        if self.is_offset:
-            return (normed * (1.0 + weight.float())).to(x.dtype)
-        return normed.to(x.dtype) * weight
-
-    def _mean_square(self, wide: Tensor) -> Tensor:
         if self.team is None or not self.cuts:
-            return wide.square().mean(-1, keepdim=True)
-        total = leave(wide.square().sum(-1, keepdim=True), self.team)
-        return enter(total, self.team) / (wide.shape[-1] * self.team.size)
+            return _Norm.apply(x, weight, self.eps, self.is_offset)
+        wide = x.float()
+        normed = wide * torch.rsqrt(self._mean_square(wide, self.team) + self.eps)
+        return _weighted(normed, weight, x.dtype, self.is_offset)
+
+    def _mean_square(self, wide: Tensor, team: Team) -> Tensor:
+        total = leave(wide.square().sum(-1, keepdim=True), team)
+        return enter(total, team) / (wide.shape[-1] * team.size)
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps its input and the reciprocal of its rms; autograd would keep the input in float32 and
+    what is normed besides, three times as much where values have 16 bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, is_offset: bool) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse, weight)
+        ctx.is_offset = is_offset
+        return _weighted(wide * inverse, weight, x.dtype, is_offset)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, inverse, weight = ctx.saved_tensors
+        (gradient,), normed = gradients, x.float() * inverse
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            if ctx.is_offset:
+                inner = gradient.float() * (1.0 + weight.float())
+            else:
+                inner = (gradient * weight).float()
+            along = (inner * normed).mean(-1, keepdim=True)
+            of_x = (inverse * (inner - normed * along)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            if ctx.is_offset:
+                each = gradient.float() * normed
+            else:
+                each = (gradient * normed.to(x.dtype)).float()
+            of_weight = each.flatten(0, -2).sum(0).to(weight.dtype)
+        return of_x, of_weight, None, None
+
+
+def _weighted(normed: Tensor, weight: Tensor, dtype: torch.dtype, is_offset: bool) -> Tensor:
+    if is_offset:
+        return (normed * (1.0 + weight.float())).to(dtype)
+    return normed.to(dtype) * weight
 
 
 class Tree:
