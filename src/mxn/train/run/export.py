@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mxn.errors import ConfigError, InternalError
 from mxn.train.run.lora import LoraSettings, merged
-from mxn.train.run.owner import Owner
+from mxn.train.run.owner import FORM, Owner
 from mxn.train.run.weights import ModelSource
 
 StateOf = Callable[[int], Mapping[str, Tensor]]
@@ -105,8 +106,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already", hint="name a new folder, or remove this one")
     out.parent.mkdir(parents=True, exist_ok=True)
+    form = re.compile(rf"\.{re.escape(out.name)}\.({FORM})\.part")
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
-        owner = Owner.in_name(left.name.removeprefix(f".{out.name}"))
+        owner = Owner.in_name(left.name, form)  # not of `llama-3.2` for `llama-3`
         if owner is not None and not owner.is_alive:
             shutil.rmtree(left, ignore_errors=True)  # its export was killed
     folder = out.parent / f".{out.name}.{Owner.me()}.part"

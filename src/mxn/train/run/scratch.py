@@ -9,25 +9,29 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from mxn.train.run import cpu_share
-from mxn.train.run.owner import Owner
+from mxn.train.run.owner import FORM, Owner
 
 log = logging.getLogger("mxn.train")
 
 _PREFIX = "mxn-train-"
+# Nothing else is ours to remove: users give folders there such names too. The end is tempfile's.
+_NAME = re.compile(rf"{_PREFIX}(?:gate|profile|ranks)-({FORM})-[a-z0-9_]{{8}}")
 
 
 class Folder(tempfile.TemporaryDirectory[str]):
-    """A new folder only this user may read, such as ``mxn-train-gate-812.5533-x1y2``.
+    """A new folder only this user may read, such as ``mxn-train-gate-812.5533-x1y2z3_4``.
 
     It is locked as long as it is used: an owner in another container cannot be seen by its number.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: Literal["gate", "profile", "ranks"]) -> None:
         super().__init__(prefix=f"{_PREFIX}{kind}-{Owner.me()}-")
         self._lock: int | None = os.open(self.name, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
@@ -46,7 +50,7 @@ def sweep(root: Path | None = None) -> list[Path]:
     """
     removed = cpu_share.sweep()
     for path in (root or Path(tempfile.gettempdir())).glob(f"{_PREFIX}*"):
-        owner = Owner.in_name(path.name)
+        owner = Owner.in_name(path.name, _NAME)
         if owner is None or owner.is_alive or path.lstat().st_uid != os.getuid():
             continue
         if _is_unused(path):
