@@ -186,6 +186,21 @@ def test_every_helper_is_started_so(monkeypatch, tmp_path):
     assert [command[: len(begin)] for command in seen] == [begin] * 4
 
 
+def test_what_an_export_on_another_machine_is_writing_is_left(tmp_path):
+    """Its owner cannot be seen from here, its lock can."""
+    from mxn.train.run.export import new_folder
+
+    theirs = tmp_path / f".model.{Owner(Owner.me().pid, Owner.me().started - 1)}.part"
+    theirs.mkdir()
+    handle = scratch.lock(theirs)
+    with new_folder(tmp_path / "model") as folder:
+        assert theirs.is_dir()
+        assert not scratch.is_unused(folder)
+        (folder / "config.json").write_text("{}")
+    os.close(handle)
+    assert scratch.is_unused(tmp_path / "model")
+
+
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     from mxn.train.run.export import new_folder
 

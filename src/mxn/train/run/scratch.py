@@ -33,14 +33,23 @@ class Folder(tempfile.TemporaryDirectory[str]):
 
     def __init__(self, kind: Literal["gate", "profile", "ranks"]) -> None:
         super().__init__(prefix=f"{_PREFIX}{kind}-{Owner.me()}-")
-        self._lock: int | None = os.open(self.name, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._lock: int | None = lock(Path(self.name))
 
     def cleanup(self) -> None:
         super().cleanup()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def lock(folder: Path) -> int:
+    """Say that a folder is in use until the handle returned is closed, or this process ends.
+
+    A file system without locks gives the handle alone; nobody removes anything there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    return handle
 
 
 def sweep(root: Path | None = None) -> list[Path]:
@@ -53,7 +62,7 @@ def sweep(root: Path | None = None) -> list[Path]:
         owner = Owner.in_name(path.name, _NAME)
         if owner is None or owner.is_alive or path.lstat().st_uid != os.getuid():
             continue
-        if _is_unused(path):
+        if is_unused(path):
             shutil.rmtree(path, ignore_errors=True)
             removed.append(path)
     if removed:
@@ -61,7 +70,8 @@ def sweep(root: Path | None = None) -> list[Path]:
     return removed
 
 
-def _is_unused(path: Path) -> bool:
+def is_unused(path: Path) -> bool:
+    """Return whether a folder is there and nobody has locked it, on any machine that sees it."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
