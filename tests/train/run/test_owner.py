@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -107,6 +108,46 @@ def test_what_a_user_gave_such_a_name_is_left(tmp_path, name):
     (folder / "checkpoints").mkdir(parents=True)
     assert folder not in scratch.sweep(tmp_path)
     assert (folder / "checkpoints").is_dir()
+
+
+def test_a_folder_that_another_sweep_removes_first_stops_no_job(tmp_path, monkeypatch):
+    dead = Owner(Owner.me().pid, Owner.me().started - 1)
+    left = tmp_path / f"mxn-train-ranks-{dead}-abcdefgh"
+    left.mkdir()
+
+    def is_alive(owner: Owner) -> bool:
+        left.rmdir()  # by the other one, between the two looks
+        return False
+
+    monkeypatch.setattr(cpu_share, "sweep", list)
+    monkeypatch.setattr(Owner, "is_alive", property(is_alive))
+    assert left not in scratch.sweep(tmp_path)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.ENOSYS])
+def test_without_locks_jobs_start_and_nothing_is_removed(tmp_path, monkeypatch, number):
+    """NFS takes a lock alone only on files open for writing; others take none."""
+    left = tmp_path / f"mxn-train-ranks-{Owner(Owner.me().pid, Owner.me().started - 1)}-abcdefgh"
+    left.mkdir()
+
+    def flock(handle: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch.fcntl, "flock", flock)
+    assert left not in scratch.sweep(tmp_path)
+    assert left.is_dir()
+    with scratch.Folder("gate") as mine:
+        assert Path(mine).is_dir()
+    assert not Path(mine).exists()
+
+
+def test_cgroups_that_cannot_be_read_stop_no_sweep(tmp_path, monkeypatch):
+    (tmp_path / "cgroup.controllers").write_text("cpu")
+    monkeypatch.setattr(cpu_share, "_own_group", lambda root: root / "gone")
+    assert cpu_share.sweep(tmp_path) == []
+    assert "No such file" in (cpu_share.why_not(tmp_path) or "")
 
 
 def test_cgroups_of_dead_owners_are_removed_once_they_are_empty(tmp_path):

@@ -134,7 +134,17 @@ def why_not(root: Path = ROOT) -> str | None:
 
 
 def _parent(root: Path) -> tuple[Path, bool]:
-    """Return the cgroup to make ours in, and whether it is of version 2."""
+    """Return the cgroup to make ours in, and whether it is of version 2.
+
+    Raises: UnsupportedError.
+    """
+    try:
+        return _found_parent(root)
+    except OSError as error:
+        raise _cannot(root, error) from error
+
+
+def _found_parent(root: Path) -> tuple[Path, bool]:
     for name in ("cpu", "cpu,cpuacct"):
         first = root / name
         if (first / "cpu.cfs_quota_us").is_file() or (first / "cgroup.procs").is_file():

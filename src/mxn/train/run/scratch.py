@@ -45,10 +45,13 @@ class Folder(tempfile.TemporaryDirectory[str]):
 def lock(folder: Path) -> int:
     """Say that a folder is in use until the handle returned is closed, or this process ends.
 
-    A file system without locks gives the handle alone; nobody removes anything there.
+    A file system without locks gives the handle alone; `is_unused` is False there.
     """
     handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_SH)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    except OSError as error:
+        log.debug("no lock on %s: %s", folder, error.strerror)
     return handle
 
 
@@ -59,10 +62,7 @@ def sweep(root: Path | None = None) -> list[Path]:
     """
     removed = cpu_share.sweep()
     for path in (root or Path(tempfile.gettempdir())).glob(f"{_PREFIX}*"):
-        owner = Owner.in_name(path.name, _NAME)
-        if owner is None or owner.is_alive or path.lstat().st_uid != os.getuid():
-            continue
-        if is_unused(path):
+        if _is_left(path) and is_unused(path):
             shutil.rmtree(path, ignore_errors=True)
             removed.append(path)
     if removed:
@@ -70,16 +70,27 @@ def sweep(root: Path | None = None) -> list[Path]:
     return removed
 
 
+def _is_left(path: Path) -> bool:
+    owner = Owner.in_name(path.name, _NAME)
+    try:
+        return owner is not None and not owner.is_alive and path.lstat().st_uid == os.getuid()
+    except OSError:
+        return False  # another one was faster: two jobs may start behind one kill
+
+
 def is_unused(path: Path) -> bool:
-    """Return whether a folder is there and nobody has locked it, on any machine that sees it."""
+    """Return whether a folder is there and nobody has locked it, on any machine that sees it.
+
+    Where the file system cannot say so, False.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return False  # another one was faster, or it is no folder
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+    except OSError:
+        return False  # it is in use, or the file system has no locks
     finally:
         os.close(handle)
     return True
