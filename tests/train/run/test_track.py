@@ -122,34 +122,68 @@ def test_a_resumed_job_without_its_password_says_what_to_set(login):
         with_login("http://***@host:5000")
 
 
-@pytest.mark.parametrize("uri", ["http://ann:a/b@host", "postgresql://host/db?password=abc"])
+UNCLEAR = [
+    "http://ann:a/pa55@host",
+    "postgresql://host/db?password=pa55",
+    "ann:pa55@host:5000",
+    "http:ann:pa55@host",
+    "http://ann:12/pa55@host",
+    "http://ann:12#pa55@host",
+    "http://ann:12?pa55@host",
+    "http://tok/pa55@host",
+    "http://ann:a@b/pa55@host",
+]
+
+
+@pytest.mark.parametrize("uri", UNCLEAR)
 def test_a_secret_that_cannot_be_told_from_the_rest_is_refused_without_it(login, uri):
     with pytest.raises(ConfigError) as caught:
         take_login(uri)
-    assert "abc" not in str(caught.value)
-    assert "a/b" not in str(caught.value)
+    assert "pa55" not in str(caught.value)
     assert PASSWORD in str(caught.value)
 
 
 def test_addresses_without_a_login_stay_as_they_are(login):
-    for uri in ("http://host:5000", "sqlite:////tmp/a@b.db", "file:///tmp/x"):
+    files = ("sqlite:////tmp/a@b.db", "sqlite+pysqlite:///a@b.db", "file:///tmp/a@b")
+    for uri in ("http://host:5000", "http://host/a%40b", "databricks", "runs/x", *files):
         assert with_login(take_login(uri)) == uri
     assert USER not in os.environ
 
 
-def test_no_job_holds_a_password(login, tmp_path):
-    (tmp_path / "text.txt").write_text("x")
-    path = tmp_path / "job.yaml"
-    path.write_text("""
+def job_file(folder, tracking: str):
+    (folder / "text.txt").write_text("x")
+    path = folder / "job.yaml"
+    path.write_text(f"""
 model: mxn-shakespeare-llama
-data: {files: text.txt}
+data: {{files: text.txt}}
 seq_tokens: 16
 global_batch: 1
 steps: 1
 devices: auto
-tracking: {mlflow: "http://ann:pa55word@host"}
+tracking: {tracking}
 """)
-    job = read_job(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "tracking",
+    [
+        *(f'{{mlflow: "{uri}"}}' for uri in UNCLEAR),
+        "http://ann:pa55@host",  # the mapping was forgotten
+        "ann:pa55@host",
+        "{http://ann:pa.pa55@host}",
+        "{ann:pa55@host}",
+        '{"http://ann:pa55@host": 1, "http://ann:pa55@host": 2}',
+    ],
+)
+def test_no_error_about_a_job_file_shows_a_password(login, tmp_path, tracking):
+    with pytest.raises(ConfigError, match="tracking") as caught:
+        read_job(job_file(tmp_path, tracking))
+    assert "pa55" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_no_job_holds_a_password(login, tmp_path):
+    job = read_job(job_file(tmp_path, '{mlflow: "http://ann:pa55word@host"}'))
     assert job.tracking.mlflow == "http://***@host"
     assert "pa55word" not in job.to_json()
     assert os.environ[PASSWORD] == "pa55word"
