@@ -111,7 +111,8 @@ def step_line(told: dict[str, Any]) -> str:
     from mxn.units import format_seconds
 
     done, total = told["step"] + 1, told.get("num_steps")
-    parts = [f"step {done}" + (f"/{total}" if total else ""), f"loss {told['loss']:.4f}"]
+    loss = "not finite" if told["loss"] is None else f"{told['loss']:.4f}"  # of a step left out
+    parts = [f"step {done}" + (f"/{total}" if total else ""), f"loss {loss}"]
     time_text = format_seconds(told["seconds"])
     if told.get("predicted_s"):
         off = told["seconds"] / told["predicted_s"] - 1

@@ -48,6 +48,11 @@ def keeper(job, source, rank=0, layers=(0, NUM_LAYERS), facts=FACTS, num_ranks=1
     )  # fmt: skip
 
 
+def trained(one: Keeper, updates: int) -> None:
+    for _, optimizer in one.parts:
+        optimizer.num_steps = updates
+
+
 def test_rank_0_wishes_by_steps_by_time_and_when_it_is_asked(job, source):
     first = keeper(job, source)
     assert [first.wish(step) for step in range(6)] == [GO_ON, GO_ON, SAVE, GO_ON, GO_ON, SAVE]
@@ -79,6 +84,7 @@ def test_two_ranks_save_and_one_that_holds_all_goes_on(job, source):
             for parameter in stage.parameters():
                 parameter.add_(0.5)
     for rank in ranks:
+        trained(rank, 3)
         rank.obey(SAVE, 3, 1)
     for rank in ranks:
         rank.close()
@@ -169,7 +175,7 @@ def test_nobody_can_be_asked_where_no_job_runs(tmp_path):
 def test_the_factor_and_the_updates_are_in_the_checkpoint(job, source):
     first = keeper(job, source)
     first._loss_scale = LossScale(value=32.0, good_steps=7, is_on=True)
-    first.parts[0][1].num_steps = 2  # one of three was left out
+    trained(first, 2)  # one of three was left out
     first.save(3)
     first.close()
     position = find(first.writer.folder, "newest").manifest.position
@@ -182,3 +188,33 @@ def test_the_factor_and_the_updates_are_in_the_checkpoint(job, source):
     other = keeper(replace(job, dtype="float32"), source)  # of a plan without float16
     other.resume(3)
     assert other._loss_scale.value == 1
+
+
+def test_steps_that_float16_left_out_stay_left_out_without_it(job, source):
+    """The group with float16 was dropped, went on without, and came back."""
+    first = keeper(job, source)
+    first._loss_scale = LossScale(value=32.0, good_steps=7, is_on=True)
+    trained(first, 2)  # one of three was left out
+    first.save(3)
+    first.close()
+    without = keeper(job, source)
+    without.resume(3)
+    trained(without, 5)
+    without.save(6)
+    without.close()
+    position = find(without.writer.folder, "newest").manifest.position
+    assert (position.updates, position.loss_scale, position.good_steps) == (5, 32.0, 7)
+    back = keeper(job, source)
+    back._loss_scale = LossScale(value=64.0, is_on=True)
+    back.resume(6)
+    assert back.parts[0][1].num_steps == 5
+    assert back._loss_scale.value == 32
+
+
+def test_a_job_that_left_nothing_out_keeps_no_updates(job, source):
+    one = keeper(job, source)
+    trained(one, 3)
+    one.save(3)
+    one.close()
+    position = find(one.writer.folder, "newest").manifest.position
+    assert (position.updates, position.loss_scale) == (None, None)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+
+import pytest
 
 from mxn.cli.train_progress import step_line
 from mxn.train.run.rank import metrics
@@ -27,6 +30,18 @@ def test_all_tokens_of_the_rows_count_and_learned_ones_apart():
     line = step_line({"step": 3, **told})
     assert "128 tokens/s, 80 learned" in line
     assert "learned" not in step_line({"step": 3, **metrics(STEP, 40)})
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize("scale", [256.0, 1.0, 0.5])
+def test_a_step_without_a_finite_loss_is_said_and_is_json(loss, scale):
+    left = replace(LOG, loss=loss, gradient_norm=math.nan, loss_scale=scale, is_taken=False)
+    told = metrics(replace(STEP, log=left), 64)
+    kept = json.loads(json.dumps(told, allow_nan=False))
+    assert (kept["loss"], kept["loss_scale"], kept["is_taken"]) == (None, scale, 0)
+    line = step_line({"step": 3, **kept})
+    assert "loss not finite" in line
+    assert f"left out: gradients beyond float16 (loss scale {scale:g})" in line
 
 
 def test_a_step_that_was_left_out_is_said_and_is_json():

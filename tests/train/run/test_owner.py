@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import psutil
 import pytest
 
 from mxn.train.run import child, cpu_share, scratch
-from mxn.train.run.owner import Owner
+from mxn.train.run.owner import FORM, Owner
 from mxn.train.run.supervise import status
 from mxn.train.run.supervise.words import State
 
@@ -29,9 +31,11 @@ def wait_for(condition, timeout_s: float = 30.0) -> None:
 def test_a_number_that_came_again_is_another_process():
     me = Owner.me()
     assert me.is_alive
-    assert Owner.in_name(f"mxn-gate-{me}-abc.1.2") == me
+    assert Owner.read(str(me)) == me
+    assert Owner.in_name(f"x-{me}-abc.1.2", re.compile(rf"x-({FORM})-.+")) == me
     assert not Owner(me.pid, me.started - 1).is_alive
-    assert Owner.in_name("mxn-gate-812-x") is None
+    assert Owner.read("812") is None
+    assert Owner.read("qwen-0.6b") is None
 
 
 def test_a_process_that_has_ended_and_is_not_waited_for_is_dead():
@@ -64,15 +68,16 @@ def test_status_is_not_deceived_by_a_number_that_came_again(tmp_path):
 def test_folders_of_dead_owners_are_removed_and_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dead = Owner(Owner.me().pid, Owner.me().started - 1)
-    left = tmp_path / f"mxn-train-gate-{dead}-x"
+    left = tmp_path / f"mxn-train-gate-{dead}-x1y2z3_4"
     left.mkdir()
     (left / "request.json").write_text("{}")
-    locked = tmp_path / f"mxn-train-ranks-{dead}-y"  # as an owner in another container has it
+    locked = (
+        tmp_path / f"mxn-train-ranks-{dead}-abcdefgh"
+    )  # as an owner in another container has it
     locked.mkdir()
-    stranger = tmp_path / "mxn-train-x"
-    stranger.mkdir()
     with scratch.Folder("profile") as mine:
         assert Path(mine).parent == tmp_path
+        assert Owner.in_name(Path(mine).name, scratch._NAME) == Owner.me()
         other = scratch.Folder("ranks")
         Path(other.name).rename(locked / "in")
         handle = os.open(locked, os.O_RDONLY)
@@ -80,9 +85,69 @@ def test_folders_of_dead_owners_are_removed_and_no_others(tmp_path, monkeypatch)
         assert scratch.sweep(tmp_path) == [left]
         assert Path(mine).is_dir()
         assert locked.is_dir()
-        assert stranger.is_dir()
         os.close(handle)
         assert scratch.sweep(tmp_path) == [locked]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mxn-train-x",
+        "mxn-train-qwen-0.6b",  # 0.6 is no process
+        "mxn-train-llama-3.2",
+        "mxn-train-run-{dead}-abcdefgh",
+        "mxn-train-gate-{dead}",
+        "mxn-train-ranks-{dead}-abcdefgh.kept",
+        "my-mxn-train-ranks-{dead}-abcdefgh",
+    ],
+)
+def test_what_a_user_gave_such_a_name_is_left(tmp_path, name):
+    """An `out` in the folder of temporary files holds checkpoints, also of a job that runs."""
+    me = Owner.me()
+    folder = tmp_path / name.format(dead=Owner(me.pid, me.started - 1))
+    (folder / "checkpoints").mkdir(parents=True)
+    assert folder not in scratch.sweep(tmp_path)
+    assert (folder / "checkpoints").is_dir()
+
+
+def test_a_folder_that_another_sweep_removes_first_stops_no_job(tmp_path, monkeypatch):
+    dead = Owner(Owner.me().pid, Owner.me().started - 1)
+    left = tmp_path / f"mxn-train-ranks-{dead}-abcdefgh"
+    left.mkdir()
+
+    def is_alive(owner: Owner) -> bool:
+        left.rmdir()  # by the other one, between the two looks
+        return False
+
+    monkeypatch.setattr(cpu_share, "sweep", list)
+    monkeypatch.setattr(Owner, "is_alive", property(is_alive))
+    assert left not in scratch.sweep(tmp_path)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.ENOSYS])
+def test_without_locks_jobs_start_and_nothing_is_removed(tmp_path, monkeypatch, number):
+    """NFS takes a lock alone only on files open for writing; others take none."""
+    left = tmp_path / f"mxn-train-ranks-{Owner(Owner.me().pid, Owner.me().started - 1)}-abcdefgh"
+    left.mkdir()
+
+    def flock(handle: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch.fcntl, "flock", flock)
+    assert left not in scratch.sweep(tmp_path)
+    assert left.is_dir()
+    with scratch.Folder("gate") as mine:
+        assert Path(mine).is_dir()
+    assert not Path(mine).exists()
+
+
+def test_cgroups_that_cannot_be_read_stop_no_sweep(tmp_path, monkeypatch):
+    (tmp_path / "cgroup.controllers").write_text("cpu")
+    monkeypatch.setattr(cpu_share, "_own_group", lambda root: root / "gone")
+    assert cpu_share.sweep(tmp_path) == []
+    assert "No such file" in (cpu_share.why_not(tmp_path) or "")
 
 
 def test_cgroups_of_dead_owners_are_removed_once_they_are_empty(tmp_path):
@@ -93,13 +158,15 @@ def test_cgroups_of_dead_owners_are_removed_once_they_are_empty(tmp_path):
     empty, used, mine = (
         parent / f"mxn-{owner}-{n}-rank-0" for n, owner in enumerate((dead, dead, Owner.me()))
     )
-    for folder in (empty, used, mine):
+    named = parent / "mxn-qwen-0.6b-0-x"  # somebody else's
+    longer = parent / f"mxn-more-{dead}-0-rank-0"
+    for folder in (empty, used, mine, named, longer):
         folder.mkdir()
     (used / "tasks").touch()  # a real one is busy while a process is in it
     assert cpu_share.sweep(tmp_path) == []  # too young
     assert cpu_share.sweep(tmp_path, older_s=0) == [empty]
     assert used.is_dir()
-    assert mine.is_dir()
+    assert all(folder.is_dir() for folder in (mine, named, longer))
 
 
 STARTER = """
@@ -160,13 +227,29 @@ def test_every_helper_is_started_so(monkeypatch, tmp_path):
     assert [command[: len(begin)] for command in seen] == [begin] * 4
 
 
+def test_what_an_export_on_another_machine_is_writing_is_left(tmp_path):
+    """Its owner cannot be seen from here, its lock can."""
+    from mxn.train.run.export import new_folder
+
+    theirs = tmp_path / f".model.{Owner(Owner.me().pid, Owner.me().started - 1)}.part"
+    theirs.mkdir()
+    handle = scratch.lock(theirs)
+    with new_folder(tmp_path / "model") as folder:
+        assert theirs.is_dir()
+        assert not scratch.is_unused(folder)
+        (folder / "config.json").write_text("{}")
+    os.close(handle)
+    assert scratch.is_unused(tmp_path / "model")
+
+
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     from mxn.train.run.export import new_folder
 
     dead = tmp_path / f".model.{Owner(Owner.me().pid, Owner.me().started - 1)}.part"
     other = tmp_path / f".model.{Owner.me()}.other.part"
-    for folder in (dead, other):
+    longer = tmp_path / f".model.2.{Owner.me()}.part"  # of an export to `model.2`
+    for folder in (dead, other, longer):
         folder.mkdir()
     with new_folder(tmp_path / "model") as folder:
         (folder / "config.json").write_text("{}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "model"]
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, longer.name, "model"}

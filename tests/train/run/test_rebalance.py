@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 
@@ -10,25 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxn.cli.train_progress import status_lines
 from mxn.errors import InternalError
 from mxn.train.plan.search.shares import Pace, finish_s
 from mxn.train.run import counts_log
-from mxn.train.run.counts_told import CountsTold
-from mxn.train.run.job import RebalanceSettings
 from mxn.train.run.rebalance import (
     Change,
     Load,
     Rebalancer,
     counts_of,
     ranges_of,
+    same_cut,
     share_out,
     with_counts,
 )
-from mxn.train.run.session import keep_counts, micro_batches
-from mxn.train.run.supervise.status import Status
 from support import tiny_plans
-from support.launches import group, small_job
 
 paces = st.builds(
     Pace, st.floats(0, 10, allow_subnormal=False), st.floats(1e-3, 10, allow_subnormal=False)
@@ -109,6 +103,15 @@ def test_counts_of_another_plan_are_refused():
 )
 def test_no_stage_keeps_more_than_was_planned(schedule, depth, ranges):
     assert ranges_of(plan(2, 10, schedule=schedule, depth=depth)) == ranges
+
+
+def test_plans_of_one_cut_differ_in_counts_only():
+    assert same_cut(plan(6, 6), plan(8, 4))
+    assert not same_cut(plan(6, 6), plan(6, 6, depth=2))
+    assert not same_cut(plan(6, 6), plan(6, 6, schedule="gpipe"))
+    assert not same_cut(plan(6, 6), plan(4, 4, 4))
+    on_b = replace(plan(6, 6).pipelines[1], stages=tiny_plans.pipeline([8], ["b"], 6).stages)
+    assert not same_cut(plan(6, 6), replace(plan(6, 6), pipelines=(plan(6).pipelines[0], on_b)))
 
 
 # -- when --------------------------------------------------------------------------------------
@@ -218,52 +221,3 @@ def test_decisions_go_on_behind_the_last_recorded_one():
 
 def test_a_plan_of_one_pipeline_has_nothing_to_share():
     assert run(rebalancer(plan(6)), [Pace(0, 1.0)], 30) == []
-
-
-# -- told --------------------------------------------------------------------------------------
-
-
-def test_what_ranks_decide_is_said_once_and_the_plan_is_kept_with_its_counts(tmp_path):
-    planned, said, kept = plan(6, 6), [], []
-    counts_log.append(tmp_path, planned.fingerprint, change(7, (6, 6), (8, 4)))
-    now = [None]
-    told = CountsTold(tmp_path, plan=lambda: now[0], say=said.append, keep=kept.append)
-    told.look()
-    assert kept == []  # no plan yet
-    now[0] = planned
-    told.look()
-    told.look()
-    assert said == []  # by an earlier command
-    assert kept == [with_counts(planned, (8, 4))]
-    counts_log.append(tmp_path, planned.fingerprint, change(22, (8, 4), (9, 3)))
-    told.look()
-    assert [text.split(":")[0] for text in said] == ["micro-batches 8"]
-    assert kept[1:] == [with_counts(planned, (9, 3))]
-    now[0] = with_counts(planned, (6, 6))  # planned again: its prediction was written anew
-    told.look()
-    assert kept[2:] == [with_counts(planned, (9, 3))]
-    assert len(said) == 1
-
-
-def test_status_shows_the_counts_of_now_and_those_planned(tmp_path):
-    planned = plan(6, 6)
-    assert micro_batches(tmp_path, planned.fingerprint) is None
-    for one in (change(7, (6, 6), (8, 4)), change(22, (8, 4), (9, 3))):
-        counts_log.append(tmp_path, planned.fingerprint, one)
-    counts = micro_batches(tmp_path, planned.fingerprint)
-    assert (counts["now"], counts["planned"], counts["since_step"]) == ((9, 3), (6, 6), 22)
-    told = Status(
-        job="small", phase="running", reason="", groups=("a",), dropped={}, launch=1, restarts=0,
-        checkpoint_step=None, plan=planned.fingerprint, pid=1, started=0, updated_at=0.0,
-    )  # fmt: skip
-    lines = status_lines(tmp_path, told, None, counts)
-    assert "  micro-batches 9:3 since step 23, as measured; planned 6:6" in lines
-    assert json.loads(json.dumps(counts))["changes"][0]["after"] == [8, 4]
-
-
-def test_a_job_without_checkpoints_or_that_keeps_its_counts_forgets_earlier_ones(tmp_path):
-    job = small_job(tmp_path, 3, [group()])
-    for kept in (job, replace(job, rebalance=RebalanceSettings(when="never"))):
-        counts_log.append(tmp_path, "p", change(7, (6, 6), (8, 4)))
-        keep_counts(kept)
-        assert counts_log.read_all(tmp_path) == []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mxn.train.plan.plan import TrainPlan
-from mxn.train.run.replicas import BUDGET
+from mxn.train.run.replicas import BUDGET, _take
 from support import parity_cases
 from support.parity_cases import plan_of
 from support.ranks import run_ranks
@@ -69,6 +71,24 @@ def test_copies_further_apart_than_rounding_stop_the_job_on_all_ranks():
     assert "weights of layer" in ranks[0]["error"]
     assert "on rank 1 (cpu" in ranks[0]["error"]
     assert "1.0e-02 away from their copy on another chip" in ranks[0]["error"]
+
+
+@pytest.mark.parametrize(("own", "given"), [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0),
+                                            (1.0, math.inf), (math.inf, math.inf)])  # fmt: skip
+def test_weights_that_are_no_number_are_no_float_noise(own, given):
+    names = ("a.master", "b.master")
+    state = {name: torch.tensor([2.0, 1.0]) for name in names}
+    other = {name: torch.tensor([2.0, 1.0]) for name in names}
+    state["a.master"][1], other["a.master"][1] = own, given
+    assert _take(state, other) == math.inf
+    assert all(torch.equal(state[n], other[n]) or n == "a.master" for n in names)
+
+
+def test_copies_that_are_no_number_stop_the_job_on_all_ranks():
+    ranks = run(*PLANS["two pipelines"], push=math.nan)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert "on rank 1 (cpu" in ranks[0]["error"]
+    assert "inf away from their copy on another chip" in ranks[0]["error"]
 
 
 def test_chips_that_are_alike_send_nothing():

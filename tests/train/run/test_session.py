@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import torch
 
 from mxn.errors import UnsupportedError, UserError
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.run import held
 from mxn.train.run.checkpoint import Checkpointer, Position
 from mxn.train.run.checkpoint.writer import Identity
 from mxn.train.run.from_job import open_job, settings_of
@@ -19,6 +22,7 @@ from mxn.train.run.job_file import read_job
 from mxn.train.run.login import without_login
 from mxn.train.run.prepare import plan_of_job
 from mxn.train.run.session import keep_job, kept_job, run_job
+from mxn.train.run.supervise.files import held_folders
 from mxn.train.run.supervise.shell import Supervisor
 
 
@@ -70,6 +74,36 @@ def test_who_comes_second_writes_nothing(job):
     with first.held(), pytest.raises(UserError, match="another `mxn train run` is at work"):
         run_job(replace(job, seed=1))
     assert kept_job(Path(job.out)).seed == 0
+
+
+@pytest.mark.parametrize("place", ["file", "file/checkpoints"])
+def test_a_folder_of_checkpoints_that_cannot_be_made_is_said(job, tmp_path, place):
+    (tmp_path / "file").write_text("x")
+    folder = tmp_path / place
+    other = replace(job, checkpoint=replace(job.checkpoint, folder=str(folder)))
+    with pytest.raises(UserError, match="the folder of the checkpoints, cannot be used") as caught:
+        run_job(other)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_is_said_and_used(job, monkeypatch, caplog, number):
+    def flock(handle: object, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(held.fcntl, "flock", flock)
+    with held_folders(job):
+        assert Path(job.checkpoint.folder).is_dir()
+    assert "the folder of the job, cannot be locked" in caplog.text
+    assert "the folder of the checkpoints, cannot be locked" in caplog.text
+
+
+def test_checkpoints_in_the_folder_of_the_job_are_locked_once(job, tmp_path):
+    Path(job.out).mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(job.out)
+    with held_folders(replace(job, checkpoint=replace(job.checkpoint, folder=str(link)))):
+        pass
 
 
 def test_a_plan_for_other_micro_batches_is_refused(job, tmp_path):

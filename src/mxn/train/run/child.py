@@ -39,7 +39,7 @@ def end_with(owner: Owner) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    owner = Owner.in_name(arguments[0])
+    owner = Owner.read(arguments[0])
     assert owner is not None, f"{arguments[0]!r} names no process"
     end_with(owner)
     sys.argv = arguments[1:]

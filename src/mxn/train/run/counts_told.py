@@ -6,6 +6,7 @@ have neither profiles nor the user's ear. Start at `CountsTold`.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run import counts_log
 from mxn.train.run.rebalance import Change, with_counts
+
+log = logging.getLogger("mxn.train")
 
 _POLL_S = 0.5
 
@@ -34,6 +37,7 @@ class CountsTold:
         self._out, self._plan, self._say, self._keep = out, plan, say, keep
         self._said = set(counts_log.read_all(out))
         self._kept: tuple[TrainPlan, Change] | None = None
+        self._failed = ""  # with what, at the last look
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mxn-counts", daemon=True)
 
@@ -47,8 +51,19 @@ class CountsTold:
 
     def _follow(self) -> None:
         while not self._is_over.wait(_POLL_S):
+            self._try_to_look()
+        self._try_to_look()
+
+    def _try_to_look(self) -> None:
+        """What ranks decided holds all the same: a full disk here does not end the telling."""
+        try:
             self.look()
-        self.look()
+        except Exception as error:
+            if repr(error) != self._failed:  # said once, not twice a second
+                log.exception("what ranks decided about micro-batches cannot be told now")
+            self._failed = repr(error)
+        else:
+            self._failed = ""
 
     def look(self) -> None:
         plan = self._plan()
@@ -61,5 +76,5 @@ class CountsTold:
                 self._say(change.text())
         # A plan that was made anew is another object, and what it is predicted to do was written.
         if self._kept is None or self._kept[0] is not plan or self._kept[1] != changes[-1]:
-            self._kept = plan, changes[-1]
             self._keep(with_counts(plan, changes[-1].after))
+            self._kept = plan, changes[-1]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from mxn.errors import CapacityError, UnsupportedError
-from mxn.train.run.owner import Owner
+from mxn.train.run.owner import FORM, Owner
 
 ROOT = Path("/sys/fs/cgroup")
 PERIOD_US = 20_000
@@ -24,6 +25,7 @@ _LEAST_QUOTA_US = 1_000  # the kernel takes no less
 _REMOVE_S = 5.0
 _YOUNG_S = 60.0
 _number = itertools.count()
+_NAME = re.compile(rf"mxn-({FORM})-\d+-.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def sweep(root: Path = ROOT, *, older_s: float = _YOUNG_S) -> list[Path]:
         return []
     removed: list[Path] = []
     for folder in parent.glob("mxn-*"):
-        owner = Owner.in_name(folder.name)
+        owner = Owner.in_name(folder.name, _NAME)
         try:
             if owner is None or owner.is_alive or _age_s(folder) < older_s:
                 continue
@@ -132,7 +134,17 @@ def why_not(root: Path = ROOT) -> str | None:
 
 
 def _parent(root: Path) -> tuple[Path, bool]:
-    """Return the cgroup to make ours in, and whether it is of version 2."""
+    """Return the cgroup to make ours in, and whether it is of version 2.
+
+    Raises: UnsupportedError.
+    """
+    try:
+        return _found_parent(root)
+    except OSError as error:
+        raise _cannot(root, error) from error
+
+
+def _found_parent(root: Path) -> tuple[Path, bool]:
     for name in ("cpu", "cpu,cpuacct"):
         first = root / name
         if (first / "cpu.cfs_quota_us").is_file() or (first / "cgroup.procs").is_file():

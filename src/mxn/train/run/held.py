@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mxn.errors import UserError
 from mxn.train.run.owner import Owner
+
+log = logging.getLogger("mxn.train")
 
 _NAME = ".lock"
 
@@ -22,6 +25,7 @@ def hold(folder: Path, what: str, job: str, out: str, *, hint: str) -> Iterator[
     """Be the only one at work in `folder`, which is made if it is not there.
 
     `what`: of the folder, for the error; `job` and `out` are told to whoever comes next.
+    A file system without locks is said and gone on with: nobody can tell there.
     Raises: UserError naming the holder where another one is at work, or for no right to write.
     """
     try:
@@ -39,6 +43,11 @@ def hold(folder: Path, what: str, job: str, out: str, *, hint: str) -> Iterator[
                 f"another `mxn train run` is at work in {folder}, {what}: {_told(file.read())}",
                 hint=hint,
             ) from None
+        except OSError as error:  # such as clusters' disks that are mounted without locks
+            log.warning(
+                "%s, %s, cannot be locked (%s): nothing keeps a second job out of it",
+                folder, what, error.strerror,
+            )  # fmt: skip
         file.truncate(0)
         file.write(json.dumps({"pid": Owner.me().pid, "job": job, "out": out}))
         file.flush()

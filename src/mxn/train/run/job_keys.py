@@ -160,6 +160,16 @@ def _server(entry: y.Entry) -> str:
     return take_login(y.text(entry))
 
 
+_TRACKING = _settings(TrackingSettings, {"mlflow": y.optional(_server), "experiment": y.text})
+
+
+def _tracking(entry: y.Entry) -> TrackingSettings:
+    """What stands in its place is not shown: it may be an address with a password."""
+    if not entry.is_mapping:
+        raise entry.wrong("is no mapping of keys to values", "{mlflow: …}", is_shown=False)
+    return _TRACKING(entry)
+
+
 def _betas(entry: y.Entry) -> tuple[float, float]:
     values = y.list_of(y.number(0, 0.999999))(entry)
     if len(values) != 2:
@@ -284,7 +294,7 @@ KEYS: dict[str, y.Reader] = {
             "stall_s": y.number(0, is_open=True),
         },
     ),
-    "tracking": _settings(TrackingSettings, {"mlflow": y.optional(_server), "experiment": y.text}),
+    "tracking": _tracking,
     "seed": y.whole(0, 2**63 - 1),
     "log": y.one_of("debug", "info", "warning", "error"),
 }

@@ -61,6 +61,7 @@ class Keeper:
         of a layer equal and returns how far apart they were (`Replicas.align`).
         """
         self._loss_scale = loss_scale or LossScale()
+        self._idle_scale: tuple[float | None, int] = (None, 0)  # of ranks that computed in float16
         self._before_save = before_save
         self._drift: float | None = None
         self.job, self.rank, self.parts = job, rank, tuple(parts)
@@ -94,6 +95,7 @@ class Keeper:
                 optimizer.load_layer_state(layer, stored.layer(layer))
             optimizer.num_steps = position.step if position.updates is None else position.updates
         self._loss_scale.go_on(position.loss_scale, position.good_steps)
+        self._idle_scale = position.loss_scale, position.good_steps
         self._saved_step, self._tokens = position.step, position.tokens
         return position
 
@@ -137,16 +139,18 @@ class Keeper:
                     layers[layer] = state
                 elif layer % stage.team.size == stage.team.index:
                     layers[layer] = {name: tensor.cpu() for name, tensor in state.items()}
-        position = Position(
-            step=steps_done, micro_batch=steps_done * self.job.micro_batches, tokens=self._tokens
-        )
-        if self._loss_scale.is_on:
-            position = replace(
-                position, updates=self.parts[0][1].num_steps, loss_scale=self._loss_scale.value,
-                good_steps=self._loss_scale.good_steps,
-            )  # fmt: skip
-        self.writer.save(position, layers)
+        self.writer.save(self._position(steps_done), layers)
         self._saved_step, self._saved_s = steps_done, time.monotonic()
+
+    def _position(self, steps_done: int) -> Position:
+        scale, updates = self._loss_scale, self.parts[0][1].num_steps
+        value, good_steps = (scale.value, scale.good_steps) if scale.is_on else self._idle_scale
+        return Position(
+            step=steps_done, micro_batch=steps_done * self.job.micro_batches, tokens=self._tokens,
+            # Steps that were left out stay left out where the job goes on without float16.
+            updates=None if updates == steps_done else updates,
+            loss_scale=value, good_steps=good_steps,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Wait until the last checkpoint is on the disk. Raises: MxnError when it failed."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 USER = "MLFLOW_TRACKING_USERNAME"
 PASSWORD = "MLFLOW_TRACKING_PASSWORD"
 HIDDEN = "***"
+_FILES = ("file", "sqlite")  # their addresses are paths, which may hold an '@'
 _SECRET_QUERY = re.compile(r"[?&](password|passwd|pwd|token|access_token|secret|api_key)=", re.I)
 _IN_TEXT = re.compile(r"://[^/\s'\"][^\s'\"]*@")
 _HOW = f"set {USER} and {PASSWORD}, and leave them out of the address"
@@ -38,10 +39,18 @@ def take_login(uri: str, env: MutableMapping[str, str] | None = None) -> str:
         raise ConfigError("tracking: mlflow: the address has a secret behind '?'", hint=_HOW)
     try:
         parts = urlsplit(uri)
-        _ = parts.port  # a '/' or '#' in a password ends up here
+        _ = parts.port  # a '/' or '#' in a password ends up here, if no digits stand before it
     except ValueError:
         raise ConfigError("tracking: mlflow: this is no address", hint=_HOW) from None
     login, at, host = parts.netloc.rpartition("@")
+    behind = urlunsplit(parts._replace(scheme="", netloc=""))
+    if "@" in behind and parts.scheme.partition("+")[0] not in _FILES:
+        raise ConfigError(
+            "tracking: mlflow: the address has an '@' where none belongs, and may hold a password "
+            "that cannot be told from the rest",
+            hint=f"{_HOW}; write http://… before a host, file:///… before a path, and %40 for an "
+            "'@' in a name",
+        )
     if not at or login == HIDDEN:
         return uri
     user, _, password = login.partition(":")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 
-_FORM = re.compile(r"(\d+)\.(\d+)")
+FORM = r"\d+\.\d+"
+"""How an owner is written: for patterns of names that hold one."""
+_PARTS = re.compile(r"(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,19 @@ class Owner:
         return _of(os.getpid())
 
     @classmethod
-    def in_name(cls, name: str) -> Owner | None:
-        """Return the owner that a name such as ``mxn-gate-812.553301-x`` tells, if any."""
-        found = _FORM.search(name)
+    def read(cls, text: str) -> Owner | None:
+        """Return the owner that a text such as ``812.553301`` names; None for anything else.
+
+        Not sought inside longer texts: a user's ``qwen-0.6b`` names nobody.
+        """
+        found = _PARTS.fullmatch(text)
         return cls(int(found[1]), int(found[2])) if found else None
+
+    @classmethod
+    def in_name(cls, name: str, form: re.Pattern[str]) -> Owner | None:
+        """Return the owner in a name of exactly this form, whose first group it is."""
+        found = form.fullmatch(name)
+        return cls.read(found[1]) if found else None
 
     def __str__(self) -> str:
         return f"{self.pid}.{self.started}"

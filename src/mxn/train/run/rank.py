@@ -7,6 +7,7 @@ leaves words when it has to end. Rank 0 also writes the metrics. Start at `run_r
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -209,7 +210,7 @@ def metrics(told: RankStep, positions: int) -> dict[str, float | int | None]:
     """
     log_ = told.log
     values: dict[str, float | int | None] = {
-        "loss": log_.loss,
+        "loss": log_.loss if math.isfinite(log_.loss) else None,  # JSON has no other numbers
         "num_tokens": log_.num_tokens,
         "seconds": log_.seconds,
         "tokens_per_s": positions / log_.seconds,
@@ -217,7 +218,7 @@ def metrics(told: RankStep, positions: int) -> dict[str, float | int | None]:
         "learning_rate": log_.learning_rate,
         "gradient_norm": log_.gradient_norm if log_.is_taken else None,
     }
-    if log_.loss_scale != 1:
+    if log_.loss_scale != 1 or not log_.is_taken:
         values |= {"loss_scale": log_.loss_scale, "is_taken": int(log_.is_taken)}
     if len(told.counts) > 1:
         for number, count in enumerate(told.counts):

@@ -88,6 +88,17 @@ def with_counts(plan: TrainPlan, counts: Sequence[int]) -> TrainPlan:
     return replace(plan, pipelines=pipelines)
 
 
+def same_cut(one: TrainPlan, other: TrainPlan) -> bool:
+    """Return whether two plans differ in nothing but the micro-batches of their pipelines."""
+    return len(one.pipelines) == len(other.pipelines) and one == replace(
+        other,
+        pipelines=tuple(
+            replace(pipeline, micro_batches=count)
+            for pipeline, count in zip(other.pipelines, counts_of(one), strict=True)
+        ),
+    )
+
+
 # -- which counts are best ---------------------------------------------------------------------
 
 

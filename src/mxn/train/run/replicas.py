@@ -10,6 +10,7 @@ knows no checkpoints. Start at `Replicas.align`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -142,12 +143,17 @@ class Replicas:
 
 
 def _take(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> float:
-    """Overwrite a state; return how far its weights were from the given ones, as a share."""
+    """Overwrite a state; return how far its weights were from the given ones, as a share.
+
+    Infinity where a weight of either is no finite number.
+    """
     apart = 0.0
     for name, tensor in own.items():
         if name.endswith("master"):
             off = torch.linalg.vector_norm(tensor - given[name]).item()
             size = torch.linalg.vector_norm(given[name]).item()
-            apart = max(apart, off / size if size else off)
+            share = off / size if size else off
+            # Comparisons with NaN are False: `max` would pass over it.
+            apart = max(apart, share if math.isfinite(off + size) else math.inf)
         tensor.copy_(given[name])
     return apart

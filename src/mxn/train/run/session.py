@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mxn.errors import ConfigError, NotFoundError, UserError
 from mxn.train.plan.plan import TrainPlan
@@ -21,7 +22,7 @@ from mxn.train.run.control import write_whole
 from mxn.train.run.job import Job
 from mxn.train.run.login import hide_login
 from mxn.train.run.prepare import Task, plan_of_job, task_of_job, with_devices
-from mxn.train.run.rebalance import counts_of
+from mxn.train.run.rebalance import counts_of, same_cut
 
 if TYPE_CHECKING:
     from mxn.train.plan.prediction import Prediction
@@ -73,6 +74,12 @@ def run_job(job: Job, *, ray: str | None = None, on_say: Say = log.info) -> Stat
         return State(groups=tuple(g.name for g in job.devices), phase="done", checkpoint_step=steps)
 
 
+class _Planned(NamedTuple):
+    groups: tuple[str, ...]
+    task: Task
+    plan: TrainPlan
+
+
 class Checks:
     """Plans of a job and the checks before it starts, which ask what a plan was made from."""
 
@@ -81,19 +88,29 @@ class Checks:
 
         self._on_say, self._out = on_say, out
         self._parity = Gate(on_say=on_say)
-        self._planned: tuple[tuple[str, ...], Task] | None = None
+        self._planned: _Planned | None = None
+        self._lock = threading.Lock()  # of it, and of the prediction in the job's folder
         self._is_fresh = False  # the profiles were measured a moment ago, by the speed check
 
     def make_plan(self, job: Job, groups: tuple[str, ...]) -> TrainPlan:
         """As `session.make_plan`."""
+        with self._lock:  # an old plan's prediction must not be written over the new one's
+            self._planned = None
         task = task_of_job(job, groups=groups, on_progress=self._on_say)
-        self._planned = groups, task
-        return make_plan(job, groups, task=task, on_say=self._on_say)
+        plan = make_plan(job, groups, task=task, on_say=self._on_say)
+        with self._lock:
+            self._planned = _Planned(groups, task, plan)
+        return plan
 
     def foretell(self, plan: TrainPlan) -> None:
-        """Keep what the last plan is predicted to do with other micro-batches."""
-        if self._planned is not None:
-            _keep_prediction(self._out, plan, self._planned[1].predict(plan))
+        """Keep what the last plan is predicted to do with other micro-batches; not an earlier one.
+
+        Another thread's, which may still have the plan of groups that are gone.
+        """
+        with self._lock:
+            planned = self._planned
+            if planned is not None and same_cut(planned.plan, plan):
+                _keep_prediction(self._out, plan, planned.task.predict(plan))
 
     def run_gate(self, job: Job, plan: TrainPlan) -> None:
         """Raises: GateError, SpeedError."""
@@ -101,9 +118,9 @@ class Checks:
         if self._is_fresh or job.gate.speed == "ignore" or self._planned is None:
             self._is_fresh = False
             return
-        groups, task = self._planned
-        if task.measured is not None:
-            self._check_speed(job, groups, task.measured)
+        measured = self._planned.task.measured
+        if measured is not None:
+            self._check_speed(job, self._planned.groups, measured)
 
     def _check_speed(self, job: Job, groups: tuple[str, ...], measured: Measured) -> None:
         from mxn.train.run.gate.speed import check_speed

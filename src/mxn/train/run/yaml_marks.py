@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from mxn.errors import ConfigError, NotFoundError
+from mxn.train.run.login import HIDDEN, without_login
 from mxn.units import parse_bytes
 
 Reader = Callable[["Entry"], Any]
@@ -44,11 +45,13 @@ class Entry:
         finally:
             loader.dispose()
 
-    def wrong(self, problem: str, hint: str | None = None) -> ConfigError:
-        """Return (not raise) the error that this value is."""
-        told = self.value
+    def wrong(self, problem: str, hint: str | None = None, *, is_shown: bool = True) -> ConfigError:
+        """Return (not raise) the error that this value is; `is_shown`: with the value."""
+        told = self.value if is_shown else ()
         shown = f"{told!r} " if isinstance(told, str | int | float | bool | None) else ""
-        return ConfigError(f"{self.file}:{self.line}: {self.key}: {shown}{problem}", hint=hint)
+        return ConfigError(
+            f"{self.file}:{self.line}: {self.key}: {without_login(shown)}{problem}", hint=hint
+        )
 
     def items(self) -> list[tuple[Entry, Entry]]:
         """Return (key, value) pairs. Raises: ConfigError unless this is a mapping, keys once."""
@@ -57,7 +60,8 @@ class Entry:
         pairs, seen = [], {}
         for key_node, value_node in self.node.value:
             name = str(getattr(key_node, "value", "?"))
-            path = f"{self.key}.{name}" if self.key else name
+            told = HIDDEN if "@" in name else name  # an address in the place of a key
+            path = f"{self.key}.{told}" if self.key else told
             line = key_node.start_mark.line + 1
             if name in seen:
                 raise ConfigError(

@@ -38,7 +38,7 @@ class Position:
     micro_batch: int  # index of the next one, over all epochs
     tokens: int = 0  # labels learnt from
     updates: int | None = None  # steps that changed weights; None: all of them
-    loss_scale: float | None = None  # of a job with float16, behind the last step
+    loss_scale: float | None = None  # behind the last step in float16; None: there was none
     good_steps: int = 0  # in a row at that scale
 
 

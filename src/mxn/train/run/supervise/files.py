@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,15 +18,15 @@ def held_folders(job: Job) -> Iterator[None]:
     """Be the only one at work in the job's folder and in that of its checkpoints.
 
     The latter may lie elsewhere and be named by another job too, which would remove ours as old.
-    Raises: UserError naming the process and the job that is at work there.
+    Raises: UserError naming the process and the job that is at work there, or for a folder that
+    cannot be used.
     """
     out, checkpoints = Path(job.out), Path(job.checkpoint.folder)
     wait = "wait for it, stop it, or give another"
     with ExitStack() as locks:
         of_job = hold(out, "the folder of the job", job.name, job.out, hint=f"{wait} `out`")
         locks.enter_context(of_job)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        if not checkpoints.samefile(out):
+        if not (os.path.exists(checkpoints) and checkpoints.samefile(out)):
             what, hint = "the folder of the checkpoints", f"{wait} checkpoint: {{folder: …}}"
             locks.enter_context(hold(checkpoints, what, job.name, job.out, hint=hint))
         yield
