@@ -7,6 +7,7 @@ of plans; `predict` is the judge of those.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -89,7 +90,9 @@ class Tables:
         self._memory: dict[tuple[Kind, Recompute], tuple[Table, Table]] = {}
         self._busy: dict[tuple[Kind, float], Table] = {}
         self._parts: dict[tuple[Kind, float], tuple[Table, Table, Table, Table]] = {}
+        self._most: dict[tuple[Kind, Recompute], Table] = {}
         self._fits: dict[tuple[Kind, Recompute, float], Table] = {}
+        self._shares: dict[bytes, Table] = {}
         self._steps: dict[tuple[Kind, Kind, float], Table] = {}
         self._hops: dict[tuple[Kind, Kind], Table] = {}
 
@@ -97,8 +100,8 @@ class Tables:
         """Return seconds [a, e] through layers a … e - 1 with `in_flight` micro-batches kept."""
         key = (kind, in_flight)
         if key not in self._busy:
-            options = [self._fitting(kind, how, in_flight) for how in self.job.recompute]
-            self._busy[key] = np.minimum.reduce(options)
+            options = (self._fitting(kind, how, in_flight) for how in self.job.recompute)
+            self._busy[key] = functools.reduce(np.minimum, options)  # of a list it would copy all
         return self._busy[key]
 
     def parts(self, kind: Kind, in_flight: float) -> tuple[Table, Table, Table, Table]:
@@ -173,9 +176,23 @@ class Tables:
         return self._owned[key]
 
     def _largest(self, whole: Table) -> Table:
-        """As `costs.largest_share`, of all runs at once."""
+        """As `costs.largest_share`, of all runs at once.
+
+        Chips differ by a factor in what they take for a parameter: like layers are done once.
+        """
         size = len(whole)
-        values, is_tied = whole[range(size - 1), range(1, size)], self.job.shape.is_tied
+        values = whole[range(size - 1), range(1, size)]
+        top = float(values.max())
+        if top <= 0:
+            return np.zeros_like(whole)
+        values = np.round(values / top, 12)
+        key = values.tobytes()
+        if key not in self._shares:
+            self._shares[key] = self._largest_of(values)
+        return self._shares[key] * top
+
+    def _largest_of(self, values: NDArray[np.float64]) -> Table:
+        size, is_tied = len(values) + 1, self.job.shape.is_tied
         ends = np.isin(np.arange(size - 1), (0, size - 2)) & is_tied
         always = _runs(np.where(ends, values, 0.0))
         if is_tied:
@@ -230,10 +247,21 @@ class Tables:
     def _fitting(self, kind: Kind, how: Recompute, in_flight: float) -> Table:
         key = (kind, how, in_flight)
         if key not in self._fits:
-            limit = self.job.cluster.group(kind.group).memory_bytes
-            fits = self.bytes(kind, how, in_flight) <= limit
+            fits = self._most_in_flight(kind, how) >= in_flight
             self._fits[key] = np.where(fits, self._columns(kind, how)["busy_s"], np.inf)
         return self._fits[key]
+
+    def _most_in_flight(self, kind: Kind, how: Recompute) -> Table:
+        """Return how many micro-batches fit into the memory of one device, -1: not even none."""
+        key = (kind, how)
+        if key not in self._most:
+            limit = self.job.cluster.group(kind.group).memory_bytes
+            fixed = self.bytes(kind, how, 0.0)
+            each = self.bytes(kind, how, 1.0) - fixed
+            with np.errstate(divide="ignore", invalid="ignore"):
+                most = (limit - fixed) / each
+            self._most[key] = np.where(fixed > limit, -1.0, np.where(each > 0, most, np.inf))
+        return self._most[key]
 
 
 class _Columns:
