@@ -96,6 +96,8 @@ class FirstToken:
 class Shadow:
     """Stands where the scheduler's machine has its memory."""
 
+    has_lost_drafts = False
+
     def __init__(self, pages: PageTable, max_sequences: int) -> None:
         self.model = ShadowModel(pages.num_pages * pages.page_tokens)
         self.runner = ShadowRunner(
@@ -111,8 +113,10 @@ class Shadow:
 
     def run(self, plan: StepPlan) -> None:
         self.model.contexts.clear()
+        might_fail = self.model.fails_once
         requests: Any = {item.seq_id: self.request for item in plan.sequences}
         result = self.runner.run(plan, requests)
+        self.has_lost_drafts = might_fail and not self.model.fails_once
         assert not result.failed
         assert set(result.tokens) == {item.seq_id for item in plan.sequences if item.samples}
         for seq, start, num_tokens, _, _, _, drafts in plan.sequences:

@@ -29,6 +29,8 @@ class ShadowMemory:
     def slot(self, pages: list[int], position: int) -> int:
         return pages[position // self.page_tokens] * self.page_tokens + position % self.page_tokens
 
+    has_lost_drafts = False  # whether the last run left drafts out, as a pass that failed does
+
     def run(self, plan: StepPlan) -> None:
         written: set[int] = set()
         for seq, start, num_tokens, pages, _, _, drafts in plan.sequences:
@@ -177,6 +179,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def commit(self, token, stop, cancel, accepted):
         plan, self.plan = self.plan, None
+        accepted = 0 if self.memory.has_lost_drafts else accepted
         for item in plan.sequences[cancel : cancel + 1]:
             if item.seq_id in self.live:
                 self.cancel_one(item.seq_id, in_flight=True)
