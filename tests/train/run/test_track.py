@@ -72,9 +72,10 @@ def test_a_server_that_is_not_there_is_said_before_the_first_step(tmp_path, monk
 
 
 @needs_mlflow
-def test_mlflow_has_params_metrics_and_texts_and_a_resumed_run_goes_on(tmp_path):
+def test_mlflow_has_params_metrics_and_texts_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
+    monkeypatch.chdir(tmp_path)  # beside a database, MLflow keeps files where the command runs
     uri = f"sqlite:///{tmp_path}/m.db"
     settings = TrackingSettings(mlflow=uri, experiment="e")
     tracker = Tracker(tmp_path, settings, name="x")
@@ -217,6 +218,7 @@ def test_a_password_is_in_no_error_of_a_server(login, tmp_path, monkeypatch):
 def test_a_password_is_not_kept_beside_the_run(login, tmp_path, monkeypatch):
     """A database stands for the server, which would take the login from the variables."""
     out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(track, "with_login", lambda shown: f"sqlite:///{tmp_path}/m.db")
     Tracker(out, TrackingSettings(mlflow="http://ann:pa55word@host"), name="x").close()
     assert json.loads((out / "mlflow.json").read_text())["uri"] == "http://***@host"
