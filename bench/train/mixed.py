@@ -201,10 +201,12 @@ def measure(mix: Mix, name: str, shares: tuple[float, ...], plan: TrainPlan | No
 def measure_together(mix: Mix) -> None:
     """Run every rank alone, all at the same time, and keep the steps while all of them ran."""
     medians = [statistics.median(mix.seconds[f"solo-{share:g}"]) for share in mix.shares]
-    lasts_s = mix.num_counted("solo") * max(medians)
+    slowest_s = max(medians)
+    lasts_s = (1 + mix.num_counted("solo")) * slowest_s  # the first step of each warms up
     running: list[subprocess.Popen[bytes]] = []
     for number, (share, step_s) in enumerate(zip(mix.shares, medians, strict=True)):
-        steps = SKIPPED + round(lasts_s / step_s)
+        # Quicker ranks go on a little longer, so that no step of the slowest is without company.
+        steps = round((lasts_s + (_STARTS_APART_S if step_s < slowest_s else 0)) / step_s)
         shutil.rmtree(mix.folder / f"together-{number}", ignore_errors=True)
         job = mix.job(f"together-{number}", (share,), None, steps=steps)
         cores = sorted(os.sched_getaffinity(0))
@@ -214,7 +216,7 @@ def measure_together(mix: Mix) -> None:
         if process.wait():
             raise SystemExit("a job beside others ended with an error")
     spans = [_spans(mix.folder / f"together-{number}") for number in range(len(running))]
-    begin_s = max(rank[SKIPPED][0] for rank in spans)
+    begin_s = max(rank[1][0] for rank in spans)
     end_s = min(rank[-1][1] for rank in spans)
     for number, rank in enumerate(spans):
         inside = [
@@ -226,6 +228,8 @@ def measure_together(mix: Mix) -> None:
         middle = statistics.median(inside)
         note(f"  together, rank {number}: {middle:.3f} s a step, {len(inside)} of them")
 
+
+_STARTS_APART_S = 8.0  # between the first and the last of jobs that are started at once
 
 _ON_CORE = """
 import os, sys
