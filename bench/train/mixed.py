@@ -1,25 +1,31 @@
 """One job over ranks of different speeds: its throughput against the sum of what each does alone.
 
-    python bench/train/mixed.py [--mixes 1:0.5,1:0.25,0.6:0.3:0.3:0.15] [--steps 10] [--rounds 2]
+    python bench/train/mixed.py [--mixes 1:0.5,1:0.25,0.6:0.3:0.3:0.15] [--cycles 20]
 
 A rank is a process whose share of a core is limited by a cgroup quota, so the chips are emulated
-and the figures are `simulated`; ranks, messages, gradients and contention are real. For each mix,
-everything is measured in the same minutes, in an order that is turned round in every second round:
+and the figures are `simulated`; ranks, messages, gradients and contention are real. The speed of a
+machine with unknown neighbours changes by a tenth within seconds, so everything is compared in
+turns: all jobs of a mix are started once and stopped (`paused.py`), and in each cycle some whole
+steps are run of
 
-- *solo*: each speed alone with the whole job. The sum over the ranks is the bound U.
-- *together*: all ranks at the same time, each alone with a whole job on the core that it has in the
-  mix. Cores of one machine share caches and memory, chips do not: what a rank loses here by its
-  neighbours it loses in any mix. R beside = throughput / sum of these.
-- *best*: what the planner chooses, with micro-batches shared out again by what the steps measure;
-  the first steps, in which it settles, are not counted. R = its throughput / U.
-- *planned*: the same without sharing out again.
-- *uniform*: each rank the same number of micro-batches.
-- *pipeline*: one pipeline over all ranks, cut by their speeds.
+- *solo*, each rank alone. The sum of their rates is the bound U of the cycle. A solo job has fewer
+  rows a step, or a step of a slow rank would take a minute; what it does once a step is counted as
+  in a step of all rows.
+- *together*: the solo jobs at the same time, each on the core that it has in the mix. Cores of one
+  machine share caches and memory, chips do not: what a rank loses here by its neighbours it loses
+  in any mix. R beside = throughput / sum of these.
+- *best*: what the planner chooses, with micro-batches shared out again by what the steps measure,
+  and 15 % of them open to who gets to them first. R = its throughput / U.
+- in every second cycle one of *settled*: the same without open ones; *planned*: nor shared out
+  again; *uniform*: each rank the same number of micro-batches; *pipeline*: one pipeline over all
+  ranks, cut by their speeds.
 
-U' is the stricter bound: micro-batches and optimizer as fast as in the solo runs while they compute
-there, without any waiting, summing or bookkeeping. Prediction error: the simulated step against the
-measured one, from a profile taken just before, for the counts of the last step. Needs cgroups that
-may be written. Start at `main`.
+U' is the stricter bound: only what the ranks compute alone, without updates and bookkeeping.
+*Reached* needs no other run: throughput over the sum of what the ranks computed at in the same
+steps, so the host's changes are not in it; waiting, sums and updates are. Every few cycles the
+devices are profiled anew, and each plan's predicted step is compared with the measured one. Rates
+are of mean times over cycles, with the standard error of R. Needs cgroups that may be written.
+Start at `main`.
 """
 
 from __future__ import annotations
@@ -28,258 +34,148 @@ import argparse
 import json
 import os
 import platform
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import yaml
-from mixed_report import show, summary
+import mixed_jobs
+from mixed_jobs import Mix, brief, plan_of, work_of
+from mixed_report import Alone, Cycle, Run, show, summary
+from paused import PausedJob, Window, together
 
-from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
-from mxn.train.run import counts_log
-from mxn.train.run.rebalance import counts_text, with_counts
+from mxn.train.run.job_file import read_job
+from mxn.train.run.prepare import Task, task_of_job
 
-ROOT = Path(__file__).parents[2]
-TEXT = ROOT / "recipes/data/tinyshakespeare.txt"
-MODEL = "mxn-shakespeare-llama"
 SKIPPED = 2  # steps at the start of a run that are not counted
 SETTLING = 14  # steps more of a run whose micro-batches are shared out again: two decisions
-NUM_LAYERS = 6  # of the model: embedding, four blocks, head
-
-
-@dataclass(slots=True)
-class Mix:
-    """One mix, and the seconds of every step that was counted, by variant."""
-
-    shares: tuple[float, ...]
-    folder: Path
-    rows: int
-    seq_tokens: int
-    steps: int
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    busy: dict[str, list[float]] = field(default_factory=dict)
-    predicted: dict[str, list[float]] = field(default_factory=dict)
-    plans: dict[str, str] = field(default_factory=dict)
-    beside: dict[int, list[float]] = field(default_factory=dict)  # seconds of steps, by rank
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.seq_tokens
-
-    def num_counted(self, name: str) -> int:
-        counted = self.steps - SKIPPED  # a solo step takes several times as long as a mixed one
-        return counted // 2 if name.startswith("solo") else counted
-
-    def num_steps(self, name: str) -> int:
-        return SKIPPED + self.num_counted(name) + (SETTLING if name == "best" else 0)
-
-    def job(
-        self, name: str, shares: tuple[float, ...], plan: Path | None, *, steps: int | None = None
-    ) -> Path:
-        """Write the job of a variant and return its file."""
-        devices = [
-            {"name": f"r{number}", "device": "cpu", "cpu_share": share, "pin": True}
-            for number, share in enumerate(shares)
-        ]
-        told = {
-            "name": name, "model": {"source": MODEL, "begin": "scratch"}, "method": "pretrain",
-            "data": {"files": [str(TEXT)]}, "seq_tokens": self.seq_tokens, "micro_batch": 1,
-            "global_batch": self.rows, "steps": steps or self.num_steps(name), "devices": devices,
-            "rebalance": name == "best",
-            "checkpoint": {"every_steps": 10**6}, "gate": {"speed": "ignore"},
-            "out": str(self.folder / name),
-        }  # fmt: skip
-        if plan is not None:
-            told["plan"] = {"file": str(plan)}
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(told))
-        return path
-
-
-def mxn(*words: str | Path) -> str:
-    """Run a command of mxn and return its output. Raises: SystemExit with what it said."""
-    code = "from mxn.cli.main import main; main()"
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(
-            f"mxn {' '.join(map(str, words))}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
-    return done.stdout
+OTHERS = ("settled", "planned", "uniform", "pipeline")
 
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def variants(mix: Mix) -> dict[str, tuple[tuple[float, ...], TrainPlan | None]]:
-    """Return what is run: shares, and the plan where the planner does not choose it."""
-    solos: dict[str, tuple[tuple[float, ...], TrainPlan | None]] = {
-        f"solo-{share:g}": ((share,), None) for share in sorted(set(mix.shares), reverse=True)
-    }
-    return solos | {
-        "best": (mix.shares, None),
-        "planned": (mix.shares, None),
-        "uniform": (mix.shares, uniform(mix)),
-        "pipeline": (mix.shares, pipeline(mix)),
-    }
+def profile(mix: Mix) -> None:
+    """Measure the ranks again, all at the same time, and keep it for the next prediction."""
+    code = "from mxn.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "train", "profile", str(mix.out("best.yaml")), "--fresh"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"mxn train profile:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def uniform(mix: Mix) -> TrainPlan:
-    count = len(mix.shares)
-    even = [mix.rows // count + (number < mix.rows % count) for number in range(count)]
-    whole = (Chunk(first=0, end=NUM_LAYERS),)
-    pipelines = tuple(
-        Pipeline(
-            stages=(Stage(group=f"r{number}", first_device=0, chunks=whole),), micro_batches=rows
+class Bench:
+    """The jobs of a mix, each stopped but when it is measured."""
+
+    def __init__(
+        self, mix: Mix, others: tuple[str, ...], *, window_s: float, profile_every: int
+    ) -> None:
+        self.mix, self.others = mix, others
+        self.window_s, self.profile_every = window_s, profile_every
+        self._ended = ExitStack()
+        self.jobs: dict[str, PausedJob] = {}
+        self.cycles: list[Cycle] = []
+
+    def __enter__(self) -> Bench:
+        try:
+            self._start_all()
+        except BaseException:
+            self._ended.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.close()
+
+    def _start_all(self) -> None:
+        mix, cores = self.mix, sorted(os.sched_getaffinity(0))
+        from mxn.train.run.launch import cores_of
+
+        best = mix.job("best")
+        wanted = cores_of(read_job(best).devices)
+        profile(mix)
+        self._start("best", best, None, SKIPPED + SETTLING)
+        plans = {
+            "settled": plan_of_start(mix), "planned": plan_of_start(mix), "uniform": mixed_jobs.uniform(mix),
+            "pipeline": mixed_jobs.pipeline(mix),
+        }  # fmt: skip
+        for name in self.others:
+            ready = SKIPPED + (SETTLING if name == "settled" else 0)
+            self._start(name, mix.job(name, plans[name]), None, ready)
+        for number in range(len(mix.shares)):
+            core = min(wanted[number] or cores)
+            self._start(f"solo-{number}", mix.solo(number), core, SKIPPED)
+
+    def _start(self, name: str, file: Path, core: int | None, ready: int) -> None:
+        begun_s = time.perf_counter()
+        job = PausedJob(file, self.mix.out(name), core=core)
+        self._ended.callback(job.end)
+        job.wait_for(ready)
+        job.free()
+        job.pause()
+        self.jobs[name] = job
+        note(f"  {name}: {brief(plan_of(job.out))}, ready in {time.perf_counter() - begun_s:.0f} s")
+
+    def cycle(self, number: int) -> None:
+        """Measure the ranks alone, what is compared with them, and the ranks together."""
+        solos = [f"solo-{rank}" for rank in range(len(self.mix.shares))]
+        runs = ["best", *self._other(number)]
+        turns = [*solos[::2], *runs, *solos[1::2]]
+        windows: dict[str, Window] = {}
+        for name in turns[:: -1 if number % 2 else 1]:
+            windows[name] = self.jobs[name].window(self.window_s, 2 if name in solos else 3)
+        alone = [Alone.of(windows[name], self.mix) for name in solos]
+        jobs = [self.jobs[name] for name in solos]
+        beside = together(jobs, [one.step_s for one in alone], self.window_s)
+        task = self._task() if number % self.profile_every == 0 else None
+        found: dict[str, Run] = {}
+        for name in runs:
+            plan = plan_of(self.mix.out(name))
+            predicted_s = task.predict(plan).iteration_s if task else None
+            found[name] = Run.of(windows[name], work_of(plan), brief(plan), predicted_s)
+        cycle = Cycle(
+            alone=alone, beside=[Alone.of(window, self.mix) for window in beside], runs=found
         )
-        for number, rows in enumerate(even)
-    )
-    return plan_of(mix, pipelines)
+        self.cycles.append(cycle)
+        note(f"  cycle {number + 1}: {cycle.text(self.mix)}")
+
+    def _other(self, number: int) -> list[str]:
+        """Return the plan that is measured besides the best one, in every second cycle."""
+        if number % 2 or not self.others:
+            return []
+        return [self.others[number // 2 % len(self.others)]]
+
+    def _task(self) -> Task:
+        profile(self.mix)
+        return task_of_job(read_job(self.mix.out("best.yaml")))
 
 
-def pipeline(mix: Mix) -> TrainPlan:
-    """Cut layers over all ranks, one block as one unit, a head as 0.7, by largest remainder."""
-    order = sorted(range(len(mix.shares)), key=lambda number: -mix.shares[number])
-    weights = [0.01, 1.0, 1.0, 1.0, 1.0, 0.6]  # embedding, blocks, head: of the profile
-    total, cuts, at = sum(weights), [0], 0.0
-    shares = [mix.shares[number] for number in order]
-    for position in range(len(order) - 1):
-        at += shares[position] / sum(shares) * total
-        nearest = min(
-            range(cuts[-1] + 1, NUM_LAYERS - (len(order) - 2 - position)),
-            key=lambda cut: abs(sum(weights[:cut]) - at),
-        )
-        cuts.append(nearest)
-    cuts.append(NUM_LAYERS)
-    stages = tuple(
-        Stage(
-            group=f"r{number}", first_device=0,
-            chunks=(Chunk(first=cuts[position], end=cuts[position + 1]),),
-        )
-        for position, number in enumerate(order)
-    )  # fmt: skip
-    return plan_of(mix, (Pipeline(stages=stages, micro_batches=mix.rows),))
+def plan_of_start(mix: Mix) -> Any:
+    """Return the plan that the planner chose, before its micro-batches were shared out again."""
+    from mxn.train.plan.plan import TrainPlan
 
-
-def plan_of(mix: Mix, pipelines: tuple[Pipeline, ...]) -> TrainPlan:
-    plan = TrainPlan(
-        model=MODEL, num_layers=NUM_LAYERS, seq_tokens=mix.seq_tokens, micro_batch=1,
-        pipelines=pipelines,
-    )  # fmt: skip
-    plan.check()
-    return plan
-
-
-def measure(mix: Mix, name: str, shares: tuple[float, ...], plan: TrainPlan | None) -> None:
-    """Profile, run, and keep the steps of one variant."""
-    path = None
-    if plan is not None:
-        path = mix.folder / f"{name}.plan.json"
-        path.write_text(plan.to_json())
-    shutil.rmtree(mix.folder / name, ignore_errors=True)
-    job = mix.job(name, shares, path)
-    mxn("train", "profile", job, "--fresh", "--json")
-    mxn("train", "run", job, "--json")
-    out = mix.folder / name
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    mix.plans[name] = settled(out, TrainPlan.from_json((out / "plan.json").read_text()))
-    counted = rows[mix.num_steps(name) - mix.num_counted(name) :]
-    mix.seconds.setdefault(name, []).extend(row["seconds"] for row in counted)
-    busy = [row["rank0_busy_s"] for row in counted]
-    mix.busy.setdefault(name, []).extend(busy)
-    predicted = json.loads((out / "predicted.json").read_text())["prediction"]["iteration_s"]
-    mix.predicted.setdefault(name, []).append(predicted)
-    middle = statistics.median(row["seconds"] for row in counted)
-    note(f"  {name}: {middle:.3f} s a step, predicted {predicted:.3f}, {mix.plans[name]}")
-
-
-def measure_together(mix: Mix) -> None:
-    """Run every rank alone, all at the same time, and keep the steps while all of them ran."""
-    medians = [statistics.median(mix.seconds[f"solo-{share:g}"]) for share in mix.shares]
-    slowest_s = max(medians)
-    lasts_s = (1 + mix.num_counted("solo")) * slowest_s  # the first step of each warms up
-    running: list[subprocess.Popen[bytes]] = []
-    for number, (share, step_s) in enumerate(zip(mix.shares, medians, strict=True)):
-        # Quicker ranks go on a little longer, so that no step of the slowest is without company.
-        steps = round((lasts_s + (_STARTS_APART_S if step_s < slowest_s else 0)) / step_s)
-        shutil.rmtree(mix.folder / f"together-{number}", ignore_errors=True)
-        job = mix.job(f"together-{number}", (share,), None, steps=steps)
-        cores = sorted(os.sched_getaffinity(0))
-        command = [sys.executable, "-c", _ON_CORE, str(cores[number % len(cores)]), "train", "run"]
-        running.append(subprocess.Popen([*command, str(job)], stderr=subprocess.DEVNULL))
-    for process in running:
-        if process.wait():
-            raise SystemExit("a job beside others ended with an error")
-    spans = [_spans(mix.folder / f"together-{number}") for number in range(len(running))]
-    begin_s = max(rank[1][0] for rank in spans)
-    end_s = min(rank[-1][1] for rank in spans)
-    for number, rank in enumerate(spans):
-        inside = [
-            end - start for start, end in rank if start >= begin_s - 0.5 and end <= end_s + 0.5
-        ]
-        if not inside:
-            raise SystemExit(f"no step of rank {number} lies where all ran: more --steps")
-        mix.beside.setdefault(number, []).extend(inside)
-        middle = statistics.median(inside)
-        note(f"  together, rank {number}: {middle:.3f} s a step, {len(inside)} of them")
-
-
-_STARTS_APART_S = 8.0  # between the first and the last of jobs that are started at once
-
-_ON_CORE = """
-import os, sys
-os.sched_setaffinity(0, {int(sys.argv.pop(1))})
-from mxn.cli.main import main
-main()
-"""
-
-
-def _spans(out: Path) -> list[tuple[float, float]]:
-    """Return begin and end of each step in seconds since 1970: the last ended as it was written."""
-    path = out / "metrics.jsonl"
-    end_s, found = path.stat().st_mtime, []
-    for line in reversed(path.read_text().splitlines()):
-        seconds = json.loads(line)["seconds"]
-        found.append((end_s - seconds, end_s))
-        end_s -= seconds
-    return found[::-1]
-
-
-def settled(out: Path, plan: TrainPlan) -> str:
-    """Return the plan with the counts of the last step, in words."""
-    changes = counts_log.read(out, plan.fingerprint)
-    if not changes:
-        return brief(plan)
-    if changes[-1].step > SKIPPED + SETTLING:
-        note(f"  not settled: {changes[-1].text()}")
-    planned = counts_text(changes[0].before)
-    return f"{brief(with_counts(plan, changes[-1].after))} (planned {planned})"
-
-
-def brief(plan: TrainPlan) -> str:
-    """Say a plan in a few letters: layers of each stage, and micro-batches of each pipeline."""
-    parts = []
-    for pipe in plan.pipelines:
-        stages = " > ".join(f"{stage.group}:{stage.num_layers}L" for stage in pipe.stages)
-        parts.append(f"{stages} x {pipe.micro_batches}")
-    return f"{plan.schedule}: {'; '.join(parts)}"
+    return TrainPlan.from_json((mix.out("best") / "plan.json").read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mixes", default="1:0.5,1:0.25,0.6:0.3:0.3:0.15")
-    parser.add_argument("--steps", type=int, default=10, help=f"of a run; {SKIPPED} not counted")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=96, help="of a step; a micro-batch is one")
+    parser.add_argument("--cycles", type=int, default=20)
+    parser.add_argument("--window", type=float, default=12.0, help="seconds of one, at least")
+    parser.add_argument("--profile-every", type=int, default=4, help="cycles")
+    parser.add_argument("--rows", type=int, default=288, help="of a step; a micro-batch is one")
+    parser.add_argument("--solo-rows", type=int, default=48, help="of a step of one rank alone")
     parser.add_argument("--seq-tokens", type=int, default=128)
-    parser.add_argument("--variants", default="best,planned,uniform,pipeline", help="besides solo")
+    parser.add_argument("--others", default=",".join(OTHERS), help="besides best, one in a cycle")
     parser.add_argument("--out", type=Path, help="also store the JSON in this file")
     options = parser.parse_args()
+    others = tuple(filter(None, options.others.split(",")))
+    if unknown := set(others) - set(OTHERS):
+        parser.error(f"--others: no {', '.join(sorted(unknown))}; there are {', '.join(OTHERS)}")
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["MXN_HOME"] = f"{scratch}/home"
@@ -287,28 +183,26 @@ def main() -> None:
             shares = tuple(float(share) for share in text.split(":"))
             folder = Path(scratch) / text.replace(":", "-")
             folder.mkdir()
-            mix = Mix(shares, folder, options.rows, options.seq_tokens, options.steps)
-            asked = options.variants.split(",")
-            wanted = [
-                (name, variant)
-                for name, variant in variants(mix).items()
-                if name.startswith("solo") or name in asked
-            ]
-            for number in range(options.rounds):
-                note(f"mix {text}, round {number + 1} of {options.rounds}")
-                for name, (ranks, plan) in wanted[:: -1 if number % 2 else 1]:
-                    measure(mix, name, ranks, plan)
-                measure_together(mix)
-            results.append(summary(mix))
+            mix = Mix(
+                shares=shares, folder=folder, rows=options.rows, solo_rows=options.solo_rows,
+                seq_tokens=options.seq_tokens,
+            )  # fmt: skip
+            note(f"mix {mix.text}")
+            with Bench(
+                mix, others, window_s=options.window, profile_every=options.profile_every
+            ) as bench:
+                for number in range(options.cycles):
+                    bench.cycle(number)
+                results.append(summary(mix, bench.cycles))
             show(results[-1])
     document = json.dumps(
         {
-            "schema": 1, "case": "train_mixed", "basis": "simulated",
-            "note": "speeds are CPU shares by cgroup quota", "model": MODEL,
+            "schema": 2, "case": "train_mixed", "basis": "simulated",
+            "note": "speeds are CPU shares by cgroup quota", "model": mixed_jobs.MODEL,
             "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "params": {
-                "steps": options.steps, "rounds": options.rounds, "rows": options.rows,
-                "seq_tokens": options.seq_tokens,
+                name: getattr(options, name)
+                for name in ("cycles", "window", "rows", "solo_rows", "seq_tokens")
             },
             "mixes": results,
         }

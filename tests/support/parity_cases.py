@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,13 @@ def train(
     slow_factors: list[float] | None = None,
     counts: dict[str, list[int]] | None = None,
     first_scale: float | None = None,
+    open_share: float = 0.0,
+    slow_rank: int | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Return what a rank saw: losses, norms, and a digest of each layer's weights at the end.
 
-    `counts`: micro-batches by pipeline from a step on.
+    `counts`: micro-batches by pipeline from a step on. `slow_rank`: its batches come late.
     """
     if slow_factors and bridge.device.type == "sim":
         from mxn.chips.sim import knobs
@@ -143,7 +146,10 @@ def train(
         placement,
         bridge,
         dtypes=[getattr(torch, name) for name in dtypes or ["float32"] * placement.num_ranks],
+        open_share=open_share,
     )
+    if slow_rank == bridge.rank:
+        _come_late(trainer.rows)
     if first_scale is not None:
         trainer.loss_scale.value = first_scale
     told = []
@@ -160,6 +166,7 @@ def train(
     return {
         "loss": [step.log.loss for step in told],
         "norm": [step.log.gradient_norm for step in told],
+        "done": [step.done for step in told],
         "taken": [step.log.is_taken for step in told],
         "digests": digests,
         "waited_s": sum(step.times[bridge.rank].waited_s for step in told),
@@ -171,6 +178,16 @@ def train(
         ),
         "sent_bytes": {str(peer): count.sent_bytes for peer, count in bridge.counts.items()},
     }
+
+
+def _come_late(rows: Rows) -> None:
+    given = rows.micro_batch
+
+    def late(number: int) -> Any:
+        time.sleep(0.05)  # many times what the small model takes
+        return given(number)
+
+    rows.micro_batch = late  # type: ignore[method-assign]
 
 
 def train_apart(bridge: Bridge, plan: str, model: str) -> None:

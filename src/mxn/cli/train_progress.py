@@ -6,7 +6,6 @@ import json
 import logging
 import statistics
 import sys
-import threading
 import time
 from collections import deque
 from dataclasses import asdict
@@ -27,6 +26,7 @@ class Progress:
 
     def __init__(self, job: Job, as_json: bool) -> None:
         from mxn.train.run.counts_log import read_all
+        from mxn.train.run.following import Following
         from mxn.train.run.job import metrics_path
 
         self._job, self._as_json = job, as_json
@@ -36,21 +36,14 @@ class Progress:
         self._kept: dict[str, Any] | None = None
         self._recent_s: deque[float] = deque(maxlen=8)
         self._changes = set(read_all(self._out))
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="mxn-progress", daemon=True)
+        self._following = Following(self._read, every_s=_POLL_S, name="mxn-progress")
 
     def __enter__(self) -> Progress:
-        self._thread.start()
+        self._following.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        while not self._is_over.wait(_POLL_S):
-            self._read()
-        self._read()
+        self._following.__exit__()
         if self._kept is not None and not self._as_json:
             self._print(self._kept)  # the last step is never left out
 

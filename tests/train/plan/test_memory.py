@@ -11,7 +11,7 @@ from mxn.train.plan.memory import (
     anew_bytes,
     in_flight,
     kept_bytes,
-    stage_bytes,
+    stage_parts,
 )
 from mxn.train.plan.shape import LayerShape
 
@@ -81,7 +81,7 @@ def test_korthikanti_22b_keeps_what_the_paper_says_of_selective_recomputation():
 
 def test_sharing_the_optimizer_out_leaves_weights_and_gradients():
     def taken(shards):
-        return stage_bytes(
+        return stage_parts(
             params=10,
             kept_per_micro_batch=5,
             working_bytes=0,
@@ -89,7 +89,7 @@ def test_sharing_the_optimizer_out_leaves_weights_and_gradients():
             model=MemoryModel(),
             framework_bytes=1000,
             owned_params=10 / shards,
-        )
+        ).total
 
     assert taken(1) == 10 * 16 + 15 + 1000
     assert taken(4) == 10 * (4 + 3) + 15 + 1000

@@ -9,9 +9,10 @@ import pytest
 from mxn.errors import CapacityError
 from mxn.train.plan.search import build, nearest, planner
 from mxn.train.plan.search.choices import Limits
+from mxn.train.plan.search.columns import Job, Kind
 from mxn.train.plan.search.order import Choice, Pool, _all_shards
 from mxn.train.plan.search.planner import search
-from mxn.train.plan.search.tables import Job, Kind, TableBook
+from mxn.train.plan.search.tables import TableBook
 from support.plan_pools import TINY_MEMORY, chip, model, pool
 
 PLAIN = Limits(schedules=("1f1b",), recompute=("none",), may_shard_optimizer=False, num_simulated=0)

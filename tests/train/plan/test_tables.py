@@ -11,7 +11,8 @@ from mxn.train.plan.memory import FLOAT32, MIXED, MemoryModel
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.profile import ChipProfile, LayerCost
-from mxn.train.plan.search.tables import Job, Kind, TableBook
+from mxn.train.plan.search.columns import Job, Kind
+from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.shape import LayerShape, ModelShape
 
 LINK = Link(latency_s=0.0, bytes_per_s=1e9)

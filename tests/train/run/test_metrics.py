@@ -10,15 +10,15 @@ import pytest
 
 from mxn.cli.train_progress import step_line
 from mxn.train.run.rank import metrics
+from mxn.train.run.rank_step import RankStep, RankTimes
 from mxn.train.run.single import StepLog
-from mxn.train.run.trainer import RankStep, RankTimes
 
 LOG = StepLog(
     step=3, loss=2.5, num_tokens=40, learning_rate=1e-3, gradient_norm=1.5, seconds=0.5
 )  # fmt: skip
 STEP = RankStep(
-    log=LOG, flags=0, times=(RankTimes(busy_s=0.4, waited_s=0.0, reduce_s=0.1),), counts=(4,),
-    step_s=0.5, optimizer_s=0.0,
+    log=LOG, flags=0, times=(RankTimes(busy_s=0.4, waited_s=0.0, reduce_s=0.1),),
+    counts=(4,), done=(4,), step_s=0.5, optimizer_s=0.0,
 )  # fmt: skip
 
 

@@ -20,9 +20,10 @@ from mxn.train.plan.cluster import Cluster, DeviceGroup
 from mxn.train.plan.memory import MemoryModel
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.search.choices import Candidate, Limits
+from mxn.train.plan.search.columns import Job
 from mxn.train.plan.search.order import pools_of
 from mxn.train.plan.search.planner import find
-from mxn.train.plan.search.tables import Job, TableBook
+from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.shape import ModelShape
 
 _MOST_TIMES = 64  # a group too small for the model is multiplied by up to this

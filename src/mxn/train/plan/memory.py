@@ -1,4 +1,4 @@
-"""Bytes that a stage takes on each of its devices. Start at `stage_bytes`.
+"""Bytes that a stage takes on each of its devices. Start at `stage_parts`.
 
 Counts weights, gradients, optimizer state, kept activations and what the framework takes. Does not
 know allocators: fragmentation belongs into `MemoryModel.headroom`.
@@ -166,29 +166,3 @@ def stage_parts(
     messages = model.messages * message_bytes
     headroom = (state + activations + messages) * model.headroom
     return Parts(state, activations, messages, headroom, framework_bytes)
-
-
-def stage_bytes(
-    *,
-    params: float,
-    owned_params: float,
-    kept_per_micro_batch: float,
-    working_bytes: float,
-    micro_batches_kept: float,
-    model: MemoryModel,
-    framework_bytes: float,
-    message_bytes: float = 0.0,
-    summed_params: float = 0.0,
-) -> float:
-    """Return the bytes on one device of a stage at its fullest; arguments as `stage_parts`."""
-    return stage_parts(
-        params=params,
-        owned_params=owned_params,
-        kept_per_micro_batch=kept_per_micro_batch,
-        working_bytes=working_bytes,
-        micro_batches_kept=micro_batches_kept,
-        model=model,
-        framework_bytes=framework_bytes,
-        message_bytes=message_bytes,
-        summed_params=summed_params,
-    ).total

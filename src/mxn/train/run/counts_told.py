@@ -7,12 +7,12 @@ have neither profiles nor the user's ear. Start at `CountsTold`.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run import counts_log
+from mxn.train.run.following import Following
 from mxn.train.run.rebalance import Change, with_counts
 
 log = logging.getLogger("mxn.train")
@@ -38,21 +38,14 @@ class CountsTold:
         self._said = set(counts_log.read_all(out))
         self._kept: tuple[TrainPlan, Change] | None = None
         self._failed = ""  # with what, at the last look
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="mxn-counts", daemon=True)
+        self._following = Following(self._try_to_look, every_s=_POLL_S, name="mxn-counts")
 
     def __enter__(self) -> CountsTold:
-        self._thread.start()
+        self._following.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        while not self._is_over.wait(_POLL_S):
-            self._try_to_look()
-        self._try_to_look()
+        self._following.__exit__()
 
     def _try_to_look(self) -> None:
         """What ranks decided holds all the same: a full disk here does not end the telling."""

@@ -34,6 +34,7 @@ class StepWork:
 
     losses: list[Tensor] = field(default_factory=list)  # sums, one per micro-batch, if it has heads
     num_tokens: int = 0  # labels that counted there
+    num_done: int = 0  # micro-batches
     total_s: float = 0.0
     waited_s: float = 0.0  # for activations and gradients of its neighbours
 
@@ -86,16 +87,22 @@ class Executor:
             for chunk in range(len(modules))
         }
 
-    def run(self, batches: Callable[[int], MicroBatch], *, loss_scale: float = 1.0) -> StepWork:
+    def run(
+        self,
+        batches: Callable[[int], MicroBatch],
+        *,
+        loss_scale: float = 1.0,
+        more: Callable[[], int | None] | None = None,
+    ) -> StepWork:
         """Do one step; `batches` gives this pipeline's micro-batches, on the device, by number.
 
-        Gradients come out multiplied by `loss_scale`, losses do not.
+        Gradients come out multiplied by `loss_scale`, losses do not. `more`, for a pipeline of one
+        rank: behind its own micro-batches it does those that this gives it, until None.
         """
         step = _Step(self, batches, self._bridge, loss_scale)
         begin_s = time.perf_counter()
-        for at, action in enumerate(self._row):
+        for at, action, is_last in self._actions(more):
             step.look_ahead(at)
-            is_last = at == self._last[action.chunk]
             if is_last:
                 self._before_last(action.chunk)
             step.do(action)
@@ -106,6 +113,23 @@ class Executor:
             torch.accelerator.current_stream(self._bridge.device).record_event().synchronize()
         step.work.total_s = time.perf_counter() - begin_s
         return step.work
+
+    def _actions(self, more: Callable[[], int | None] | None) -> Iterator[tuple[int, Action, bool]]:
+        """Yield place in the row, action, and whether it is the last one of its chunk."""
+        for at, action in enumerate(self._row):
+            is_last = at == self._last[action.chunk]
+            if more is not None and is_last:
+                while (number := self._one_more(more)) is not None:
+                    yield at, action, False
+                    yield at, action._replace(kind="F", micro_batch=number), False
+                    action = action._replace(micro_batch=number)
+            yield at, action, is_last
+
+    def _one_more(self, more: Callable[[], int | None]) -> int | None:
+        """Ask when the device has come as far as this thread: the host runs ahead of some."""
+        if self._bridge.device.type != "cpu":
+            torch.accelerator.current_stream(self._bridge.device).synchronize()
+        return more()
 
     def part(self, chunk: int) -> int:
         return chunk * self._num_stages + self._place.stage
@@ -187,6 +211,7 @@ class _Step:
         executor, part = self._executor, self._executor.part(chunk)
         module = executor._modules[chunk]
         batch = self._batches(micro_batch)
+        self.work.num_done += chunk == 0
         x = None
         if part > 0:
             x = self._take("F", part - 1, micro_batch).requires_grad_()

@@ -131,6 +131,7 @@ class RebalanceSettings:
     when: Literal["auto", "always", "never"] = "auto"
     every_steps: int = 5  # that a decision is made from
     least_gain: float = 0.005  # share by which a step must become shorter
+    open_share: float = 0.0  # of a step's micro-batches: they go to who gets to them first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

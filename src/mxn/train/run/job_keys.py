@@ -213,6 +213,7 @@ _PLAN_KEYS: dict[str, y.Reader] = {
 _REBALANCE_KEYS: dict[str, y.Reader] = {
     "every_steps": y.whole(1),
     "least_gain": y.number(0, 1),
+    "open_share": y.number(0, 0.9),
 }
 
 KEYS: dict[str, y.Reader] = {

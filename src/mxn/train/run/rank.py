@@ -58,6 +58,7 @@ def run_rank(spec: RankSpec) -> None:
             placement,
             bridge,
             dtypes=dtypes_of(job, placement),
+            open_share=_open_share(job, placement),
         )
         _train(job, spec, opened, trainer)
     finally:
@@ -98,6 +99,17 @@ def _connect(job: Job, spec: RankSpec, placement: Placement, device: Device) -> 
     return Bridge.connect(
         spec.store, spec.rank, placement.num_ranks, device, island=spec.island, options=options
     )
+
+
+def _open_share(job: Job, placement: Placement) -> float:
+    """Return the share of a step's micro-batches that nobody owns: 0 where the plan has no use."""
+    from mxn.train.run.open_batches import can_be_open
+
+    share = job.rebalance.open_share if job.rebalances else 0.0
+    if share > 0 and not can_be_open(placement.plan):
+        log.warning("open_share does nothing: some pipelines of this plan have several ranks")
+        return 0.0
+    return share
 
 
 def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> None:
@@ -176,11 +188,11 @@ class _Shares:
     def look(self, told: RankStep) -> None:
         """Take what a step measured, and change what the next one does, if that pays."""
         from mxn.train.run import counts_log
-        from mxn.train.run.trainer import loads_of
+        from mxn.train.run.rank_step import loads_of
 
         if self._rebalancer is None:
             return
-        loads = loads_of(self._trainer.placement, told.times)
+        loads = loads_of(self._trainer.placement, told)
         change = self._rebalancer.observe(told.log.step, loads, told.step_s)
         # Before the first step with it: whoever starts again behind that one must find it.
         if change is not None and self._trainer.bridge.rank == 0:
@@ -221,7 +233,7 @@ def metrics(told: RankStep, positions: int) -> dict[str, float | int | None]:
     if log_.loss_scale != 1 or not log_.is_taken:
         values |= {"loss_scale": log_.loss_scale, "is_taken": int(log_.is_taken)}
     if len(told.counts) > 1:
-        for number, count in enumerate(told.counts):
+        for number, count in enumerate(told.done):
             values[f"pipeline{number}_micro_batches"] = count
     for rank, times in enumerate(told.times):
         values[f"rank{rank}_busy_s"] = times.busy_s

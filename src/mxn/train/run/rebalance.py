@@ -74,12 +74,13 @@ def counts_of(plan: TrainPlan) -> Counts:
     return tuple(pipeline.micro_batches for pipeline in plan.pipelines)
 
 
-def with_counts(plan: TrainPlan, counts: Sequence[int]) -> TrainPlan:
-    """Return the plan with other micro-batches for its pipelines, as many in sum.
+def with_counts(plan: TrainPlan, counts: Sequence[int], *, is_all: bool = True) -> TrainPlan:
+    """Return the plan with other micro-batches for its pipelines, as many in sum (`is_all`).
 
     Raises: InternalError for counts that are not of this plan.
     """
-    if len(counts) != len(plan.pipelines) or sum(counts) != plan.micro_batches or min(counts) < 1:
+    is_some = sum(counts) == plan.micro_batches or not is_all
+    if len(counts) != len(plan.pipelines) or not is_some or min(counts) < 1:
         raise InternalError(f"counts {tuple(counts)} are none of a plan with {counts_of(plan)}")
     pipelines = tuple(
         replace(pipeline, micro_batches=count)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from zlib import crc32
 
@@ -25,36 +24,17 @@ from mxn.train.run.executor import Executor, StepWork
 from mxn.train.run.gradients import Gradients
 from mxn.train.run.loss_scale import LossScale
 from mxn.train.run.net import StageModule
+from mxn.train.run.open_batches import Sharing, can_be_open
 from mxn.train.run.optim import AdamW, GradientSums, Key, clip_factor
 from mxn.train.run.placement import Placement
-from mxn.train.run.rebalance import Counts, Load, counts_of, with_counts
+from mxn.train.run.rank_step import RankStep, RankTimes
+from mxn.train.run.rebalance import Counts, counts_of, with_counts
 from mxn.train.run.replicas import Replicas
 from mxn.train.run.schedule import learning_rate
 from mxn.train.run.sharded import ShardedAdamW, owner_of
 from mxn.train.run.single import RunSettings, StepLog
 from mxn.train.run.team import open_teams
 from mxn.train.run.weights import ModelSource
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankTimes:
-    """What a rank's thread did in a step, in seconds."""
-
-    busy_s: float  # computing, as far as the host can tell
-    waited_s: float  # for neighbours of the pipeline
-    reduce_s: float  # for sums of gradients, behind the last backward pass and where they begin
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankStep:
-    """A step; the same on all ranks but for `log.seconds` and `optimizer_s`."""
-
-    log: StepLog
-    flags: int  # what ranks said with this step, or-ed together
-    times: tuple[RankTimes, ...]  # by rank
-    counts: Counts  # micro-batches by pipeline
-    step_s: float  # of rank 0's step before this one; 0 for the first
-    optimizer_s: float
 
 
 class RankTrainer:
@@ -70,8 +50,10 @@ class RankTrainer:
         *,
         dtypes: Sequence[torch.dtype],
         orders: Sequence[Order] | None = None,
+        open_share: float = 0.0,
     ) -> None:
         """`dtypes` by rank. `orders` by pipeline; without them the plan's schedule gives them.
+        `open_share` of the micro-batches go to who gets to them first, see `open_batches.py`.
 
         All ranks make theirs at the same time. Raises: UnsupportedError for a plan or a LoRA
         target that cannot be run.
@@ -109,6 +91,8 @@ class RankTrainer:
         self._orders, self._dtypes = orders, dtypes
         self._deferred: list[DeferredWeights] = []
         self._before_s = 0.0  # of the step before
+        share = open_share if can_be_open(plan) and not orders else 0.0
+        self._sharing = Sharing(bridge, self.place.pipeline, self.counts, open_share=share)
         self.executor = self._executor()
 
     @property
@@ -126,10 +110,14 @@ class RankTrainer:
         if self._orders:
             raise InternalError("the given orders are for the plan's counts only")
         self.placement = Placement(with_counts(self.placement.plan, counts))
+        self._sharing.use(counts)
         self.executor = self._executor()
 
     def _executor(self) -> Executor:
         placement, number = self.placement, self.place.pipeline
+        if self._sharing.has_open:
+            owned = self._sharing.owned
+            placement = Placement(with_counts(placement.plan, owned, is_all=False))
         all_rows = self._orders[number] if self._orders else _order(placement, number)
         row = all_rows[self.place.stage]
         if not self._deferred and any(action.kind == "W" for action in row):
@@ -160,11 +148,14 @@ class RankTrainer:
         is lost; UserError when the gradients are no numbers, on all ranks alike.
         """
         begin_s = time.perf_counter()
-        first = self.step * self.settings.micro_batches
-        first += self.placement.first_micro_batch(self.place.pipeline)
         self.gradients.clear()
-        batches, loss_scale = lru_cache(4)(partial(self._batch, first)), self.loss_scale.value
-        work = self.executor.run(batches, loss_scale=loss_scale)
+        loss_scale = self.loss_scale.value
+        first = self.step * self.settings.micro_batches
+        work = self.executor.run(
+            lru_cache(4)(partial(self._batch, first)),
+            loss_scale=loss_scale,
+            more=self._sharing.begin(self.step),
+        )
         computed_s = time.perf_counter()
         self.gradients.finish()
         summed_s = time.perf_counter()
@@ -173,7 +164,7 @@ class RankTrainer:
             waited_s=work.waited_s,
             reduce_s=summed_s - computed_s + self.gradients.started_s,
         )
-        square, loss, tokens, said, times, step_s = self._exchange(work, flags, mine)
+        square, loss, tokens, said, times, done, step_s = self._exchange(work, flags, mine)
         told_s = time.perf_counter()
         share = 1 / max(1, tokens)
         norm = square**0.5 * share / loss_scale
@@ -194,11 +185,13 @@ class RankTrainer:
         )
         self.step += 1
         self._before_s = log.seconds
+        self._sharing.note([spent.busy_s for spent in times], done)
         return RankStep(
             log=log,
             flags=said,
             times=times,
             counts=self.counts,
+            done=done,
             step_s=step_s,
             optimizer_s=end_s - told_s,
         )
@@ -229,9 +222,9 @@ class RankTrainer:
 
     def _exchange(
         self, work: StepWork, flags: int, times: RankTimes
-    ) -> tuple[float, float, int, int, tuple[RankTimes, ...], float]:
-        """Return squared norm, sum of losses, tokens, flags, times of all ranks, and the seconds of
-        rank 0's step before.
+    ) -> tuple[float, float, int, int, tuple[RankTimes, ...], Counts, float]:
+        """Return squared norm, sum of losses, tokens, flags, times of all ranks, what pipelines
+        did, and the seconds of rank 0's step before.
 
         Numbers are added in the order of ranks, so that every rank has the same bits.
         Raises: InternalError when ranks share out the step's micro-batches differently.
@@ -246,31 +239,21 @@ class RankTrainer:
         seen: list[RankTimes] = []
         told = [times.busy_s, times.waited_s, times.reduce_s]
         shared_out = float(crc32(repr(self.counts).encode()))
-        rows = self.bridge.gather([*mine, shared_out, self._before_s, *told])
-        for others, other_loss, other_tokens, other_flags, theirs, _, *spent in rows:
+        rows = self.bridge.gather([*mine, shared_out, self._before_s, work.num_done, *told])
+        for others, other_loss, other_tokens, other_flags, theirs, _, _, *spent in rows:
             if theirs != shared_out:
                 raise InternalError("ranks disagree on who does which micro-batches of a step")
             square, total = square + others, total + other_loss
             tokens, said = tokens + other_tokens, said | int(other_flags)
             seen.append(RankTimes(busy_s=spent[0], waited_s=spent[1], reduce_s=spent[2]))
-        return square, total, int(tokens), said, tuple(seen), rows[0][5]
+        done = self.counts
+        if self._sharing.has_open:  # every pipeline is one rank
+            done = self._sharing.check(int(row[6]) for row in rows)
+        return square, total, int(tokens), said, tuple(seen), done, rows[0][5]
 
     def _batch(self, first: int, micro_batch: int) -> MicroBatch:
-        return self.rows.micro_batch(first + micro_batch).to(self.bridge.device)
-
-
-def loads_of(placement: Placement, times: Sequence[RankTimes]) -> list[Load]:
-    """Return what each pipeline took, by the times of its ranks in one step."""
-    own: list[list[RankTimes]] = [[] for _ in placement.plan.pipelines]
-    for place, spent in zip(placement.places, times, strict=True):
-        own[place.pipeline].append(spent)
-    return [
-        Load(
-            total_s=max(rank.busy_s + rank.waited_s for rank in ranks),
-            busy_s=max(rank.busy_s for rank in ranks),
-        )
-        for ranks in own
-    ]
+        place = self._sharing.place_of(micro_batch)
+        return self.rows.micro_batch(first + place).to(self.bridge.device)
 
 
 def _order(placement: Placement, number: int) -> Order:

@@ -10,9 +10,10 @@ from collections import defaultdict
 from dataclasses import replace
 
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
+from mxn.train.plan.search.columns import Job, Kind
 from mxn.train.plan.search.draft import Draft, Style, Template
 from mxn.train.plan.search.shares import split
-from mxn.train.plan.search.tables import Job, Kind, TableBook, Tables
+from mxn.train.plan.search.tables import TableBook, Tables
 
 
 def plan_of(

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from math import prod
 
+from mxn.train.plan.search.columns import Kind
 from mxn.train.plan.search.rough import Rough, WaysOf, draft_of
-from mxn.train.plan.search.tables import Kind
 from mxn.train.plan.search.ways import Ways
 
 _FEW_WIDTHS = 150  # combinations of widths: up to so many, all are tried

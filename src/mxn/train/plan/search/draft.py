@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from mxn.train.plan.memory import in_flight
 from mxn.train.plan.plan import Schedule
+from mxn.train.plan.search.columns import Kind
 from mxn.train.plan.search.cuts import Cut
 from mxn.train.plan.search.shares import Pace
-from mxn.train.plan.search.tables import Kind
 
 
 @dataclass(frozen=True, slots=True)

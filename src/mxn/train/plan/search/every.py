@@ -17,10 +17,11 @@ from math import comb, factorial, prod
 import numpy as np
 from numpy.typing import NDArray
 
+from mxn.train.plan.search.columns import Kind
 from mxn.train.plan.search.cuts import Counts
 from mxn.train.plan.search.draft import Draft, Style, Template
 from mxn.train.plan.search.forms import pipelines_s
-from mxn.train.plan.search.tables import Kind, Tables
+from mxn.train.plan.search.tables import Tables
 
 _MOST_LINES = 150_000  # orders times cuts; some 50 ms to time them all once
 _MOST_SETS = 250  # of pipelines

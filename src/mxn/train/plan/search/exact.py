@@ -12,11 +12,12 @@ from itertools import islice, pairwise
 from math import prod
 
 from mxn.train.plan.cluster import Cluster, Link
+from mxn.train.plan.search.columns import Kind
 from mxn.train.plan.search.cuts import Counts, Cut, Table, fronts
 from mxn.train.plan.search.draft import Draft, Style, Template, template
 from mxn.train.plan.search.every import partitions
 from mxn.train.plan.search.packing import Option, pack, soonest
-from mxn.train.plan.search.tables import Kind, Tables
+from mxn.train.plan.search.tables import Tables
 
 _SMALL = 1000  # a millisecond each, about
 _SLOW_HOP = 0.05  # of a stage's time

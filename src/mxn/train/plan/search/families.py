@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from mxn.train.plan.search.columns import Kind
 from mxn.train.plan.search.rough import Rough, Sets, draft_of, pace_of
-from mxn.train.plan.search.tables import Kind
 from mxn.train.plan.search.ways import Way, Ways
 
 Deal = Counter[tuple[tuple[Kind, int], ...]]

@@ -21,10 +21,11 @@ from mxn.train.plan.memory import Parts, in_flight
 from mxn.train.plan.plan import Recompute, Stage, TrainPlan
 from mxn.train.plan.search.build import plan_of
 from mxn.train.plan.search.choices import Limits
+from mxn.train.plan.search.columns import Job, Kind
 from mxn.train.plan.search.cuts import Table, quickest_in_order, slowest_in_order
 from mxn.train.plan.search.draft import Draft, Style, template
 from mxn.train.plan.search.order import Pool
-from mxn.train.plan.search.tables import Job, Kind, TableBook, Tables
+from mxn.train.plan.search.tables import TableBook, Tables
 from mxn.train.plan.search.ways import Row, Ways
 from mxn.train.plan.solved import book_of, device_bytes
 

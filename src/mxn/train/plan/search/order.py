@@ -16,6 +16,7 @@ from mxn.errors import UserError
 from mxn.train.plan.cluster import DeviceGroup
 from mxn.train.plan.experts import has_experts
 from mxn.train.plan.search.choices import Limits
+from mxn.train.plan.search.columns import Job, Kind
 from mxn.train.plan.search.copies import alike
 from mxn.train.plan.search.cuts import Counts
 from mxn.train.plan.search.every import Every, is_countable
@@ -23,7 +24,7 @@ from mxn.train.plan.search.exact import effort_of, exact_drafts
 from mxn.train.plan.search.families import Families
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.rough import Rough, WaysOf
-from mxn.train.plan.search.tables import Job, Kind, TableBook
+from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.search.ways import Ways
 from mxn.train.plan.shape import ModelShape
 

@@ -13,12 +13,13 @@ from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.memory import MemoryModel
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.search.choices import Found, Limits
+from mxn.train.plan.search.columns import Job
 from mxn.train.plan.search.exact import is_small
 from mxn.train.plan.search.judge import Judge
 from mxn.train.plan.search.nearest import nearest
 from mxn.train.plan.search.order import Pool, exact_search, guided_search, pools_of
 from mxn.train.plan.search.refusal import no_plan
-from mxn.train.plan.search.tables import Job, TableBook
+from mxn.train.plan.search.tables import TableBook
 from mxn.train.plan.shape import ModelShape
 
 

@@ -14,8 +14,8 @@ from mxn.errors import CapacityError
 from mxn.train.plan.memory import Parts
 from mxn.train.plan.plan import Chunk, Pipeline, Recompute, TrainPlan
 from mxn.train.plan.search.choices import Limits
+from mxn.train.plan.search.columns import Job, Kind
 from mxn.train.plan.search.nearest import Held, Nearest, fullest, held, with_recompute
-from mxn.train.plan.search.tables import Job, Kind
 from mxn.units import format_bytes
 
 

@@ -9,48 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mxn.train.plan.cluster import Cluster, Link
-from mxn.train.plan.costs import CostBook, StageCost
-from mxn.train.plan.memory import MemoryModel, flight_bytes, stage_bytes
-from mxn.train.plan.plan import Chunk, Recompute, Stage
-from mxn.train.plan.profile import Profiles
+from mxn.train.plan.cluster import Link
+from mxn.train.plan.memory import flight_bytes, stage_parts
+from mxn.train.plan.plan import Recompute
+from mxn.train.plan.search.columns import Columns, Job, Kind, run_sums
 from mxn.train.plan.search.cuts import Cut, Table
-from mxn.train.plan.shape import ModelShape
-
-
-class Kind(NamedTuple):
-    """A kind of slot: `tp` devices of a group, in one node."""
-
-    group: str
-    tp: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a search is about."""
-
-    shape: ModelShape
-    cluster: Cluster
-    profiles: Profiles
-    memory: MemoryModel
-    recompute: Sequence[Recompute] = ("none", "selective", "full")
-
-    def num_slots(self, kind: Kind) -> int:
-        """Return how many slots of this kind a group has; none spans two nodes."""
-        group = self.cluster.group(kind.group)
-        nodes, rest = divmod(group.num_devices, group.devices_per_node)
-        return nodes * (group.devices_per_node // kind.tp) + rest // kind.tp
-
-    def is_profiled(self, kind: Kind, micro_batch: int) -> bool:
-        profile = self.profiles[self.cluster.group(kind.group).chip]
-        kinds = {layer.kind for layer in self.shape.layers}
-        return all(profile.has(layer, micro_batch, kind.tp) for layer in kinds)
 
 
 class TableBook:
@@ -58,7 +25,7 @@ class TableBook:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._columns: dict[tuple[int, int], _Columns] = {}
+        self._columns: dict[tuple[int, int], Columns] = {}
         self._tables: dict[tuple[int, int, int], Tables] = {}
 
     def at(self, micro_batch: int, shards: int = 1, experts: int = 1) -> Tables:
@@ -69,7 +36,7 @@ class TableBook:
         key = (micro_batch, shards, experts)
         if key not in self._tables:
             if (micro_batch, experts) not in self._columns:
-                self._columns[micro_batch, experts] = _Columns(self.job, micro_batch, experts)
+                self._columns[micro_batch, experts] = Columns(self.job, micro_batch, experts)
             columns = self._columns[micro_batch, experts]
             self._tables[key] = Tables(self.job, micro_batch, shards, experts, columns)
         return self._tables[key]
@@ -79,7 +46,7 @@ class Tables:
     """Seconds and bytes of every run of layers on every kind of slot."""
 
     def __init__(
-        self, job: Job, micro_batch: int, shards: int, experts: int, columns: _Columns
+        self, job: Job, micro_batch: int, shards: int, experts: int, columns: Columns
     ) -> None:
         self.job = job
         self.experts = experts
@@ -153,7 +120,7 @@ class Tables:
         ins, outs = sizes[:, None] * self._widest, sizes[None, :] * profile.width
         # The formulas work on tables too.
         flight = flight_bytes(sums["kept_bytes"], ins, outs, how, model)  # type: ignore[arg-type]
-        return stage_bytes(
+        return stage_parts(
             params=sums["params"],  # type: ignore[arg-type]
             owned_params=self.owned(kind, "params"),  # type: ignore[arg-type]
             kept_per_micro_batch=flight,
@@ -162,7 +129,7 @@ class Tables:
             model=model,
             framework_bytes=profile.framework_bytes,
             message_bytes=np.maximum(ins, outs),  # type: ignore[arg-type]
-        )  # type: ignore[return-value]
+        ).total  # type: ignore[return-value]
 
     def owned(self, kind: Kind, what: str) -> Table:
         """Return "params" or "optimizer_s" [a, e] of the shard that has most."""
@@ -194,7 +161,7 @@ class Tables:
     def _largest_of(self, values: NDArray[np.float64]) -> Table:
         size, is_tied = len(values) + 1, self.job.shape.is_tied
         ends = np.isin(np.arange(size - 1), (0, size - 2)) & is_tied
-        always = _runs(np.where(ends, values, 0.0))
+        always = run_sums(np.where(ends, values, 0.0))
         if is_tied:
             always[0, -1] -= values[0]
         numbers = np.arange(size - 1) % self.shards
@@ -262,67 +229,3 @@ class Tables:
                 most = (limit - fixed) / each
             self._most[key] = np.where(fixed > limit, -1.0, np.where(each > 0, most, np.inf))
         return self._most[key]
-
-
-class _Columns:
-    """What does not depend on shards."""
-
-    def __init__(self, job: Job, micro_batch: int, experts: int) -> None:
-        self._job = job
-        self._book = CostBook(job.shape, job.profiles, micro_batch, expert_parallel=experts)
-        self.widest = self._book.widest
-        self._known: dict[tuple[Kind, Recompute], dict[str, Table]] = {}
-
-    def of(self, kind: Kind, how: Recompute) -> dict[str, Table]:
-        key = (kind, how)
-        if key not in self._known:
-            costs = self._layer_costs(kind, how)
-            self._known[key] = tables = _run_tables(costs)
-            if self._job.shape.is_tied:
-                # A stage that holds all layers holds and updates the shared matrix once.
-                for name in ("optimizer_s", "params"):
-                    tables[name][0, -1] -= getattr(costs[0], name)
-        return self._known[key]
-
-    def _layer_costs(self, kind: Kind, how: Recompute) -> list[StageCost]:
-        group = self._job.cluster.group(kind.group)
-        known: dict[object, StageCost] = {}
-        costs: list[StageCost] = []
-        for number, layer in enumerate(self._job.shape.layers):
-            if layer not in known:
-                chunk = Chunk(first=number, end=number + 1)
-                stage = Stage(
-                    group=group.name, first_device=0, chunks=(chunk,), tp=kind.tp, recompute=how
-                )
-                known[layer] = self._book.stage(group.chip, stage)
-            costs.append(known[layer])
-        return costs
-
-
-def _runs(values: NDArray[np.float64]) -> Table:
-    """Return the sums [a, e] of values a … e - 1."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return sums[None, :] - sums[:, None]
-
-
-def _run_tables(costs: Sequence[StageCost]) -> dict[str, Table]:
-    """Return tables [a, e] of sums over layers a … e - 1 (the largest for working bytes).
-
-    Runs without a layer are infinite in `busy_s`: a stage holds at least one.
-    """
-    found: dict[str, Table] = {}
-    size = len(costs) + 1
-    empty = np.tril(np.ones((size, size), dtype=bool))
-    for name in ("busy_s", "forward_s", "weight_s", "optimizer_s", "params", "kept_bytes"):
-        sums = np.concatenate([[0.0], np.cumsum([getattr(cost, name) for cost in costs])])
-        # Rounded, so that like runs at different places compare as equal.
-        runs = sums[None, :] - sums[:, None]
-        scale = max(sums[-1], 1e-300)
-        found[name] = np.round(runs / scale, 12) * scale
-    found["busy_s"][empty] = np.inf
-    working = np.zeros((size, size))
-    for first in range(size - 1):
-        row = np.array([cost.working_bytes for cost in costs[first:]])
-        working[first, first + 1 :] = np.maximum.accumulate(row)
-    found["working_bytes"] = working
-    return found

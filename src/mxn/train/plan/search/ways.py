@@ -13,10 +13,11 @@ from itertools import pairwise
 import numpy as np
 
 from mxn.train.plan.cluster import Link
+from mxn.train.plan.search.columns import Kind
 from mxn.train.plan.search.cuts import Table, best_in_order, slowest_in_order
 from mxn.train.plan.search.draft import Style, Template, template
 from mxn.train.plan.search.shares import Pace
-from mxn.train.plan.search.tables import Kind, Tables
+from mxn.train.plan.search.tables import Tables
 
 Row = tuple[Kind, ...]
 """A slot for each stage, in order."""
