@@ -100,8 +100,8 @@ class Bench:
         profile(mix)
         self._start("best", best, None, SKIPPED + SETTLING)
         plans = {
-            "settled": plan_of_start(mix), "planned": plan_of_start(mix), "uniform": mixed_jobs.uniform(mix),
-            "pipeline": mixed_jobs.pipeline(mix),
+            "settled": plan_of_start(mix), "planned": plan_of_start(mix),
+            "uniform": mixed_jobs.uniform(mix), "pipeline": mixed_jobs.pipeline(mix),
         }  # fmt: skip
         for name in self.others:
             ready = SKIPPED + (SETTLING if name == "settled" else 0)
