@@ -52,7 +52,7 @@ from mxn.train.run.prepare import Task, task_of_job
 
 SKIPPED = 2  # steps at the start of a run that are not counted
 SETTLING = 14  # steps more of a run whose micro-batches are shared out again: two decisions
-OTHERS = ("settled", "planned", "uniform", "pipeline")
+OTHERS = ("uniform", "pipeline", "settled", "planned")
 
 
 def note(text: str) -> None:
@@ -98,7 +98,7 @@ class Bench:
         best = mix.job("best")
         wanted = cores_of(read_job(best).devices)
         profile(mix)
-        self._start("best", best, None, SKIPPED + SETTLING)
+        self._start("best", best, None, SKIPPED + SETTLING // 2)
         plans = {
             "settled": plan_of_start(mix), "planned": plan_of_start(mix),
             "uniform": mixed_jobs.uniform(mix), "pipeline": mixed_jobs.pipeline(mix),
@@ -127,7 +127,7 @@ class Bench:
         turns = [*solos[::2], *runs, *solos[1::2]]
         windows: dict[str, Window] = {}
         for name in turns[:: -1 if number % 2 else 1]:
-            windows[name] = self.jobs[name].window(self.window_s, 2 if name in solos else 3)
+            windows[name] = self.jobs[name].window(self.window_s, 3 if name == "best" else 2)
         alone = [Alone.of(windows[name], self.mix) for name in solos]
         jobs = [self.jobs[name] for name in solos]
         beside = together(jobs, [one.step_s for one in alone], self.window_s)

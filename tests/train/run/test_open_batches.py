@@ -110,6 +110,16 @@ def test_an_old_counter_goes_when_the_next_step_begins():
     assert list(store.numbers) == ["open/2"]
 
 
+def test_a_step_in_which_one_stood_still_changes_no_decision():
+    """Two of four ranks were stopped for minutes once: the others then took what was theirs."""
+    rank = sharings((4, 4), 0.5, Counter())[0]
+    for busy_s in ([4.0, 4.0], [4.0, 4.0], [400.0, 4.0]):
+        rank.note(busy_s, (4, 4))
+    take = rank.begin(0)
+    assert take is not None
+    assert take() == 2
+
+
 def test_a_step_that_was_not_done_whole_is_an_error():
     rank = sharings((4, 4), 0.5, Counter())[0]
     assert rank.check([3, 5]) == (3, 5)

@@ -62,3 +62,55 @@ def test_a_plan_file_in_other_micro_batches_is_refused(job, tmp_path):
             continue
         with pytest.raises(UserError, match="in micro-batches of 2"):
             plan_of_job(given, task)
+
+
+@pytest.fixture
+def pool():
+    """Return a job's task: two chips, of which the second is half as quick, and a link."""
+
+    def make(job, *, memory_bytes: int, has_open: bool) -> Task:
+        shape = look_at(job)[1]
+        profiles = {
+            name: ChipProfile(
+                chip=name,
+                costs={
+                    (layer.kind, 1, 1): LayerCost(
+                        forward_s=each_s, backward_s=2 * each_s, optimizer_s=0.3 * each_s
+                    )
+                    for layer in shape.layers
+                },
+            )
+            for name, each_s in (("a", 1.0), ("b", 2.0))
+        }
+        link = Link(latency_s=0.0, bytes_per_s=1e9)
+        groups = tuple(
+            DeviceGroup(
+                name=name, chip=name, num_devices=1, devices_per_node=1, memory_bytes=memory_bytes,
+                node_link=link, group_link=link,
+            )
+            for name in profiles
+        )  # fmt: skip
+        return Task(
+            shape=shape, rows=8, cluster=Cluster(groups=groups, links={("a", "b"): link}),
+            profiles=profiles, memory=memory_of(job), limits=limits_of(job), has_open=has_open,
+        )  # fmt: skip
+
+    return make
+
+
+def depths(task: Task) -> list[int]:
+    return [len(pipeline.stages) for pipeline in task.search().best.plan.pipelines]
+
+
+def test_open_micro_batches_want_pipelines_of_one_rank(job, pool):
+    """With eight rows one pipeline is quicker by a little, and open ones save what it waits."""
+    assert depths(pool(job, memory_bytes=10**10, has_open=False)) == [2]
+    assert depths(pool(job, memory_bytes=10**10, has_open=True)) == [1, 1]
+
+
+def test_where_no_chip_holds_the_model_open_micro_batches_are_left_out(job, pool, caplog):
+    task = pool(job, memory_bytes=10**10, has_open=True)
+    whole = max(stage.memory_bytes for stage in task.search().best.prediction.stages)
+    tight = pool(job, memory_bytes=int(0.7 * whole), has_open=True)
+    assert depths(tight) == [2]
+    assert "no chip holds the whole model" in caplog.text

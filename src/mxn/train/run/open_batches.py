@@ -10,7 +10,9 @@ noise, not to the bit. Start at `Sharing`.
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from mxn.train.run.bridge import Bridge
 
 _ALIKE = 1.25  # times the pace of the quickest: such pipelines never leave one to others
+_STEPS = 5  # whose median speed is believed: one in which a chip stood still says little
 _BEHIND = 2 / 3  # of a micro-batch is still to do when the next one is taken: its backward pass
 
 
@@ -69,7 +72,8 @@ class Sharing:
         self._bridge, self._pipeline, self._share = bridge, pipeline, open_share
         self._counts = counts
         self._key = ""  # of the counter of this step
-        self._each_s = _as_planned(counts)
+        self._each_s = tuple(1 / count for count in counts)  # as planned, until it is measured
+        self._recent: deque[list[float]] = deque(maxlen=_STEPS)  # seconds of one, by pipeline
 
     @property
     def has_open(self) -> bool:
@@ -106,7 +110,8 @@ class Sharing:
         """Take what ranks computed in a step, for the decisions of the next one."""
         if self.has_open:
             pairs = zip(busy_s, done, strict=True)
-            self._each_s = tuple(max(seconds, 1e-9) / count for seconds, count in pairs)
+            self._recent.append([max(seconds, 1e-9) / count for seconds, count in pairs])
+            self._each_s = tuple(map(statistics.median, zip(*self._recent, strict=True)))
 
     def check(self, done: Iterable[int]) -> Counts:
         """Return what pipelines did. Raises: InternalError when that is not the whole step."""
@@ -130,7 +135,3 @@ class Sharing:
         except RuntimeError as error:
             raise self._bridge.lost("a micro-batch", begin_s, error) from error
         return owns[self._pipeline] + number if number < count else None
-
-
-def _as_planned(counts: Counts) -> tuple[float, ...]:
-    return tuple(1 / count for count in counts)

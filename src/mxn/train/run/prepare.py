@@ -22,6 +22,7 @@ from mxn.train.plan.prediction import Prediction
 from mxn.train.plan.profile import ChipProfile
 from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.shape import ModelShape
+from mxn.train.run.open_batches import can_be_open
 from mxn.units import format_bytes
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mxn.train")
 
+_WORTH_OPEN = 1.1  # times the predicted step: what open micro-batches may save of waiting
 _MICRO_BATCHES = (1, 2, 4, 8)  # looked at when nobody says
 
 
@@ -48,19 +50,38 @@ class Task:
     limits: Limits
     notes: tuple[str, ...] = ()  # what was assumed
     measured: Measured | None = None  # None: derived from data sheets
+    has_open: bool = False  # open micro-batches are wanted, which need pipelines of one rank each
 
     def search(self) -> Found:
         """Return the best plan. Raises: CapacityError, with what is there, when none fits."""
-        from mxn.train.plan.search.planner import search
-
         try:
-            return search(
-                self.shape, self.rows, self.cluster, self.profiles, memory=self.memory,
-                limits=self.limits,
-            )  # fmt: skip
+            best = self._search(self.limits)
         except CapacityError as error:
             message = "\n  ".join([error.message, *self._needs()])
             raise CapacityError(message, hint=error.hint) from error
+        if not self.has_open or can_be_open(best.best.plan):
+            return best
+        try:
+            flat = self._search(replace(self.limits, max_stages=1, tps=(1,)))
+        except CapacityError:
+            log.warning("open_share does nothing: no chip holds the whole model alone")
+            return best
+        slower = flat.best.prediction.iteration_s / best.best.prediction.iteration_s
+        if slower > _WORTH_OPEN:
+            log.warning(
+                "open_share does nothing: with pipelines of one rank each a step is predicted to "
+                "take %.2f times as long",
+                slower,
+            )
+            return best
+        return flat
+
+    def _search(self, limits: Limits) -> Found:
+        from mxn.train.plan.search.planner import search
+
+        return search(
+            self.shape, self.rows, self.cluster, self.profiles, memory=self.memory, limits=limits
+        )
 
     def _needs(self) -> Iterator[str]:
         """Say what the model takes, and what each group has for it."""
@@ -133,6 +154,7 @@ def task_of_job(
         memory=measured.memory,
         limits=limits,
         measured=measured,
+        has_open=job.rebalances and job.rebalance.open_share > 0,
     )
 
 
