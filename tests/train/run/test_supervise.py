@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mxn.errors import CapacityError, UserError
+from mxn.errors import CapacityError, ChipError, UserError
 from mxn.train.run.control import ask
 from mxn.train.run.job import CheckpointSettings, FaultSettings, Job
 from mxn.train.run.job_file import read_job
@@ -363,6 +363,27 @@ def test_blame_goes_to_who_went_first():
     deaths = [Death(rank=0, group="a", code=1, words=lost), Death(rank=1, group="b", code=-9)]
     assert culprit(deaths).group == "b"
     assert culprit(deaths[:1]).group is None
+
+
+def test_a_device_that_is_gone_is_its_groups_fault_and_no_wrong_input(job, monkeypatch):
+    """A chip fell off the bus: its rank starts again, and nothing of that name is there."""
+    import torch
+
+    from mxn.train.run import rank
+    from mxn.train.run.control import last_words
+    from mxn.train.run.launch import RankSpec
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of the tests' own process
+    spec = RankSpec(
+        rank=1, group="b", device="cuda:99", island=None, store="", launch=1, resume_step=None,
+        job=job.to_json(), plan="",
+    )  # fmt: skip
+    with pytest.raises(ChipError, match="device 'cuda:99' is gone") as caught:
+        rank._device(job, spec)
+    words = last_words(caught.value, spec.device)
+    assert (words.kind, words.device) == ("chip", "cuda:99")
+    died = culprit([Death(rank=1, group="b", code=1, words=words)])
+    assert (died.group, died.is_users) == ("b", False)
 
 
 def wait_for(condition, timeout_s: float = 240.0) -> None:

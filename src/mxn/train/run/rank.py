@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from mxn.errors import ChipError, NotFoundError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.control import Control
 from mxn.train.run.job import Job
@@ -74,12 +75,18 @@ def dtypes_of(job: Job, placement: Placement) -> list[torch.dtype]:
 
 
 def _device(job: Job, spec: RankSpec) -> Device:
+    """Raises: ChipError where the device, or all of its kind, cannot be found any more."""
     import torch
 
     from mxn.chips import find_device
 
     torch.set_num_threads(job.group(spec.group).threads)
-    device = find_device(spec.device)
+    try:
+        device = find_device(spec.device)
+    except NotFoundError as error:
+        # It was there when the job was planned: the chip's fault, not the user's.
+        text = f"device {spec.device!r} is gone: {error.message}"
+        raise ChipError(text, device=spec.device) from error
     target = torch.device(device.torch_device)
     if target.type != "cpu":
         torch.accelerator.set_device_index(target.index or 0)
