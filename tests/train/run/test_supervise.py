@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from mxn.errors import CapacityError, ChipError, UserError
+from mxn.errors import CapacityError, ChipError, NotFoundError, UserError
 from mxn.train.run.control import ask
 from mxn.train.run.job import CheckpointSettings, FaultSettings, Job
 from mxn.train.run.job_file import read_job
 from mxn.train.run.supervise import status
+from mxn.train.run.supervise import words as w
 from mxn.train.run.supervise.files import last_line
 from mxn.train.run.supervise.needs import GateError, SpeedError
 from mxn.train.run.supervise.ranks import Death, Launching, culprit
@@ -168,6 +169,33 @@ def test_a_dropped_group_comes_back_when_it_answers(job, undisturbed):
     assert harness.plans == [("a", "b"), ("b",), ("a", "b")]
     assert state.dropped == {}
     assert len(harness.losses()) == 40
+
+
+def test_a_group_that_answers_and_cannot_be_planned_with_does_not_end_the_job(job, undisturbed):
+    """One of its two devices is gone, and the other one answers."""
+    job = replace(job, steps=40, faults=replace(job.faults, drop_after=1))
+    plans: list[tuple[str, ...]] = []
+
+    def make_plan(job, groups):
+        plans.append(groups)
+        if len(plans) == 3:
+            raise NotFoundError("no device 'cuda:1'")
+        return one_rank.one_stage_plan(job, NUM_LAYERS, groups[0])
+
+    harness = Harness(
+        job, Kill(1, 4), make_plan=make_plan, start_probe=lambda job, group: Fine()
+    )  # fmt: skip
+    assert harness.run().phase == "done"
+    assert plans[:4] == [("a", "b"), ("b",), ("a", "b"), ("b",)]
+    assert len(harness.losses()) == 40
+
+
+def test_of_two_plans_in_one_look_the_last_is_told(job):
+    harness = Harness(job)
+    supervisor = harness.supervisor
+    supervisor.out.mkdir()
+    supervisor._obey((w.MakePlan(("a", "b")), w.MakePlan(("a",)), w.MakePlan(("a", "b"))))
+    assert list(supervisor._events) == [w.Planned(("a", "b"))]
 
 
 def test_a_user_drops_a_group_and_takes_it_back(job):

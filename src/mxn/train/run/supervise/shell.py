@@ -30,12 +30,12 @@ from mxn.train.run.supervise.needs import (
     GateError,
     Launch,
     MakePlan,
-    Probe,
     RunGate,
     SpeedError,
     StartProbe,
     policy_of,
 )
+from mxn.train.run.supervise.probes import Probes
 from mxn.train.run.supervise.ranks import Death, Launching, Ranks, culprit
 
 log = logging.getLogger("mxn.train")
@@ -64,14 +64,16 @@ class Supervisor:
         self.job, self.policy = job, policy_of(job)
         self.out = Path(job.out)
         self._make_plan, self._run_gate, self._launch = make_plan, run_gate, launch
-        self._start_probe, self._on_say = start_probe, on_say
+        self._on_say = on_say
+        self._probes: Probes | None = None
+        if start_probe is not None and self.policy.grow:
+            self._probes = Probes(job, start_probe, self.policy.grow_every_s)
         self.plan: TrainPlan | None = None
         self.ranks: Ranks | None = None
         self.said: deque[str] = deque(maxlen=20)
         self._events: deque[w.Event] = deque()
         self._first_death_s: float | None = None
         self._sign_of_life: tuple[float, float] = (0.0, 0.0)  # of which file time, seen when
-        self._probes: dict[str, tuple[float, Probe | None]] = {}
         self._written_s = 0.0
         self._interrupts = Interrupts()
         self._is_held = False
@@ -120,6 +122,7 @@ class Supervisor:
         for order in orders:
             match order:
                 case w.MakePlan(groups):
+                    self._forget_plans()
                     self._events.append(self._plan(groups))
                 case w.RunGate():
                     self._events.append(self._gate())
@@ -136,15 +139,20 @@ class Supervisor:
         self.said.append(text)
         (self._on_say or log.warning)(text)
 
+    def _forget_plans(self) -> None:
+        """Of two plans in one look only the last is `self.plan`, and so only that one is told."""
+        kept = (e for e in self._events if not isinstance(e, w.Planned | w.PlanFailed))
+        self._events = deque(kept)
+
     def _plan(self, groups: tuple[str, ...]) -> w.Event:
         self._write_status()
         try:
             with self._interrupts.leaving_at_once():
                 self.plan = self._make_plan(self.job, groups)
         except CapacityError as error:
-            return w.PlanFailed(str(error), is_capacity=True)
+            return w.PlanFailed(groups, str(error), is_capacity=True)
         except MxnError as error:
-            return w.PlanFailed(str(error), is_capacity=False)
+            return w.PlanFailed(groups, str(error), is_capacity=False)
         (self.out / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
         return w.Planned(groups)
 
@@ -199,7 +207,9 @@ class Supervisor:
             self._events.append(w.Saved(newest))
         if self.ranks is not None:
             self._watch(self.ranks)
-        self._probe_dropped()
+        if self._probes is not None:
+            answered = self._probes.answered(self.state.dropped, time.monotonic())
+            self._events.extend(map(w.Answered, answered))
         if self.state.phase == "backing_off" and time.monotonic() >= self.state.resume_at_s:
             self._events.append(w.Tick())
 
@@ -236,22 +246,6 @@ class Supervisor:
         if changed != self._sign_of_life[0]:
             self._sign_of_life = (changed, time.monotonic())
         return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
-
-    def _probe_dropped(self) -> None:
-        if self._start_probe is None or not self.policy.grow:
-            return
-        now = time.monotonic()
-        for group, gone in self.state.dropped.items():
-            next_s, probe = self._probes.get(group, (gone.back_after_s, None))
-            if probe is not None:
-                answer = probe.answer()
-                if answer is None:
-                    continue
-                if answer:
-                    self._events.append(w.Answered(group))
-                self._probes[group] = (now + self.policy.grow_every_s, None)
-            elif now >= max(next_s, gone.back_after_s):
-                self._probes[group] = (now, self._start_probe(self.job, group))
 
     # -- files, signals --------------------------------------------------------------------------
 
