@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from mxn.errors import CapacityError, ChipError, NotFoundError, UserError
+from mxn.errors import CapacityError, ChipError, NotFoundError, UnsupportedError, UserError
 from mxn.train.run.control import ask
 from mxn.train.run.job import CheckpointSettings, FaultSettings, Job
 from mxn.train.run.job_file import read_job
 from mxn.train.run.supervise import status
 from mxn.train.run.supervise import words as w
 from mxn.train.run.supervise.files import last_line
-from mxn.train.run.supervise.needs import GateError, SpeedError
+from mxn.train.run.supervise.needs import GateError, NoPlaceError, SpeedError
 from mxn.train.run.supervise.ranks import Death, Launching, culprit
 from mxn.train.run.supervise.shell import Supervisor
 from mxn.train.run.track import read_metrics
@@ -154,6 +155,47 @@ def test_a_group_that_dies_again_and_again_is_dropped(job, undisturbed):
     assert "killed by signal 9" in told.dropped["a"]
     assert told.last["step"] == STEPS - 1
     assert not told.is_alive
+
+
+def test_a_group_whose_machine_is_gone_is_dropped_and_the_rest_goes_on(job, undisturbed):
+    job = replace(job, faults=replace(job.faults, drop_after=2, grow=False))
+    starts: list[int] = []
+
+    def launch(launching):
+        starts.append(launching.launch)
+        if len(starts) == 2:  # behind the death of its rank there is no place for the next
+            raise NoPlaceError("the cluster cannot hold 2 ranks now", group="a")
+        return OneRank(launching, Kill(1, 4))
+
+    harness = Harness(job, launch=launch)
+    state = harness.run()
+    assert (state.phase, starts) == ("done", [1, 2, 3])
+    assert "cannot hold 2 ranks" in state.dropped["a"].reason
+    assert harness.plans == [("a", "b"), ("b",)]
+    assert harness.losses() == run_undisturbed(job, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("error", "num_launches"),
+    [
+        (NoPlaceError("no place", group=None), 6),
+        (OSError(errno.ENOSPC, "no space left on device"), 6),
+        (UnsupportedError("ranks on Ray are not pinned"), 1),
+    ],
+    ids=["place", "disk", "input"],
+)
+def test_ranks_that_cannot_start_are_tried_again_unless_the_input_is_wrong(
+    job, error, num_launches
+):
+    starts: list[int] = []
+
+    def launch(launching):
+        starts.append(launching.launch)
+        raise error
+
+    state = Harness(job, launch=launch).run()
+    assert (state.phase, len(starts)) == ("failed", num_launches)
+    assert str(error) in state.reason
 
 
 class Fine:

@@ -30,6 +30,7 @@ from mxn.train.run.supervise.needs import (
     GateError,
     Launch,
     MakePlan,
+    NoPlaceError,
     RunGate,
     SpeedError,
     StartProbe,
@@ -180,15 +181,16 @@ class Supervisor:
         step = stored.manifest.position.step if stored else None
         self.state = replace(self.state, checkpoint_step=-1 if step is None else step)
         log_folder = self.out / "log" / f"launch-{number}"
-        log_folder.mkdir(parents=True, exist_ok=True)
         self._first_death_s = None
         self._sign_of_life = (0.0, time.monotonic())
-        self.ranks = self._launch(
-            Launching(
-                job=self.job, plan=self.plan, launch=number, resume_step=step,
-                log_folder=log_folder,
-            )
-        )  # fmt: skip
+        launching = Launching(
+            job=self.job, plan=self.plan, launch=number, resume_step=step, log_folder=log_folder
+        )
+        try:
+            log_folder.mkdir(parents=True, exist_ok=True)
+            self.ranks = self._launch(launching)
+        except (MxnError, OSError) as error:
+            self._events.append(_not_started(error))
 
     def _kill(self) -> None:
         if self.ranks is not None:
@@ -279,6 +281,13 @@ class Supervisor:
                 yield
             finally:
                 self._is_held = False
+
+
+def _not_started(error: MxnError | OSError) -> w.RankDied:
+    """A machine or room on a disk may be there later; wrong input stays wrong."""
+    group = error.group if isinstance(error, NoPlaceError) else None
+    is_users = isinstance(error, UserError) and not isinstance(error, NoPlaceError)
+    return w.RankDied(group, f"ranks could not be started: {error}", is_users)
 
 
 def _with_words(death: Death, control: Control) -> Death:
