@@ -6,18 +6,22 @@ import errno
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mxn.errors import CapacityError, ChipError, NotFoundError, UnsupportedError, UserError
-from mxn.train.run.control import ask
+from mxn.train.run import control, rank
+from mxn.train.run.control import Control, ask, last_words
 from mxn.train.run.job import CheckpointSettings, FaultSettings, Job
 from mxn.train.run.job_file import read_job
-from mxn.train.run.supervise import status
+from mxn.train.run.launch import RankSpec
+from mxn.train.run.supervise import shell, status
 from mxn.train.run.supervise import words as w
 from mxn.train.run.supervise.files import last_line
 from mxn.train.run.supervise.needs import GateError, NoPlaceError, SpeedError
@@ -426,6 +430,52 @@ def test_no_room_is_said(job):
     assert "needs 3 GiB" in Harness(job, make_plan=refuse).run().reason
 
 
+class Finished:
+    """Ranks that have done all steps at once."""
+
+    def __init__(self, launching: Launching) -> None:
+        Control(Path(launching.job.out), launching.launch).say_finished()
+
+    def deaths(self) -> list[Death]:
+        return []
+
+    def have_ended(self) -> bool:
+        return True
+
+    def kill(self) -> None:
+        pass
+
+
+def test_a_full_disk_costs_the_status_and_not_the_run(job, monkeypatch):
+    def no_room(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(status, "write_whole", no_room)
+    monkeypatch.setattr(shell, "write_whole", no_room)
+    harness = Harness(job, launch=Finished)
+    assert harness.run().phase == "done"
+    names = [text.split()[0] for text in harness.supervisor.said]
+    assert names == ["status.json", "plan.json"]  # each once, however often it was tried
+
+
+def test_a_rank_whose_words_find_no_room_ends_all_the_same(job, tmp_path, monkeypatch):
+    """Python's own end would wait for threads that wait for peers."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rank, "run_rank", fail)
+    monkeypatch.setattr(rank, "_end_with", lambda _: None)
+    monkeypatch.setattr(control, "write_whole", fail)
+    monkeypatch.setattr(rank.traceback, "print_exc", fail)
+    monkeypatch.setattr(rank.os, "_exit", sys.exit)
+    path = tmp_path / "rank-1.json"
+    path.write_text(spec_of(job).to_json())
+    with pytest.raises(SystemExit) as ended:
+        rank.main(str(path))
+    assert ended.value.code == 1
+
+
 def test_blame_goes_to_who_went_first():
     from mxn.train.run.control import LastWords
 
@@ -435,20 +485,18 @@ def test_blame_goes_to_who_went_first():
     assert culprit(deaths[:1]).group is None
 
 
-def test_a_device_that_is_gone_is_its_groups_fault_and_no_wrong_input(job, monkeypatch):
-    """A chip fell off the bus: its rank starts again, and nothing of that name is there."""
-    import torch
-
-    from mxn.train.run import rank
-    from mxn.train.run.control import last_words
-    from mxn.train.run.launch import RankSpec
-
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of the tests' own process
-    spec = RankSpec(
+def spec_of(job: Job) -> RankSpec:
+    return RankSpec(
         rank=1, group="b", device="cuda:99", island=None, store="", launch=1, resume_step=None,
         job=job.to_json(), plan="",
     )  # fmt: skip
-    with pytest.raises(ChipError, match="device 'cuda:99' is gone") as caught:
+
+
+def test_a_device_that_is_gone_is_its_groups_fault_and_no_wrong_input(job, monkeypatch):
+    """A chip fell off the bus: its rank starts again, and nothing of that name is there."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of the tests' own process
+    spec = spec_of(job)
+    with pytest.raises(ChipError, match=r"device is gone: .*'cuda:99'") as caught:
         rank._device(job, spec)
     words = last_words(caught.value, spec.device)
     assert (words.kind, words.device) == ("chip", "cuda:99")

@@ -19,12 +19,12 @@ from mxn.train.plan.plan import TrainPlan
 from mxn.train.run import scratch
 from mxn.train.run.checkpoint import find
 from mxn.train.run.checkpoint import manifest as manifests
-from mxn.train.run.control import Asked, Control
+from mxn.train.run.control import Asked, Control, write_whole
 from mxn.train.run.job import Job, metrics_path, status_path
 from mxn.train.run.supervise import status
 from mxn.train.run.supervise import words as w
 from mxn.train.run.supervise.decide import begin, decide
-from mxn.train.run.supervise.files import held_folders, last_launch, last_line
+from mxn.train.run.supervise.files import SignsOfLife, held_folders, last_launch, last_line
 from mxn.train.run.supervise.interrupts import Interrupts
 from mxn.train.run.supervise.needs import (
     GateError,
@@ -37,7 +37,7 @@ from mxn.train.run.supervise.needs import (
     policy_of,
 )
 from mxn.train.run.supervise.probes import Probes
-from mxn.train.run.supervise.ranks import Death, Launching, Ranks, culprit
+from mxn.train.run.supervise.ranks import Launching, Ranks, culprit, with_words
 
 log = logging.getLogger("mxn.train")
 
@@ -74,8 +74,9 @@ class Supervisor:
         self.said: deque[str] = deque(maxlen=20)
         self._events: deque[w.Event] = deque()
         self._first_death_s: float | None = None
-        self._sign_of_life: tuple[float, float] = (0.0, 0.0)  # of which file time, seen when
+        self._signs: SignsOfLife | None = None  # of the launch
         self._written_s = 0.0
+        self._unwritten: set[str] = set()  # files that there was no room for
         self._interrupts = Interrupts()
         self._is_held = False
         self._asked: Asked | None = None
@@ -154,7 +155,8 @@ class Supervisor:
             return w.PlanFailed(groups, str(error), is_capacity=True)
         except MxnError as error:
             return w.PlanFailed(groups, str(error), is_capacity=False)
-        (self.out / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
+        with self._without_room("plan.json"):
+            write_whole(self.out / "plan.json", self.plan.to_json())
         return w.Planned(groups)
 
     def _gate(self) -> w.Event:
@@ -182,7 +184,7 @@ class Supervisor:
         self.state = replace(self.state, checkpoint_step=-1 if step is None else step)
         log_folder = self.out / "log" / f"launch-{number}"
         self._first_death_s = None
-        self._sign_of_life = (0.0, time.monotonic())
+        self._signs = SignsOfLife(self.job, number)
         launching = Launching(
             job=self.job, plan=self.plan, launch=number, resume_step=step, log_folder=log_folder
         )
@@ -232,22 +234,14 @@ class Supervisor:
             now = time.monotonic()
             self._first_death_s = self._first_death_s or now
             if ranks.have_ended() or now - self._first_death_s > _GRACE_S:
-                told = [_with_words(death, control) for death in deaths]
+                told = [with_words(death, control) for death in deaths]
                 self._events.append(culprit(told))
         elif ranks.have_ended():
             self.ranks = None
             self._events.append(w.RanksEnded(control.is_finished()))
-        elif self._is_stalled():
+        elif self._signs is not None and self._signs.silent_s() > self.job.faults.stall_s:
             text = f"no step and no other sign of life for {self.job.faults.stall_s:g} s"
             self._events.append(w.RankDied(None, text))
-
-    def _is_stalled(self) -> bool:
-        logs = (self.out / "log" / f"launch-{self.state.launch}").glob("*")
-        paths = [metrics_path(self.job), *logs]
-        changed = max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
-        if changed != self._sign_of_life[0]:
-            self._sign_of_life = (changed, time.monotonic())
-        return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
 
     # -- files, signals --------------------------------------------------------------------------
 
@@ -260,11 +254,22 @@ class Supervisor:
 
     def _write_status(self) -> None:
         self._written_s = time.monotonic()
-        status.write(
-            status_path(self.job), self.job.name, self.state,
-            self.plan.fingerprint if self.plan else None,
-            last=last_line(metrics_path(self.job)), said=tuple(self.said),
-        )  # fmt: skip
+        with self._without_room("status.json"):
+            status.write(
+                status_path(self.job), self.job.name, self.state,
+                self.plan.fingerprint if self.plan else None,
+                last=last_line(metrics_path(self.job)), said=tuple(self.said),
+            )  # fmt: skip
+
+    @contextmanager
+    def _without_room(self, name: str) -> Iterator[None]:
+        """A full disk costs what the file tells, not the run; said once."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._unwritten:
+                self._unwritten.add(name)
+                self.say(f"{name} cannot be written, the job goes on: {error}")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -288,11 +293,3 @@ def _not_started(error: MxnError | OSError) -> w.RankDied:
     group = error.group if isinstance(error, NoPlaceError) else None
     is_users = isinstance(error, UserError) and not isinstance(error, NoPlaceError)
     return w.RankDied(group, f"ranks could not be started: {error}", is_users)
-
-
-def _with_words(death: Death, control: Control) -> Death:
-    if death.words is not None:
-        return death
-    return Death(
-        rank=death.rank, group=death.group, code=death.code, words=control.words_of(death.rank)
-    )
