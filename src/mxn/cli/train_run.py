@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,7 +75,10 @@ def resume(
     """Go on with the job in RUN from its last checkpoint."""
     from mxn.train.run.session import kept_job
 
-    _run(kept_job(folder), ray, as_json)
+    job = kept_job(folder)
+    if job.checkpoint.resume == "never":  # it meant what lay there before the run
+        job = replace(job, checkpoint=replace(job.checkpoint, resume="newest"))
+    _run(job, ray, as_json)
 
 
 def _run(job: Job, ray: str | None, as_json: bool) -> None:

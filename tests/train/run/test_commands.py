@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from typer.testing import CliRunner
 from mxn.cli.main import app
 from mxn.cli.train_progress import step_line
 from mxn.errors import ConfigError, MxnError, NotFoundError, UserError
-from mxn.train.run import measure
+from mxn.train.run import measure, session
+from mxn.train.run.job import Job
 from mxn.train.run.measure import Quality
+from mxn.train.run.supervise.words import State
 from support import tiny
 from support.forked_start import quickly
+from support.launches import group, small_job
 
 ROOT = Path(__file__).parents[3]
 JOB = """\
@@ -126,6 +130,25 @@ def test_a_finished_run_is_not_run_again(trained, folder):
     done = mxn("resume", "runs/job", "--json")
     assert (done.exit_code, done.stdout) == (0, "")
     assert "all 3 steps are done" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("chosen", "used"), [("never", "newest"), ("newest", "newest"), ("intact", "intact")]
+)
+def test_resume_goes_on_with_a_run_that_was_to_begin_anew(tmp_path, monkeypatch, chosen, used):
+    out = tmp_path / "out"
+    job = small_job(out, 3, [group()])
+    session.keep_job(replace(job, checkpoint=replace(job.checkpoint, resume=chosen)))
+    begun: list[Job] = []
+
+    def run_job(job, **_):
+        begun.append(job)
+        return State(groups=("all",), phase="done")
+
+    monkeypatch.setattr(session, "run_job", run_job)
+    assert mxn("resume", out).exit_code == 0
+    assert [job.checkpoint.resume for job in begun] == [used]
+    assert begun[0] == replace(job, checkpoint=replace(job.checkpoint, resume=used))
 
 
 def test_export_writes_a_model_that_the_engine_loads(trained, folder):

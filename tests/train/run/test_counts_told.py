@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from dataclasses import replace
@@ -118,6 +119,21 @@ def test_an_old_plan_is_not_predicted_on_the_groups_that_are_left(tmp_path, monk
     assert told() == (alone.fingerprint, [4, 4])
     checks.foretell(other := with_counts(alone, (3, 5)))
     assert told() == (other.fingerprint, [3, 5])
+
+
+def test_a_full_disk_costs_the_prediction_and_not_the_plan(tmp_path, monkeypatch):
+    def no_room(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    planned = tiny_plans.plan(*(tiny_plans.pipeline([8], [name], 4) for name in "ab"))
+    (tmp_path / "plan.json").write_text(planned.to_json())
+    job = small_job(tmp_path, 3, [group("a"), group("b")], micro_batch=1, global_batch=8)
+    job = replace(job, plan=replace(job.plan, file=str(tmp_path / "plan.json")))
+    monkeypatch.setattr(session, "write_whole", no_room)
+    said: list[str] = []
+    got = session.make_plan(job, ("a", "b"), task=task_on("a", "b"), on_say=said.append)
+    assert got == planned
+    assert "predicted.json cannot be written" in said[-1]
 
 
 def test_status_shows_the_counts_of_now_and_those_planned(tmp_path):

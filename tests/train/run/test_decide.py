@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -130,14 +131,14 @@ def test_a_group_dropped_by_word_comes_back_by_word_only():
 def test_what_is_left_may_be_too_small_and_waits_for_the_rest():
     run = Run("a", "b", policy=w.Policy(drop_after=1)).start()
     run(w.RankDied("b", "gone"), 0)
-    run(w.PlanFailed("needs 3 GiB, has 2", is_capacity=True))
+    run(w.PlanFailed(("a",), "needs 3 GiB, has 2", is_capacity=True))
     assert run.state.phase == "starved"
     assert run(w.Answered("b"), 1e6) == (w.MakePlan(("a", "b")),)
 
 
 def test_a_job_that_never_fitted_fails():
     run = Run("a", "b")
-    run(w.PlanFailed("needs 3 GiB, has 2", is_capacity=True))
+    run(w.PlanFailed(("a", "b"), "needs 3 GiB, has 2", is_capacity=True))
     assert (run.state.phase, run.state.reason) == ("failed", "needs 3 GiB, has 2")
 
 
@@ -174,6 +175,69 @@ def test_a_plan_for_groups_that_are_gone_is_not_used():
     assert run(w.Planned(("a",))) == (w.RunGate(),)
 
 
+def test_two_groups_that_come_back_at_once_are_judged_by_the_plan_with_both():
+    run = Run("a", "b", "c", policy=w.Policy(drop_after=1))
+    run.start()(w.RankDied("b", "gone"), 0)
+    run.start()(w.RankDied("c", "gone"), 0)
+    run(w.PlanFailed(("a",), "needs 3 GiB, has 1", is_capacity=True))
+    assert run(w.GrowAsked("b"), 1) == (w.MakePlan(("a", "b")),)
+    assert run(w.GrowAsked("c"), 1) == (w.MakePlan(("a", "b", "c")),)
+    assert run(w.PlanFailed(("a", "b"), "needs 3 GiB, has 2", is_capacity=True)) == ()
+    assert run(w.PlanFailed(("a", "b"), "b is slow", is_capacity=False)) == ()
+    assert run(w.Planned(("a", "b", "c"))) == (w.RunGate(),)
+
+
+def back(*groups: str, now_s: float = 50.0) -> Run:
+    """Ranks of a and b ran, c was dropped; then `groups` were taken back."""
+    run = Run("a", "b", "c", policy=w.Policy(drop_after=1, grow_every_s=10)).start()
+    run(w.RankDied("c", "gone"), 0)
+    run.start()
+    for group in groups:
+        run(w.GrowAsked(group), now_s)
+    assert run(w.RanksEnded(is_finished=False), now_s) == (w.MakePlan(run.state.active),)
+    return run
+
+
+@pytest.mark.parametrize("is_capacity", [False, True])
+def test_a_group_without_a_plan_is_dropped_again_and_the_rest_goes_on(is_capacity):
+    run = back("c")
+    gone = w.PlanFailed(("a", "b", "c"), "no device 'cuda:1'", is_capacity=is_capacity)
+    assert run(gone, 60) == (w.MakePlan(("a", "b")),)
+    assert run.state.dropped["c"].back_after_s == 80  # 10 s the first time, 20 s now
+    assert "no device 'cuda:1'" in run.state.dropped["c"].reason
+    assert run.start().state.phase == "running"
+
+
+def test_a_group_that_the_gate_refuses_is_dropped_again_and_the_rest_goes_on():
+    run = back("c")
+    run(w.Planned(("a", "b", "c")))
+    assert run(w.GateFailed("softmax on c"), 60) == (w.MakePlan(("a", "b")),)
+    assert run.start().state.active == ("a", "b")
+
+
+def test_a_plan_that_fails_without_a_group_that_came_back_ends_the_job():
+    run = back("c")
+    run(w.PlanFailed(("a", "b", "c"), "no such plan file", is_capacity=False))
+    run(w.PlanFailed(("a", "b"), "no such plan file", is_capacity=False))
+    assert (run.state.phase, run.state.reason) == ("failed", "no such plan file")
+
+
+def test_a_group_that_ran_again_is_an_old_one():
+    run = back("c").start()
+    run(w.DropAsked("a"))
+    run(w.RanksEnded(is_finished=False))
+    run(w.PlanFailed(("b", "c"), "no profile", is_capacity=False))
+    assert run.state.phase == "failed"
+
+
+def test_what_is_left_and_came_back_is_not_dropped_to_the_last():
+    run = back("c")
+    run(w.DropAsked("a"))
+    run(w.DropAsked("b"))
+    run(w.PlanFailed(("c",), "no device 'cuda:1'", is_capacity=False))
+    assert run.state.phase == "failed"
+
+
 GROUPS = ("a", "b", "c")
 names = st.sampled_from(GROUPS)
 
@@ -186,6 +250,7 @@ class Supervision(RuleBasedStateMachine):
         self.now = 0.0
         self.ranks_run = False
         self.planned: tuple[str, ...] | None = None
+        self.asked: tuple[str, ...] | None = None  # for which groups a plan was ordered last
         self.state, orders = begin(GROUPS)
         self.obey(orders)
 
@@ -210,7 +275,7 @@ class Supervision(RuleBasedStateMachine):
                 case w.MakePlan(groups):
                     assert not self.ranks_run, "planned while ranks run"
                     assert groups == self.state.active
-                    self.planned = None
+                    self.planned, self.asked = None, groups
 
     @rule(seconds=st.floats(0, 100))
     def time_passes(self, seconds: float) -> None:
@@ -220,9 +285,29 @@ class Supervision(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["planned", "capacity", "failed"]))
     def plan_comes(self, kind: str) -> None:
         if self.state.phase == "planning":
-            groups = self.planned = self.state.active
-            failed = w.PlanFailed("no room", is_capacity=kind == "capacity")
+            before, groups = self.state, self.state.active
+            self.planned = groups if kind == "planned" else None
+            failed = w.PlanFailed(groups, "no room", is_capacity=kind == "capacity")
             self.send(w.Planned(groups) if kind == "planned" else failed)
+            if kind != "planned":
+                self.is_right_without_plan(before)
+
+    @rule(groups=st.sets(names, min_size=1), is_capacity=st.booleans())
+    def outdated_plan_comes(self, groups: set[str], is_capacity: bool) -> None:
+        ordered = tuple(group for group in GROUPS if group in groups)
+        for event in (w.Planned(ordered), w.PlanFailed(ordered, "no room", is_capacity)):
+            if ordered != self.state.active:
+                assert decide(self.state, event, self.now, POLICY) == (self.state, ())
+
+    def is_right_without_plan(self, before: w.State) -> None:
+        """What ran before goes on, whatever is wrong with those that came back."""
+        old = [group for group in before.active if group not in before.regrown]
+        if before.regrown and old:
+            assert self.state.phase in ("planning", "starved")
+        if self.state.phase == "planning":
+            assert self.state.active == tuple(old)
+            again = [self.state.dropped[group] for group in before.regrown]
+            assert all(gone.back_after_s > self.now for gone in again)
 
     @rule(event=st.sampled_from([w.GatePassed(), w.GateFailed("op"), w.SpeedOff("x", "slow")]))
     def gate_answers(self, event: w.Event) -> None:
@@ -256,6 +341,8 @@ class Supervision(RuleBasedStateMachine):
     @invariant()
     def it_makes_sense(self) -> None:
         self.state.validate()
+        if self.state.phase == "planning":
+            assert self.asked == self.state.active, "waits for a plan that nobody makes"
         assert self.ranks_run == (self.state.phase in w.WITH_RANKS)
         assert self.state.restarts <= POLICY.max_restarts + (self.state.phase == "failed")
         if self.state.phase == "backing_off":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -214,8 +215,6 @@ def test_what_was_just_measured_is_not_measured_again(job, home):
 
 @pytest.mark.slow
 def test_a_device_that_answers_is_told_from_one_that_does_not(job):
-    import time
-
     from mxn.train.run.probe import start_probe
 
     job = replace(job, devices=(job.devices[0], replace(job.devices[1], device="cuda:9")))
@@ -223,3 +222,26 @@ def test_a_device_that_answers_is_told_from_one_that_does_not(job):
     while None in [probe.answer() for probe in probes]:
         time.sleep(0.05)
     assert [probe.answer() for probe in probes] == [True, False]
+
+
+def test_a_group_is_probed_on_all_its_devices(job, monkeypatch):
+    from mxn.train.run import probe
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(probe, "DeviceProbe", asked.append)
+    two = replace(job.devices[1], device="cuda:1", count=2)
+    many = replace(job.devices[0], device="cpu", count=3)
+    job = replace(job, devices=(many, two))
+    for group in job.devices:
+        probe.start_probe(job, group.name)
+    assert asked == [["cpu"], ["cuda:1", "cuda:2"]]
+
+
+@pytest.mark.slow
+def test_a_group_with_one_device_of_two_does_not_answer(job):
+    from mxn.train.run.probe import DeviceProbe
+
+    probe = DeviceProbe(["cpu", "cuda:9"])
+    while probe.answer() is None:
+        time.sleep(0.05)
+    assert probe.answer() is False

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from mxn.train.run import launch_ray
 from mxn.train.run.control import Control
 from mxn.train.run.job import metrics_path
 from mxn.train.run.launch import launching_of
-from mxn.train.run.launch_ray import bundle_of, launch_on_ray
+from mxn.train.run.launch_ray import bundle_of, launch_on_ray, unplaced
+from mxn.train.run.supervise.needs import NoPlaceError
 from mxn.train.run.track import read_metrics
 from support.launches import group, on_one_device, small_job
 from support.parity_cases import plan_of
@@ -37,6 +40,37 @@ def test_devices_become_what_ray_reserves():
     assert bundle_of(group(cpu_share=0.5)) == {"CPU": 0.5}
     assert bundle_of(group(device="cuda:3")) == {"CPU": 1.0, "GPU": 1.0}
     assert bundle_of(group(device="npu:1")) == {"CPU": 1.0, "NPU": 1.0}
+
+
+ONE_GPU, CPUS = {"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}
+MACHINE = {"CPU": 4.0, "GPU": 1.0, "memory": 1e9}
+
+
+def test_the_first_rank_without_a_place_is_found():
+    bundles = [CPUS, ONE_GPU, ONE_GPU]
+    assert unplaced(bundles, [MACHINE, MACHINE], {"CPU": 8.0, "GPU": 2.0}) is None
+    assert unplaced(bundles, [MACHINE], MACHINE) == 2  # the other machine is gone
+    assert unplaced(bundles, [MACHINE, MACHINE], {"CPU": 8.0, "GPU": 1.0}) == 2  # or busy
+    assert unplaced([CPUS], [{"CPU": 1.0}] * 4, {"CPU": 4.0}) == 0  # in pieces too small
+    assert unplaced([CPUS], [], {}) == 0
+
+
+def test_the_group_that_lost_its_machine_is_named(monkeypatch):
+    removed: list[object] = []
+    full = SimpleNamespace(wait=lambda _: False)
+    util = SimpleNamespace(
+        placement_group=lambda *_, **__: full, remove_placement_group=removed.append
+    )  # fmt: skip
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": MACHINE}]
+    fake = SimpleNamespace(
+        util=util, nodes=lambda: nodes, available_resources=lambda: {"CPU": 8.0}
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setitem(sys.modules, "ray.util", util)
+    with pytest.raises(NoPlaceError, match=r"none for rank 1 \(group 'b'\)") as caught:
+        launch_ray._reserve(["a", "b"], [CPUS, ONE_GPU])
+    assert caught.value.group == "b"
+    assert removed == [full]
 
 
 @pytest.mark.slow

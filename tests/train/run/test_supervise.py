@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from mxn.errors import CapacityError, UserError
-from mxn.train.run.control import ask
+from mxn.errors import CapacityError, ChipError, NotFoundError, UnsupportedError, UserError
+from mxn.train.run import control, rank
+from mxn.train.run.control import Control, ask, last_words
 from mxn.train.run.job import CheckpointSettings, FaultSettings, Job
 from mxn.train.run.job_file import read_job
-from mxn.train.run.supervise import status
+from mxn.train.run.launch import RankSpec
+from mxn.train.run.supervise import shell, status
+from mxn.train.run.supervise import words as w
 from mxn.train.run.supervise.files import last_line
-from mxn.train.run.supervise.needs import GateError, SpeedError
+from mxn.train.run.supervise.needs import GateError, NoPlaceError, SpeedError
 from mxn.train.run.supervise.ranks import Death, Launching, culprit
 from mxn.train.run.supervise.shell import Supervisor
 from mxn.train.run.track import read_metrics
@@ -155,6 +161,47 @@ def test_a_group_that_dies_again_and_again_is_dropped(job, undisturbed):
     assert not told.is_alive
 
 
+def test_a_group_whose_machine_is_gone_is_dropped_and_the_rest_goes_on(job, undisturbed):
+    job = replace(job, faults=replace(job.faults, drop_after=2, grow=False))
+    starts: list[int] = []
+
+    def launch(launching):
+        starts.append(launching.launch)
+        if len(starts) == 2:  # behind the death of its rank there is no place for the next
+            raise NoPlaceError("the cluster cannot hold 2 ranks now", group="a")
+        return OneRank(launching, Kill(1, 4))
+
+    harness = Harness(job, launch=launch)
+    state = harness.run()
+    assert (state.phase, starts) == ("done", [1, 2, 3])
+    assert "cannot hold 2 ranks" in state.dropped["a"].reason
+    assert harness.plans == [("a", "b"), ("b",)]
+    assert harness.losses() == run_undisturbed(job, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("error", "num_launches"),
+    [
+        (NoPlaceError("no place", group=None), 6),
+        (OSError(errno.ENOSPC, "no space left on device"), 6),
+        (UnsupportedError("ranks on Ray are not pinned"), 1),
+    ],
+    ids=["place", "disk", "input"],
+)
+def test_ranks_that_cannot_start_are_tried_again_unless_the_input_is_wrong(
+    job, error, num_launches
+):
+    starts: list[int] = []
+
+    def launch(launching):
+        starts.append(launching.launch)
+        raise error
+
+    state = Harness(job, launch=launch).run()
+    assert (state.phase, len(starts)) == ("failed", num_launches)
+    assert str(error) in state.reason
+
+
 class Fine:
     def answer(self) -> bool:
         return True
@@ -168,6 +215,33 @@ def test_a_dropped_group_comes_back_when_it_answers(job, undisturbed):
     assert harness.plans == [("a", "b"), ("b",), ("a", "b")]
     assert state.dropped == {}
     assert len(harness.losses()) == 40
+
+
+def test_a_group_that_answers_and_cannot_be_planned_with_does_not_end_the_job(job, undisturbed):
+    """One of its two devices is gone, and the other one answers."""
+    job = replace(job, steps=40, faults=replace(job.faults, drop_after=1))
+    plans: list[tuple[str, ...]] = []
+
+    def make_plan(job, groups):
+        plans.append(groups)
+        if len(plans) == 3:
+            raise NotFoundError("no device 'cuda:1'")
+        return one_rank.one_stage_plan(job, NUM_LAYERS, groups[0])
+
+    harness = Harness(
+        job, Kill(1, 4), make_plan=make_plan, start_probe=lambda job, group: Fine()
+    )  # fmt: skip
+    assert harness.run().phase == "done"
+    assert plans[:4] == [("a", "b"), ("b",), ("a", "b"), ("b",)]
+    assert len(harness.losses()) == 40
+
+
+def test_of_two_plans_in_one_look_the_last_is_told(job):
+    harness = Harness(job)
+    supervisor = harness.supervisor
+    supervisor.out.mkdir()
+    supervisor._obey((w.MakePlan(("a", "b")), w.MakePlan(("a",)), w.MakePlan(("a", "b"))))
+    assert list(supervisor._events) == [w.Planned(("a", "b"))]
 
 
 def test_a_user_drops_a_group_and_takes_it_back(job):
@@ -356,6 +430,52 @@ def test_no_room_is_said(job):
     assert "needs 3 GiB" in Harness(job, make_plan=refuse).run().reason
 
 
+class Finished:
+    """Ranks that have done all steps at once."""
+
+    def __init__(self, launching: Launching) -> None:
+        Control(Path(launching.job.out), launching.launch).say_finished()
+
+    def deaths(self) -> list[Death]:
+        return []
+
+    def have_ended(self) -> bool:
+        return True
+
+    def kill(self) -> None:
+        pass
+
+
+def test_a_full_disk_costs_the_status_and_not_the_run(job, monkeypatch):
+    def no_room(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(status, "write_whole", no_room)
+    monkeypatch.setattr(shell, "write_whole", no_room)
+    harness = Harness(job, launch=Finished)
+    assert harness.run().phase == "done"
+    names = [text.split()[0] for text in harness.supervisor.said]
+    assert names == ["status.json", "plan.json"]  # each once, however often it was tried
+
+
+def test_a_rank_whose_words_find_no_room_ends_all_the_same(job, tmp_path, monkeypatch):
+    """Python's own end would wait for threads that wait for peers."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rank, "run_rank", fail)
+    monkeypatch.setattr(rank, "_end_with", lambda _: None)
+    monkeypatch.setattr(control, "write_whole", fail)
+    monkeypatch.setattr(rank.traceback, "print_exc", fail)
+    monkeypatch.setattr(rank.os, "_exit", sys.exit)
+    path = tmp_path / "rank-1.json"
+    path.write_text(spec_of(job).to_json())
+    with pytest.raises(SystemExit) as ended:
+        rank.main(str(path))
+    assert ended.value.code == 1
+
+
 def test_blame_goes_to_who_went_first():
     from mxn.train.run.control import LastWords
 
@@ -363,6 +483,25 @@ def test_blame_goes_to_who_went_first():
     deaths = [Death(rank=0, group="a", code=1, words=lost), Death(rank=1, group="b", code=-9)]
     assert culprit(deaths).group == "b"
     assert culprit(deaths[:1]).group is None
+
+
+def spec_of(job: Job) -> RankSpec:
+    return RankSpec(
+        rank=1, group="b", device="cuda:99", island=None, store="", launch=1, resume_step=None,
+        job=job.to_json(), plan="",
+    )  # fmt: skip
+
+
+def test_a_device_that_is_gone_is_its_groups_fault_and_no_wrong_input(job, monkeypatch):
+    """A chip fell off the bus: its rank starts again, and nothing of that name is there."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of the tests' own process
+    spec = spec_of(job)
+    with pytest.raises(ChipError, match=r"device is gone: .*'cuda:99'") as caught:
+        rank._device(job, spec)
+    words = last_words(caught.value, spec.device)
+    assert (words.kind, words.device) == ("chip", "cuda:99")
+    died = culprit([Death(rank=1, group="b", code=1, words=words)])
+    assert (died.group, died.is_users) == ("b", False)
 
 
 def wait_for(condition, timeout_s: float = 240.0) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import sys
 import traceback
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -56,6 +58,32 @@ def test_steps_that_are_done_again_are_not_told_twice(tmp_path):
     again.close()
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(0, 1), (1, 1), (2, 1), (3, 2)]
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int):
+    """Writes beyond it fail, in part or whole, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, caplog):
+    tracker = Tracker(tmp_path, TrackingSettings(), name="x")
+    tracker.step(0, {"loss": 1.0})
+    os.utime(tracker.path, (0, 0))
+    with files_of_at_most(tracker.path.stat().st_size + 5):
+        tracker.step(1, {"loss": 1.0})
+        tracker.step(2, {"loss": 1.0})
+    assert tracker.path.stat().st_mtime > 0  # a sign of life, or its supervisor takes it for stuck
+    tracker.step(3, {"loss": 1.0})
+    tracker.close()
+    assert [row["step"] for row in read_metrics(tracker.path)] == [0, 3]
+    said = [record for record in caplog.records if "cannot be written" in record.message]
+    assert len(said) == 1
 
 
 def test_tracking_without_the_package_is_an_error_that_says_how(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,9 +67,10 @@ class Control:
         return self.folder / f"words-{self.launch}-{rank}.json"
 
     def leave_words(self, rank: int, error: BaseException, device: str = "") -> None:
-        """Say why this rank ends."""
+        """Say why this rank ends, where the disk has room for it: it ends in any case."""
         words = last_words(error, device)
-        write_whole(self._words(rank), json.dumps(asdict(words)))
+        with suppress(OSError):
+            write_whole(self._words(rank), json.dumps(asdict(words)))
 
     def words_of(self, rank: int) -> LastWords | None:
         """Return what a rank left, None where it could not."""

@@ -15,10 +15,11 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mxn.errors import CapacityError, UnsupportedError
+from mxn.errors import UnsupportedError
 from mxn.train.run.cpu_share import CpuShare
 from mxn.train.run.job import DeviceSettings, Job
 from mxn.train.run.launch import (
@@ -30,14 +31,18 @@ from mxn.train.run.launch import (
     start_process,
 )
 from mxn.train.run.login import PASSWORD, USER
+from mxn.train.run.supervise.needs import NoPlaceError
 from mxn.train.run.supervise.ranks import Launching
 
 log = logging.getLogger("mxn.train")
+
+Resources = Mapping[str, float]
 
 RESOURCES = {"cuda": "GPU", "npu": "NPU", "hpu": "HPU", "xpu": "GPU"}
 """What Ray calls a kind of device. Ray shows a process only its own, as number 0."""
 _HANDED_ON = ("PYTHONPATH", USER, PASSWORD)  # variables that the machines do not have
 _RESERVE_S = 60.0
+_START_S = 300.0  # of an actor on a machine that was there a moment ago
 _GONE = -signal.SIGKILL  # of a rank whose machine or actor is gone
 
 
@@ -125,7 +130,7 @@ class RayRanks(LocalRanks):
     def start(self, job: Job) -> None:
         """Reserve all devices, then start all ranks.
 
-        Raises: CapacityError when the cluster does not have them in time; UnsupportedError for
+        Raises: NoPlaceError when the cluster does not have them in time; UnsupportedError for
         pinned ranks: which cores of a machine are free, only that machine's Ray knows.
         """
         if pinned := sorted({spec.group for spec in self._specs if job.group(spec.group).pin}):
@@ -133,7 +138,8 @@ class RayRanks(LocalRanks):
                 f"group {pinned[0]!r} has pin, and ranks on Ray are not pinned",
                 hint="leave out `pin`, or launch on this machine",
             )
-        self._group = _reserve([bundle_of(job.group(spec.group)) for spec in self._specs])
+        names = [spec.group for spec in self._specs]
+        self._group = _reserve(names, [bundle_of(job.group(name)) for name in names])
         super().start(job)
 
     def _start(self, spec: RankSpec, group: DeviceSettings, cores: frozenset[int] | None) -> None:
@@ -155,7 +161,13 @@ class RayRanks(LocalRanks):
         actor = ray.remote(RankHost).options(**options).remote()
         handed_on = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
         asked = actor.start.remote(spec.to_json(), str(self.logs), asdict(group), handed_on)
-        self._processes.append(_RemoteProcess(actor, ray.get(asked)))  # type: ignore[arg-type]
+        try:
+            pid = ray.get(asked, timeout=_START_S)
+        except ray.exceptions.RayError as error:  # its machine went behind the reservation
+            said = str(error).partition("\n")[0]
+            text = f"rank {spec.rank} (group {spec.group!r}) was not started by Ray: {said}"
+            raise NoPlaceError(text, group=spec.group) from error
+        self._processes.append(_RemoteProcess(actor, pid))  # type: ignore[arg-type]
 
     def _clean(self) -> None:
         from ray.util import remove_placement_group
@@ -172,7 +184,7 @@ class RayRanks(LocalRanks):
 def launch_on_ray(launching: Launching, address: str | None = None) -> RayRanks:
     """Start the ranks of a plan on a Ray cluster: the one at `address`, or the one around us.
 
-    Raises: UnsupportedError without the package ray; CapacityError when the cluster is too small.
+    Raises: UnsupportedError without the package ray; NoPlaceError when the cluster is too small.
     """
     from mxn.train.run.bridge import serve_store
 
@@ -202,16 +214,45 @@ def _as_seen_by_ray(spec: RankSpec) -> RankSpec:
     return replace(spec, device=f"{kind}:0") if kind in RESOURCES else spec
 
 
-def _reserve(bundles: list[dict[str, float]]) -> Any:
+def unplaced(
+    bundles: Sequence[Resources], machines: Sequence[Resources], free: Resources
+) -> int | None:
+    """Return the first bundle that no machine has room for behind those before it.
+
+    `machines`: all that each one has; `free`: what others leave of the whole cluster. None where
+    all seem to fit, such as when a machine is gone and the cluster does not know yet.
+    """
+    rooms, left = [dict(machine) for machine in machines], dict(free)
+    for number, bundle in enumerate(bundles):
+        room = next((room for room in rooms if _fits(bundle, room)), None)
+        if room is None or not _fits(bundle, left):
+            return number
+        for name, amount in bundle.items():
+            room[name] = room.get(name, 0.0) - amount
+            left[name] = left.get(name, 0.0) - amount
+    return None
+
+
+def _fits(bundle: Resources, room: Resources) -> bool:
+    return all(amount <= room.get(name, 0.0) + 1e-9 for name, amount in bundle.items())
+
+
+def _reserve(groups: Sequence[str], bundles: Sequence[Resources]) -> Any:
+    """Return the place of all ranks: `groups` and `bundles` by rank. Raises: NoPlaceError."""
     import ray
     from ray.util import placement_group, remove_placement_group
 
-    group = placement_group(bundles, strategy="PACK")
+    group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
     if not group.wait(_RESERVE_S):
+        free = ray.available_resources()
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         remove_placement_group(group)
-        raise CapacityError(
-            f"the Ray cluster cannot hold {len(bundles)} ranks now: they need {bundles}, it has "
-            f"{ray.available_resources()} free",
+        rank = unplaced(bundles, machines, free)
+        whose = "" if rank is None else f"; none for rank {rank} (group {groups[rank]!r})"
+        raise NoPlaceError(
+            f"the Ray cluster cannot hold {len(bundles)} ranks now: they need {list(bundles)}, "
+            f"it has {free} free{whose}",
+            group=None if rank is None else groups[rank],
             hint="free devices, add machines, or plan for fewer",
         )
     return group

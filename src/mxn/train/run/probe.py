@@ -1,8 +1,8 @@
-"""Whether the device of a dropped group computes again: a process beside the job that tries.
+"""Whether the devices of a dropped group compute again: a process beside the job that tries.
 
-    python -m mxn.train.run.probe sim:0
+    python -m mxn.train.run.probe sim:0 sim:1
 
-Ends with 0 when a product on the device is right. Start at `start_probe`.
+Ends with 0 when a product on each device is right. Start at `start_probe`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from mxn.train.run import child
 from mxn.train.run.job import Job
@@ -21,10 +22,10 @@ _SIZE = 64
 class DeviceProbe:
     """One try. `answer` is None while it runs."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, devices: Sequence[str]) -> None:
         self._until_s = time.monotonic() + _LONGEST_S
         self._process = subprocess.Popen(
-            child.command("mxn.train.run.probe", device),
+            child.command("mxn.train.run.probe", *devices),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
@@ -37,8 +38,11 @@ class DeviceProbe:
 
 
 def start_probe(job: Job, group: str) -> DeviceProbe:
-    """Try the first device of a group."""
-    return DeviceProbe(job.group(group).device)
+    """Try all devices of a group: one that is gone would fail the plan that they are all in."""
+    from mxn.train.run.launch import device_of
+
+    names = [device_of(job, group, number) for number in range(job.group(group).count)]
+    return DeviceProbe(list(dict.fromkeys(names)))  # ranks on the processor share its name
 
 
 def computes(device_name: str) -> bool:
@@ -53,4 +57,4 @@ def computes(device_name: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if computes(sys.argv[1]) else 1)
+    sys.exit(0 if all(map(computes, sys.argv[1:])) else 1)

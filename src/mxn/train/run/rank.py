@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from mxn.errors import ChipError, NotFoundError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.control import Control
 from mxn.train.run.job import Job
@@ -74,12 +76,17 @@ def dtypes_of(job: Job, placement: Placement) -> list[torch.dtype]:
 
 
 def _device(job: Job, spec: RankSpec) -> Device:
+    """Raises: ChipError where the device, or all of its kind, cannot be found any more."""
     import torch
 
     from mxn.chips import find_device
 
     torch.set_num_threads(job.group(spec.group).threads)
-    device = find_device(spec.device)
+    try:
+        device = find_device(spec.device)
+    except NotFoundError as error:
+        # It was there when the job was planned: the chip's fault, not the user's.
+        raise ChipError(f"device is gone: {error.message}", device=spec.device) from error
     target = torch.device(device.torch_device)
     if target.type != "cpu":
         torch.accelerator.set_device_index(target.index or 0)
@@ -256,8 +263,9 @@ def main(path: str) -> int:
         run_rank(spec)
     except BaseException as error:
         Control(Path(job.out), spec.launch).leave_words(spec.rank, error, spec.device)
-        traceback.print_exc()
-        sys.stderr.flush()
+        with suppress(OSError):  # its log may be on a full disk
+            traceback.print_exc()
+            sys.stderr.flush()
         # Threads may still wait for peers that are gone; nothing of this process is of use now.
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     return 0

@@ -153,16 +153,16 @@ def make_plan(
         f"{prediction.iteration_s:.3g} s a step, {prediction.tokens_per_s:,.0f} tokens/s "
         f"({prediction.basis})"
     )
-    _keep_prediction(Path(job.out), plan, prediction)
+    try:
+        _keep_prediction(Path(job.out), plan, prediction)
+    except OSError as error:  # a full disk: the job can be trained without
+        on_say(f"predicted.json cannot be written, the job goes on: {error}")
     return plan
 
 
 def _keep_prediction(out: Path, plan: TrainPlan, prediction: Prediction) -> None:
-    told = {
-        "plan": plan.fingerprint,
-        "micro_batches": counts_of(plan),
-        "prediction": asdict(prediction),
-    }
+    told: dict[str, Any] = {"plan": plan.fingerprint, "micro_batches": counts_of(plan)}
+    told["prediction"] = asdict(prediction)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "predicted.json", json.dumps(told))
 

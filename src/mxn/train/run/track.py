@@ -14,7 +14,9 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +44,32 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         _keep_before(self.path, first_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._has_no_room = False
         self._mlflow: _MlflowRun | None = None
         if settings.mlflow is not None:
             shown = replace(settings, mlflow=take_login(settings.mlflow))
             self._mlflow = _MlflowRun(folder / "mlflow.json", shown, name)
 
     def step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Write one step; values that are unknown (None) are left out of MLflow."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Write one step; values that are unknown (None) are left out of MLflow.
+
+        A full disk costs the line and not the run; it is said once.
+        """
+        try:
+            _append(self._file, (json.dumps({"step": step, **metrics}) + "\n").encode())
+        except OSError as error:
+            self._go_on_without(error)
         if self._mlflow:
             known = {k: float(v) for k, v in metrics.items() if v is not None}
             self._mlflow.send("metrics", (step, known))
+
+    def _go_on_without(self, error: OSError) -> None:
+        if not self._has_no_room:
+            log.warning("%s cannot be written, steps are left out of it: %s", self.path, error)
+        self._has_no_room = True
+        with suppress(OSError):
+            os.utime(self.path)  # the supervisor takes a file that stays as it is for a stall
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Tell what the run depends on; nested values get dotted names."""
@@ -84,6 +99,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break  # the writer was killed in the middle of it
     return rows
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """Add a whole line or nothing: readers stop at a part of one. Raises: OSError."""
+    begin = file.seek(0, os.SEEK_END)
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError:
+        file.truncate(begin)
+        raise
 
 
 def _keep_before(path: Path, first_step: int) -> None:

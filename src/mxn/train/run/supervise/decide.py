@@ -71,26 +71,37 @@ def decide(state: State, event: Event, now_s: float, policy: Policy) -> Decided:
         case Tick():
             return _tick(state, now_s)
         case _:
-            return _planned_or_checked(state, event, policy)
+            return _planned_or_checked(state, event, now_s, policy)
 
 
-def _planned_or_checked(state: State, event: Event, policy: Policy) -> Decided:
+def _planned_or_checked(state: State, event: Event, now_s: float, policy: Policy) -> Decided:
     match state.phase, event:
         case "planning", Planned(groups) if groups == state.active:
             return replace(state, phase="checking"), (RunGate(),)
-        case "planning", PlanFailed(reason, is_capacity):
+        case "planning", PlanFailed(groups, reason, is_capacity) if groups == state.active:
             if is_capacity and state.dropped:
                 why = f"without {', '.join(state.dropped)}: {reason}"
                 return replace(state, phase="starved", reason=why), (Say(why),)
-            return replace(state, phase="failed", reason=reason), ()
+            return _without_regrown(state, reason, now_s, policy)
         case "checking", GatePassed():
             return _launch(state)
         case "checking", GateFailed(reason):
-            return replace(state, phase="failed", reason=reason), ()
+            return _without_regrown(state, reason, now_s, policy)
         case "checking", SpeedOff(chip, reason):
             return _lied(state, chip, reason, policy)
         case _:
             return state, ()
+
+
+def _without_regrown(state: State, reason: str, now_s: float, policy: Policy) -> Decided:
+    """Go back to the groups that ranks ran on; the job fails where none came back since then."""
+    if not state.regrown or len(state.regrown) == len(state.active):
+        return replace(state, phase="failed", reason=reason), ()
+    again = state.regrown
+    for group in again:  # nobody knows which of several it was; the others will answer again
+        state = _dropped(state, group, f"taken back in vain: {reason}", now_s, policy)
+    say = Say(f"going on without {', '.join(again)}, taken back in vain: {reason}")
+    return replace(state, phase="planning"), (say, MakePlan(state.active))
 
 
 def _lied(state: State, chip: str, reason: str, policy: Policy) -> Decided:
@@ -105,7 +116,7 @@ def _lied(state: State, chip: str, reason: str, policy: Policy) -> Decided:
 
 
 def _launch(state: State, *orders: Order) -> Decided:
-    state = replace(state, phase="running", launch=state.launch + 1, reason="")
+    state = replace(state, phase="running", launch=state.launch + 1, reason="", regrown=())
     return state, (*orders, Launch(state.launch))
 
 
@@ -170,7 +181,8 @@ def _dropped(state: State, group: str, reason: str, now_s: float, policy: Policy
     back = now_s + policy.grow_every_s * 2 ** (drops[group] - 1)
     failures = {name: count for name, count in state.failures.items() if name != group}
     dropped = {**state.dropped, group: Dropped(reason=reason, back_after_s=back)}
-    return replace(state, dropped=dropped, drops=drops, failures=failures)
+    regrown = tuple(name for name in state.regrown if name != group)
+    return replace(state, dropped=dropped, drops=drops, failures=failures, regrown=regrown)
 
 
 def _drop_asked(state: State, group: str, reason: str, now_s: float, policy: Policy) -> Decided:
@@ -197,7 +209,8 @@ def _take_back(state: State, group: str) -> Decided:
     if state.phase == "stopping":
         return state, ()
     dropped = {name: gone for name, gone in state.dropped.items() if name != group}
-    state, orders = _plan_anew(replace(state, dropped=dropped))
+    regrown = (*state.regrown, group)
+    state, orders = _plan_anew(replace(state, dropped=dropped, regrown=regrown))
     return state, (Say(f"group {group!r} is back"), *orders)
 
 

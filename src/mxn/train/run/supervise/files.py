@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mxn.train.run.held import hold
-from mxn.train.run.job import Job
+from mxn.train.run.job import Job, metrics_path
 
 
 @contextmanager
@@ -54,3 +55,20 @@ def last_line(path: Path) -> dict[str, Any]:
             file.seek(begin)
             lines = file.read().split(b"\n")
     return json.loads(lines[-2]) if len(lines) > 1 else {}
+
+
+class SignsOfLife:
+    """How long a launch has been silent: neither its metrics nor a log of a rank changes."""
+
+    def __init__(self, job: Job, launch: int) -> None:
+        self._metrics = metrics_path(job)
+        self._logs = Path(job.out) / "log" / f"launch-{launch}"
+        self._changed, self._seen_s = 0.0, time.monotonic()
+
+    def silent_s(self) -> float:
+        """Return the seconds since a change was first seen, by this machine's own clock."""
+        paths = [self._metrics, *self._logs.glob("*")]
+        changed = max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+        if changed != self._changed:
+            self._changed, self._seen_s = changed, time.monotonic()
+        return time.monotonic() - self._seen_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from mxn.errors import MxnError
+from mxn.errors import CapacityError, MxnError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.job import Job
 from mxn.train.run.supervise import words as w
@@ -25,6 +25,17 @@ class SpeedError(MxnError):
     def __init__(self, message: str, *, chip: str, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.chip = chip
+
+
+class NoPlaceError(CapacityError):
+    """Ranks have no place to run now, as a machine is gone or busy; later there may be one.
+
+    `group`: whose rank has none, None where nobody knows.
+    """
+
+    def __init__(self, message: str, *, group: str | None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.group = group
 
 
 class Probe(Protocol):

@@ -5,12 +5,12 @@ Knows no decisions. Whoever starts ranks (`launch.py`) gives a `Ranks`. Start at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from mxn.train.plan.plan import TrainPlan
-from mxn.train.run.control import LastWords
+from mxn.train.run.control import Control, LastWords
 from mxn.train.run.job import Job
 from mxn.train.run.supervise.words import RankDied
 
@@ -65,6 +65,11 @@ def culprit(deaths: list[Death]) -> RankDied:
         reason=_reason(first),
         is_users=kind == "user",
     )
+
+
+def with_words(death: Death, control: Control) -> Death:
+    """Return a death with what the rank left in the job's folder, where it could."""
+    return death if death.words else replace(death, words=control.words_of(death.rank))
 
 
 def _kind(death: Death) -> str:

@@ -19,24 +19,25 @@ from mxn.train.plan.plan import TrainPlan
 from mxn.train.run import scratch
 from mxn.train.run.checkpoint import find
 from mxn.train.run.checkpoint import manifest as manifests
-from mxn.train.run.control import Asked, Control
+from mxn.train.run.control import Asked, Control, write_whole
 from mxn.train.run.job import Job, metrics_path, status_path
 from mxn.train.run.supervise import status
 from mxn.train.run.supervise import words as w
 from mxn.train.run.supervise.decide import begin, decide
-from mxn.train.run.supervise.files import held_folders, last_launch, last_line
+from mxn.train.run.supervise.files import SignsOfLife, held_folders, last_launch, last_line
 from mxn.train.run.supervise.interrupts import Interrupts
 from mxn.train.run.supervise.needs import (
     GateError,
     Launch,
     MakePlan,
-    Probe,
+    NoPlaceError,
     RunGate,
     SpeedError,
     StartProbe,
     policy_of,
 )
-from mxn.train.run.supervise.ranks import Death, Launching, Ranks, culprit
+from mxn.train.run.supervise.probes import Probes
+from mxn.train.run.supervise.ranks import Launching, Ranks, culprit, with_words
 
 log = logging.getLogger("mxn.train")
 
@@ -64,15 +65,18 @@ class Supervisor:
         self.job, self.policy = job, policy_of(job)
         self.out = Path(job.out)
         self._make_plan, self._run_gate, self._launch = make_plan, run_gate, launch
-        self._start_probe, self._on_say = start_probe, on_say
+        self._on_say = on_say
+        self._probes: Probes | None = None
+        if start_probe is not None and self.policy.grow:
+            self._probes = Probes(job, start_probe, self.policy.grow_every_s)
         self.plan: TrainPlan | None = None
         self.ranks: Ranks | None = None
         self.said: deque[str] = deque(maxlen=20)
         self._events: deque[w.Event] = deque()
         self._first_death_s: float | None = None
-        self._sign_of_life: tuple[float, float] = (0.0, 0.0)  # of which file time, seen when
-        self._probes: dict[str, tuple[float, Probe | None]] = {}
+        self._signs: SignsOfLife | None = None  # of the launch
         self._written_s = 0.0
+        self._unwritten: set[str] = set()  # files that there was no room for
         self._interrupts = Interrupts()
         self._is_held = False
         self._asked: Asked | None = None
@@ -120,6 +124,7 @@ class Supervisor:
         for order in orders:
             match order:
                 case w.MakePlan(groups):
+                    self._forget_plans()
                     self._events.append(self._plan(groups))
                 case w.RunGate():
                     self._events.append(self._gate())
@@ -136,16 +141,22 @@ class Supervisor:
         self.said.append(text)
         (self._on_say or log.warning)(text)
 
+    def _forget_plans(self) -> None:
+        """Of two plans in one look only the last is `self.plan`, and so only that one is told."""
+        kept = (e for e in self._events if not isinstance(e, w.Planned | w.PlanFailed))
+        self._events = deque(kept)
+
     def _plan(self, groups: tuple[str, ...]) -> w.Event:
         self._write_status()
         try:
             with self._interrupts.leaving_at_once():
                 self.plan = self._make_plan(self.job, groups)
         except CapacityError as error:
-            return w.PlanFailed(str(error), is_capacity=True)
+            return w.PlanFailed(groups, str(error), is_capacity=True)
         except MxnError as error:
-            return w.PlanFailed(str(error), is_capacity=False)
-        (self.out / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
+            return w.PlanFailed(groups, str(error), is_capacity=False)
+        with self._without_room("plan.json"):
+            write_whole(self.out / "plan.json", self.plan.to_json())
         return w.Planned(groups)
 
     def _gate(self) -> w.Event:
@@ -172,15 +183,16 @@ class Supervisor:
         step = stored.manifest.position.step if stored else None
         self.state = replace(self.state, checkpoint_step=-1 if step is None else step)
         log_folder = self.out / "log" / f"launch-{number}"
-        log_folder.mkdir(parents=True, exist_ok=True)
         self._first_death_s = None
-        self._sign_of_life = (0.0, time.monotonic())
-        self.ranks = self._launch(
-            Launching(
-                job=self.job, plan=self.plan, launch=number, resume_step=step,
-                log_folder=log_folder,
-            )
-        )  # fmt: skip
+        self._signs = SignsOfLife(self.job, number)
+        launching = Launching(
+            job=self.job, plan=self.plan, launch=number, resume_step=step, log_folder=log_folder
+        )
+        try:
+            log_folder.mkdir(parents=True, exist_ok=True)
+            self.ranks = self._launch(launching)
+        except (MxnError, OSError) as error:
+            self._events.append(_not_started(error))
 
     def _kill(self) -> None:
         if self.ranks is not None:
@@ -199,7 +211,9 @@ class Supervisor:
             self._events.append(w.Saved(newest))
         if self.ranks is not None:
             self._watch(self.ranks)
-        self._probe_dropped()
+        if self._probes is not None:
+            answered = self._probes.answered(self.state.dropped, time.monotonic())
+            self._events.extend(map(w.Answered, answered))
         if self.state.phase == "backing_off" and time.monotonic() >= self.state.resume_at_s:
             self._events.append(w.Tick())
 
@@ -220,38 +234,14 @@ class Supervisor:
             now = time.monotonic()
             self._first_death_s = self._first_death_s or now
             if ranks.have_ended() or now - self._first_death_s > _GRACE_S:
-                told = [_with_words(death, control) for death in deaths]
+                told = [with_words(death, control) for death in deaths]
                 self._events.append(culprit(told))
         elif ranks.have_ended():
             self.ranks = None
             self._events.append(w.RanksEnded(control.is_finished()))
-        elif self._is_stalled():
+        elif self._signs is not None and self._signs.silent_s() > self.job.faults.stall_s:
             text = f"no step and no other sign of life for {self.job.faults.stall_s:g} s"
             self._events.append(w.RankDied(None, text))
-
-    def _is_stalled(self) -> bool:
-        logs = (self.out / "log" / f"launch-{self.state.launch}").glob("*")
-        paths = [metrics_path(self.job), *logs]
-        changed = max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
-        if changed != self._sign_of_life[0]:
-            self._sign_of_life = (changed, time.monotonic())
-        return time.monotonic() - self._sign_of_life[1] > self.job.faults.stall_s
-
-    def _probe_dropped(self) -> None:
-        if self._start_probe is None or not self.policy.grow:
-            return
-        now = time.monotonic()
-        for group, gone in self.state.dropped.items():
-            next_s, probe = self._probes.get(group, (gone.back_after_s, None))
-            if probe is not None:
-                answer = probe.answer()
-                if answer is None:
-                    continue
-                if answer:
-                    self._events.append(w.Answered(group))
-                self._probes[group] = (now + self.policy.grow_every_s, None)
-            elif now >= max(next_s, gone.back_after_s):
-                self._probes[group] = (now, self._start_probe(self.job, group))
 
     # -- files, signals --------------------------------------------------------------------------
 
@@ -264,11 +254,22 @@ class Supervisor:
 
     def _write_status(self) -> None:
         self._written_s = time.monotonic()
-        status.write(
-            status_path(self.job), self.job.name, self.state,
-            self.plan.fingerprint if self.plan else None,
-            last=last_line(metrics_path(self.job)), said=tuple(self.said),
-        )  # fmt: skip
+        with self._without_room("status.json"):
+            status.write(
+                status_path(self.job), self.job.name, self.state,
+                self.plan.fingerprint if self.plan else None,
+                last=last_line(metrics_path(self.job)), said=tuple(self.said),
+            )  # fmt: skip
+
+    @contextmanager
+    def _without_room(self, name: str) -> Iterator[None]:
+        """A full disk costs what the file tells, not the run; said once."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._unwritten:
+                self._unwritten.add(name)
+                self.say(f"{name} cannot be written, the job goes on: {error}")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -287,9 +288,8 @@ class Supervisor:
                 self._is_held = False
 
 
-def _with_words(death: Death, control: Control) -> Death:
-    if death.words is not None:
-        return death
-    return Death(
-        rank=death.rank, group=death.group, code=death.code, words=control.words_of(death.rank)
-    )
+def _not_started(error: MxnError | OSError) -> w.RankDied:
+    """A machine or room on a disk may be there later; wrong input stays wrong."""
+    group = error.group if isinstance(error, NoPlaceError) else None
+    is_users = isinstance(error, UserError) and not isinstance(error, NoPlaceError)
+    return w.RankDied(group, f"ranks could not be started: {error}", is_users)

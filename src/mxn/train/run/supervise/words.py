@@ -52,6 +52,7 @@ class State:
     restarts: int = 0  # without a new checkpoint in between
     failures: Mapping[str, int] = field(default_factory=dict)  # of a group, likewise
     drops: Mapping[str, int] = field(default_factory=dict)  # how often a group was dropped
+    regrown: tuple[str, ...] = ()  # taken back since ranks last ran: no plan with them has worked
     checkpoint_step: int = -1  # the newest complete one
     resume_at_s: float = 0.0
     lies: frozenset[str] = frozenset()  # chips that the job was planned again for
@@ -65,6 +66,7 @@ class State:
         """What holds in every state; tests call it after each step."""
         assert self.active, "a job has at least one group"
         assert set(self.dropped) <= set(self.groups)
+        assert set(self.regrown) <= set(self.active)
         assert min([self.restarts, self.launch, *self.failures.values()]) >= 0
 
 
@@ -78,6 +80,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class PlanFailed:
+    groups: tuple[str, ...]  # as of a plan: for others than the active ones it is out of date
     reason: str
     is_capacity: bool  # the groups are too small, which another group may change
 
