@@ -90,8 +90,9 @@ class Checkpointer:
         started = time.perf_counter()
         self._join()
         waited = time.perf_counter()
-        copies = {layer: self._copy(layer, tensors) for layer, tensors in layers.items()}
-        own = self._copy(None, of_rank or {})
+        done: dict[int, Tensor] = {}
+        copies = {layer: self._copy(layer, tensors, done) for layer, tensors in layers.items()}
+        own = self._copy(None, of_rank or {}, done)
         _synchronize([*layers.values(), of_rank or {}])
         self.costs.wait_s += waited - started
         self.costs.copy_s += time.perf_counter() - waited
@@ -119,18 +120,28 @@ class Checkpointer:
 
     # -- in the caller's thread ------------------------------------------------------------------
 
-    def _copy(self, layer: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to host memory that is kept for the next time (pinned where a device copies)."""
+    def _copy(
+        self, layer: int | None, tensors: Mapping[str, Tensor], done: dict[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """Copy to host memory that is kept for the next time (pinned where a device copies).
+
+        `done`: the copies of this save by their source. A matrix that embedding and head share is
+        copied once.
+        """
         import torch
 
         copies = {}
         for name, tensor in tensors.items():
+            if id(tensor) in done:
+                copies[name] = done[id(tensor)]
+                continue
             buffer = self._buffers.get((layer, name))
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 is_away = tensor.device.type != "cpu"
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_away)
                 self._buffers[layer, name] = buffer
             copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+            done[id(tensor)] = buffer
         return copies
 
     # -- in the thread ---------------------------------------------------------------------------
