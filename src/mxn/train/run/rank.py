@@ -93,6 +93,8 @@ def _connect(job: Job, spec: RankSpec, placement: Placement, device: Device) -> 
     rate = job.group(spec.group).link_bytes_per_s
     options = BridgeOptions(
         timeout_s=job.faults.stall_s,
+        # Under a quota imports alone may take minutes; the supervisor sees a rank that has ended.
+        connect_timeout_s=max(60.0, job.faults.stall_s),
         wire_dtype=job.plan.wire_dtype,
         limit=LinkLimit(bytes_per_s=rate) if rate is not None else None,
     )
