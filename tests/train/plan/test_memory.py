@@ -7,6 +7,7 @@ import pytest
 from mxn.train.plan.costs import largest_share
 from mxn.train.plan.memory import (
     FLOAT32,
+    SAVED_BYTES,
     MemoryModel,
     anew_bytes,
     in_flight,
@@ -23,6 +24,20 @@ BLOCK = LayerShape(
 def test_mixed_precision_takes_sixteen_bytes_a_parameter():
     assert MemoryModel().state_bytes == 16
     assert FLOAT32.state_bytes == 16
+
+
+def test_copies_for_checkpoints_count_for_what_a_device_owns():
+    def parts(model):
+        return stage_parts(
+            params=100, owned_params=25, kept_per_micro_batch=0, working_bytes=0,
+            micro_batches_kept=0, model=model, framework_bytes=0,
+        )  # fmt: skip
+
+    model = replace(FLOAT32, saved_bytes=SAVED_BYTES)
+    assert parts(model).copies == 25 * 12
+    assert parts(model).total == parts(FLOAT32).total + 25 * 12
+    assert parts(replace(model, trainable_share=0.1)).copies == pytest.approx(25 * 1.2)
+    assert model.state_bytes == 16 + 12
 
 
 def test_earlier_stages_keep_more_micro_batches_under_1f1b():

@@ -42,6 +42,7 @@ def test_each_shape_of_a_line_is_known():
         (b"{", "is not JSON"),
         (b"\xff{}", "is not UTF-8"),
         (b"[" * 100_000, "is not JSON"),
+        (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "number that is too long"),
         (b"[1]", "is a JSON list"),
         (b"{}", "has neither"),
         (b'{"text": ""}', "empty or odd text"),

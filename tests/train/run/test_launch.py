@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,16 +19,20 @@ from mxn.chips.sim.testing import skip_reason
 from mxn.errors import UserError
 from mxn.train.plan.plan import Pipeline, TrainPlan
 from mxn.train.run import cpu_share
+from mxn.train.run.bridge import Bridge
 from mxn.train.run.control import Control
-from mxn.train.run.job import Job, metrics_path
+from mxn.train.run.job import FaultSettings, Job, metrics_path
 from mxn.train.run.launch import LocalRanks, device_of, launch, launching_of
 from mxn.train.run.owner import Owner
+from mxn.train.run.placement import Placement
+from mxn.train.run.rank import _connect
 from mxn.train.run.track import read_metrics
 from support.forked_start import quickly
 from support.launches import group, on_one_device, small_job
 from support.parity_cases import plan_of
 
 needs_sim = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
+ALONE = plan_of((8, [[(0, 6)]]))
 TWO_STAGES = plan_of((8, [[(0, 3)], [(3, 6)]]))
 DEADLINE_S = 150
 
@@ -57,6 +62,17 @@ def wait_for_step(job: Job, step: int, ranks: LocalRanks) -> None:
         assert not ranks.deaths(), ranks.tail(ranks.deaths()[0].rank)
         assert time.monotonic() < deadline, "no step in time"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("stall_s", "waits_s"), [(600.0, 600.0), (0.5, 60.0)])
+def test_ranks_wait_for_each_other_as_long_as_for_a_step(tmp_path, monkeypatch, stall_s, waits_s):
+    """Their quotas hold from the first import on: with a small one that takes minutes."""
+    asked = []
+    monkeypatch.setattr(Bridge, "connect", lambda *_, options, **__: asked.append(options))
+    job = small_job(tmp_path, 3, [group()], faults=FaultSettings(stall_s=stall_s))
+    spec, placement = SimpleNamespace(group="all", store="", rank=0, island=None), Placement(ALONE)
+    _connect(job, spec, placement, device=None)
+    assert (asked[0].connect_timeout_s, asked[0].timeout_s) == (waits_s, stall_s)
 
 
 @needs_sim

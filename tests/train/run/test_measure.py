@@ -11,7 +11,7 @@ from mxn.chips.chip import Device
 from mxn.chips.sim.testing import sim
 from mxn.errors import CapacityError, ConfigError
 from mxn.train.plan.links import ring_s
-from mxn.train.plan.memory import MIXED
+from mxn.train.plan.memory import FLOAT32, MIXED, SAVED_BYTES
 from mxn.train.run import cpu_share, measure, stored
 from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
 from mxn.train.run.job_devices import members_of, pairs_of
@@ -155,10 +155,22 @@ def test_a_group_with_a_dtype_of_its_own_keeps_what_that_takes(job, found, no_ra
     narrow = replace(job, devices=(job.devices[0], replace(job.devices[1], dtype="bfloat16")))
     bench = measure._Bench(narrow, (1,))
     (profile,) = found.profiles.values()
-    own = bench._with_dtype(replace(profile, chip=bench.label(narrow.devices[1])))
-    assert own.memory == MIXED
+    own = bench._with_memory(replace(profile, chip=bench.label(narrow.devices[1])))
+    assert own.memory == replace(MIXED, saved_bytes=SAVED_BYTES)
     assert own.width == 0.5
-    assert bench._with_dtype(profile) == profile
+
+
+def test_only_a_rank_on_the_processor_keeps_checkpoints_beside_its_own(job, found, no_ranks):
+    """Its copies lay in memory that the planner took for free."""
+    (profile,) = found.profiles.values()
+    assert profile.memory == replace(FLOAT32, saved_bytes=SAVED_BYTES)
+    assert profile.width == 1
+    bench = measure._Bench(job, (1,))
+    plain = replace(profile, memory=None)
+    assert bench._with_memory(plain) == profile
+    for rank, device in bench.devices.by_rank.items():
+        bench.devices.by_rank[rank] = replace(device, torch_device="npu:0")
+    assert bench._with_memory(plain) == plain
 
 
 def test_other_conditions_are_measured_anew(job, found, no_ranks):

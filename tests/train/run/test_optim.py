@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxn.errors import ConfigError, UserError
+from mxn.train.run import optim
 from mxn.train.run.optim import AdamSettings, AdamW, GradientSums, clip_factor, trainable
 from mxn.train.run.weights import ModelSource
 from support import tiny
@@ -42,6 +44,43 @@ def test_steps_are_those_of_torch(source):
         reference.step()
     for got, want in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert relative(got, want) < 1e-5
+
+
+def random_steps(source, piece_values, monkeypatch):
+    """Three steps of AdamW on made-up gradients; return all state and the largest new tensor."""
+    monkeypatch.setattr(optim, "PIECE_VALUES", piece_values)
+    stage = whole_stage(source)
+    sums, optimizer = GradientSums(stage), AdamW(stage, ADAM)
+    generator = torch.Generator().manual_seed(1)
+    largest = LargestNew()
+    for _ in range(3):
+        for key in sums:
+            sums[key].normal_(generator=generator)
+        with largest:
+            optimizer.step(sums, 1e-2, scale=0.3)
+    layers = range(source.num_layers)
+    return [t for layer in layers for t in optimizer.layer_state(layer).values()], largest.values
+
+
+class LargestNew(TorchDispatchMode):
+    """Counts the values of tensors that operators make, but for views and work in place."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and func._schema.returns[0].alias_info is None:
+            self.values = max(self.values, out.numel())
+        return out
+
+
+def test_an_update_piece_by_piece_is_the_same_to_the_bit_and_takes_little_memory(
+    source, monkeypatch
+):
+    whole, before = random_steps(source, 1 << 30, monkeypatch)
+    pieces, largest = random_steps(source, 1000, monkeypatch)
+    assert all(map(torch.equal, whole, pieces))
+    assert largest <= 1000 < before
 
 
 def test_a_shared_matrix_is_updated_once(source):

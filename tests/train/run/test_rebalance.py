@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 from mxn.errors import InternalError
 from mxn.train.plan.search.shares import Pace, finish_s
 from mxn.train.run import counts_log
+from mxn.train.run.job import RebalanceSettings, metrics_path
+from mxn.train.run.rank import _Shares
 from mxn.train.run.rebalance import (
     Change,
     Load,
@@ -23,6 +28,7 @@ from mxn.train.run.rebalance import (
     with_counts,
 )
 from support import tiny_plans
+from support.launches import group, small_job
 
 paces = st.builds(
     Pace, st.floats(0, 10, allow_subnormal=False), st.floats(1e-3, 10, allow_subnormal=False)
@@ -211,6 +217,70 @@ def test_steps_that_are_done_again_have_the_counts_they_had(tmp_path):
         assert job.counts == (9, 3)
     counts_log.forget(tmp_path)
     assert counts_log.read_all(tmp_path) == []
+
+
+def test_steps_in_which_nothing_changed_are_done_again_without_a_change():
+    """The second run has other measurements: its first decision waits for the first new step."""
+    rows = [Pace(0, 1.0), Pace(0, 2.0)]
+    job = rebalancer(plan(6, 6), first_step=100, num_done=180)
+    (found,) = run(job, rows, 100, first=100)
+    assert (found.step, found.after) == (180, (8, 4))
+    job = rebalancer(plan(6, 6), first_step=178, num_done=180)  # too few of them to decide by
+    (found,) = run(job, rows, 100, first=178)
+    assert found.step == 178 + 2 + 5
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=4),
+    st.integers(0, 1000),
+)
+def test_no_step_is_done_again_with_other_counts_however_often_a_run_is_killed(kills, seed):
+    """Each kill: steps until then, and how far back the checkpoint is. Chips change their speed."""
+    draw, planned, first, reached, counts = random.Random(seed), plan(8, 8), 0, 0, {}
+    with TemporaryDirectory() as folder:
+        for steps, back in [*kills, (30, 0)]:
+            num_done = counts_log.begin(Path(folder), planned.fingerprint, reached)
+            assert num_done == len(counts)  # also of steps that are not reached again
+            known = counts_log.since(counts_log.read(Path(folder), planned.fingerprint), first)
+            job = rebalancer(planned, first_step=first, recorded=known, num_done=num_done)
+            rows = [Pace(0, draw.uniform(0.5, 2)) for _ in range(2)]
+            for step in range(first, first + steps):
+                assert counts.setdefault(step, job.counts) == job.counts
+                for one in run(job, rows, 1, noise=0.01, seed=step, first=step):
+                    counts_log.append(Path(folder), planned.fingerprint, one)
+            reached = first + steps
+            first = max(0, reached - back)
+
+
+def test_steps_of_another_plan_hold_nothing_up(tmp_path):
+    assert counts_log.begin(tmp_path, "first", 0) == 0
+    assert counts_log.begin(tmp_path, "second", 180) == 0
+    assert counts_log.begin(tmp_path, "second", 150) == 150
+    assert counts_log.begin(tmp_path, "first", 120) == 180
+    assert counts_log.begin(tmp_path, "second", 110) == 150
+    counts_log.forget(tmp_path)
+    assert counts_log.begin(tmp_path, "second", 150) == 0
+
+
+def test_the_first_rank_tells_all_what_was_done(tmp_path):
+    planned = plan(6, 6)
+    job = small_job(tmp_path, 300, [group("a", count=2)], rebalance=RebalanceSettings())
+    counts_log.begin(Path(job.out), planned.fingerprint, 0)
+    rows = "".join(f'{{"step": {step}}}\n' for step in range(180))
+    metrics_path(job).write_text(rows)
+    told = []
+
+    def shares(rank):
+        bridge = SimpleNamespace(rank=rank, gather=lambda mine: (told.append(mine), told[:1])[1])
+        trainer = SimpleNamespace(
+            placement=SimpleNamespace(plan=planned), bridge=bridge, step=100, counts=(6, 6)
+        )
+        return _Shares(job, trainer, keeper=None)._rebalancer
+
+    for rank in range(2):
+        (found,) = run(shares(rank), [Pace(0, 1.0), Pace(0, 2.0)], 100, first=100)
+        assert found.step == 180
 
 
 def test_decisions_go_on_behind_the_last_recorded_one():

@@ -89,6 +89,8 @@ def test_counts_follow_the_speeds_and_are_the_same_behind_a_restart(job, monkeyp
     assert (first.step, first.before) == (6, (12, 12))
     assert 13 <= first.after[0] <= 20  # 16 : 8 are right; a busy machine leaves other speeds
     assert first.each_s[1] / first.each_s[0] == pytest.approx(2, rel=0.5)
+    # The metrics of the killed ranks were read before they were cut off.
+    assert counts_log.begin(Path(job.out), planned.fingerprint, 0) >= 9
     rows = steps()
     assert [row["pipeline0_micro_batches"] for row in rows[:7]] == [12] * 6 + [first.after[0]]
     assert rows[-1]["pipeline0_micro_batches"] == changes[-1].after[0]

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxn.train.plan.memory import FLOAT32, MIXED, flight_bytes
+from mxn.train.plan.memory import FLOAT32, MIXED, SAVED_BYTES, flight_bytes
 from mxn.train.run.chains import Workload, chains_of, made_up_batch, make_chain
+from mxn.train.run.checkpoint import Checkpointer, Position, find
+from mxn.train.run.checkpoint.writer import Identity
 from mxn.train.run.executor import AHEAD
 from mxn.train.run.layer_times import kept_bytes
+from mxn.train.run.optim import AdamSettings, AdamW, trainable
 from mxn.train.run.weights import ModelSource
 from mxn.train.shapes import biases_of, model_shape
 from support import tiny
@@ -115,3 +118,27 @@ def vars_of(batch):
 
 def test_there_are_as_many_buffers_as_the_runner_posts():
     assert FLOAT32.messages == MIXED.messages == AHEAD + 2  # one in use, one that leaves
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_save_leaves_as_many_bytes_as_the_planner_counts(dtype, tmp_path):
+    """The embedding is the head too: one copy."""
+    source, _ = opened("llama3", tmp_path, dtype)
+    stage = source.empty_stage(0, source.num_layers, dtype=getattr(torch, dtype))
+    for parameter in stage.parameters():
+        torch.nn.init.normal_(parameter)
+    optimizer = AdamW(stage, AdamSettings())
+    identity = Identity(
+        job="j", plan="p", plan_json="{}", num_layers=source.num_layers, num_ranks=1, launch=1
+    )
+    writer = Checkpointer(tmp_path / "checkpoints", rank=0, identity=identity, keep=1)
+    for step in (1, 2):
+        layers = {layer: optimizer.layer_state(layer) for layer in range(source.num_layers)}
+        writer.save(Position(step=step, micro_batch=0), layers)
+    writer.close()
+    kept = sum(buffer.nbytes for buffer in writer._buffers.values())
+    assert kept == SAVED_BYTES * sum(p.numel() for p in trainable(stage).values())
+    stored = find(tmp_path / "checkpoints", "newest")
+    for layer in range(source.num_layers):
+        for name, tensor in stored.layer(layer).items():
+            assert torch.equal(tensor, optimizer.layer_state(layer)[name])

@@ -26,6 +26,7 @@ class MemoryModel:
     grad_bytes: float = 2.0
     optimizer_bytes: float = 12.0  # float32 weights and both moments; all that ZeRO-1 shares out
     reduce_bytes: float = 2.0  # of a gradient value on the wire between pipelines
+    saved_bytes: float = 0.0  # as `optimizer_bytes`: what a save copies, if to the device's memory
     trainable_share: float = 1.0  # of the parameters; small for LoRA
     headroom: float = 0.0  # share on top of everything but the framework, for fragmentation
     # What a micro-batch in flight brings in and hands on: the share that is kept beside what
@@ -38,7 +39,8 @@ class MemoryModel:
     @property
     def state_bytes(self) -> float:
         """Per parameter with nothing shared out."""
-        return self.weight_bytes + self.trainable_share * (self.grad_bytes + self.optimizer_bytes)
+        trained = self.grad_bytes + self.optimizer_bytes + self.saved_bytes
+        return self.weight_bytes + self.trainable_share * trained
 
 
 # Four receives ahead (`run.executor.AHEAD`), a gradient in use and one that leaves.
@@ -55,6 +57,10 @@ MIXED = MemoryModel(
     outputs_kept=1, messages=_MESSAGES, shares_layers=True,
 )  # fmt: skip
 """What it keeps in 16 bit: gradients are summed in float32."""
+
+SAVED_BYTES = 12.0
+"""Of a trained parameter in a checkpoint: float32 weight and both moments. A rank on the processor
+has them twice from its first save on, as copies in host memory are kept for the next one."""
 
 
 def kept_bytes(
@@ -133,10 +139,12 @@ class Parts(NamedTuple):
     messages: float
     headroom: float
     framework: float
+    copies: float = 0.0  # of the state, for checkpoints
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.messages + self.headroom + self.framework
+        held = self.state + self.copies + self.activations + self.messages
+        return held + self.headroom + self.framework
 
 
 def stage_parts(
@@ -154,9 +162,11 @@ def stage_parts(
     """Return on what the bytes of a device go.
 
     `params` are on this device (already divided by tensor parallelism); of `owned_params` it keeps
-    the optimizer state. `working_bytes` is what recomputation makes anew of the largest layer; 0
-    when nothing is recomputed. `message_bytes` are those of the largest message. For so many as
-    `summed_params` it has memory in which gradients are summed as whole tensors.
+    the optimizer state, and copies it for checkpoints: at most, for holders of a layer that do not
+    share the optimizer out write it in turn. `working_bytes` is what recomputation makes anew of
+    the largest layer; 0 when nothing is recomputed. `message_bytes` are those of the largest
+    message. For so many as `summed_params` it has memory in which gradients are summed as whole
+    tensors.
     """
     per_param = model.weight_bytes + model.trainable_share * model.grad_bytes
     state = params * per_param
@@ -164,5 +174,6 @@ def stage_parts(
     state = state + summed_params * (model.reduce_bytes * model.trainable_share)
     activations = kept_per_micro_batch * micro_batches_kept + working_bytes
     messages = model.messages * message_bytes
-    headroom = (state + activations + messages) * model.headroom
-    return Parts(state, activations, messages, headroom, framework_bytes)
+    copies = owned_params * (model.saved_bytes * model.trainable_share)
+    headroom = (state + copies + activations + messages) * model.headroom
+    return Parts(state, activations, messages, headroom, framework_bytes, copies)

@@ -1,8 +1,10 @@
 """`micro-batches.jsonl` in a job's folder: how a run shared out its micro-batches again, and why.
 
 Rank 0 writes a line before the first step with other counts. Ranks that start again behind a
-checkpoint read it and do the same steps with the same counts, to the bit; commands show it. Knows
-files; decides nothing. Start at `read`.
+checkpoint read it and do the same steps with the same counts, to the bit; commands show it. That
+nothing was changed is no line: `micro-batches-done.json` keeps how many steps were done with each
+plan, so that none of them is done again with counts decided anew. Knows files; decides nothing.
+Start at `read`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from mxn.train.run.control import write_whole
 from mxn.train.run.rebalance import Change, Since
 
 NAME = "micro-batches.jsonl"
+DONE_NAME = "micro-batches-done.json"
 
 
 def read(out: Path, plan: str | None) -> list[Change]:
@@ -42,7 +45,24 @@ def append(out: Path, plan: str, change: Change) -> None:
 
 def forget(out: Path) -> None:
     """Remove all decisions: the job's steps begin anew, or are done with the plan's own counts."""
-    (out / NAME).unlink(missing_ok=True)
+    for name in (NAME, DONE_NAME):
+        (out / name).unlink(missing_ok=True)
+
+
+def begin(out: Path, plan: str, num_done: int) -> int:
+    """Say that ranks start with a plan; return how many steps any before them did with it.
+
+    `num_done`: steps up to the last one that was ever reached by the ranks that ran before these,
+    whose plan may have been another. Steps of another plan hold nothing up in this one.
+    """
+    path = out / DONE_NAME
+    marks: dict[str, int] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if marks:
+        before = list(marks)[-1]  # the plan of the last start
+        marks[before] = max(marks[before], num_done)
+    mine = marks.pop(plan, 0)
+    write_whole(path, json.dumps(marks | {plan: mine}))
+    return mine
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mxn.train.plan.memory import FLOAT32, MIXED, MemoryModel
+from mxn.train.plan.memory import FLOAT32, MIXED, SAVED_BYTES, MemoryModel
 from mxn.train.plan.shape import ModelShape
 from mxn.train.run.job import Dtype, Job
 from mxn.train.run.measured import Model
@@ -60,7 +60,13 @@ def trainable_params(job: Job, source: ModelSource) -> int:
     return total
 
 
-def memory_of(job: Job, *, trainable_share: float = 1.0, dtype: Dtype | None = None) -> MemoryModel:
-    """Return what the trainer keeps for each parameter in a dtype, default the job's."""
+def memory_of(
+    job: Job, *, trainable_share: float = 1.0, dtype: Dtype | None = None, is_on_host: bool = False
+) -> MemoryModel:
+    """Return what the trainer keeps for each parameter in a dtype, default the job's.
+
+    `is_on_host`: on the processor, whose memory also takes what a save copies.
+    """
     like = FLOAT32 if (dtype or job.dtype) == "float32" else MIXED
-    return replace(like, trainable_share=trainable_share)
+    saved_bytes = SAVED_BYTES if is_on_host else 0.0
+    return replace(like, trainable_share=trainable_share, saved_bytes=saved_bytes)

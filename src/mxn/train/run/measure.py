@@ -231,7 +231,7 @@ class _Bench:
             cluster=cluster,
             profiles={
                 label: with_sums(
-                    self._with_dtype(profile.to_chip_profile()), cluster.groups, self.shape
+                    self._with_memory(profile.to_chip_profile()), cluster.groups, self.shape
                 )
                 for label, profile in profiles.items()
             },
@@ -241,19 +241,19 @@ class _Bench:
             is_reused=is_reused,
         )
 
-    def _with_dtype(self, profile: ChipProfile) -> ChipProfile:
-        """Say what a group with a dtype of its own keeps, and how wide its values are."""
-        dtypes: set[Dtype | None] = {
-            g.dtype for g in self.job.devices if self.devices.label(g) == profile.chip
-        }
-        dtype = next(iter(dtypes), None)
-        if dtype is None or dtype == self.job.dtype:
+    def _with_memory(self, profile: ChipProfile) -> ChipProfile:
+        """Say what groups keep that compute on the processor or in a dtype of their own, and how
+        wide their values are.
+        """
+        groups = [g for g in self.job.devices if self.label(g) == profile.chip]
+        dtype: Dtype = next((g.dtype for g in groups if g.dtype), self.job.dtype)
+        is_on_host = any(self.devices.device(g).torch_device == "cpu" for g in groups)
+        if dtype == self.job.dtype and not is_on_host:
             return profile
-        return replace(
-            profile,
-            memory=memory_of(self.job, trainable_share=self.trainable_share, dtype=dtype),
-            width=BYTES[dtype] / BYTES[self.job.dtype],
+        memory = memory_of(
+            self.job, trainable_share=self.trainable_share, dtype=dtype, is_on_host=is_on_host
         )
+        return replace(profile, memory=memory, width=BYTES[dtype] / BYTES[self.job.dtype])
 
 
 def middle(rows: Sequence[tuple[Reading, ...]]) -> tuple[Reading, ...]:

@@ -8,7 +8,7 @@ Start at `AdamW`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from mxn.errors import ConfigError, UserError
 from mxn.train.run.net import StageModule
+
+PIECE_VALUES = 1 << 22
+"""Of a parameter that are updated at once. An update takes two float32 values beside each, which
+for a whole embedding would be memory that no plan knows of."""
 
 Key = tuple[int, str]
 """Plan layer and full name of a parameter."""
@@ -161,21 +165,27 @@ class AdamW:
     def step(self, gradients: GradientSums, learning_rate: float, *, scale: float = 1.0) -> None:
         """Update once with ``gradients · scale``: scale is clipping / tokens of the whole batch."""
         self.num_steps += 1
+        for key, slot in self._slots.items():
+            decay = 1 - learning_rate * slot.weight_decay
+            for piece in _pieces(gradients[key], slot.master, slot.exp_avg, slot.exp_avg_sq):
+                self._update(*piece, scale=scale, learning_rate=learning_rate, decay=decay)
+            if slot.master.dtype != slot.parameter.dtype:  # else it is the parameter's own memory
+                slot.parameter.data.copy_(slot.master)
+
+    def _update(
+        self, gradient: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+        *, scale: float, learning_rate: float, decay: float,
+    ) -> None:  # fmt: skip
         settings = self.settings
         first = 1 - settings.beta1**self.num_steps
         second = math.sqrt(1 - settings.beta2**self.num_steps)
-        for key, slot in self._slots.items():
-            gradient = gradients[key] * scale
-            slot.exp_avg.lerp_(gradient, 1 - settings.beta1)
-            slot.exp_avg_sq.mul_(settings.beta2).addcmul_(
-                gradient, gradient, value=1 - settings.beta2
-            )
-            if slot.weight_decay:
-                slot.master.mul_(1 - learning_rate * slot.weight_decay)
-            spread = slot.exp_avg_sq.sqrt().div_(second).add_(settings.eps)
-            slot.master.addcdiv_(slot.exp_avg, spread, value=-learning_rate / first)
-            if slot.master.dtype != slot.parameter.dtype:  # else it is the parameter's own memory
-                slot.parameter.data.copy_(slot.master)
+        gradient = gradient * scale
+        exp_avg.lerp_(gradient, 1 - settings.beta1)
+        exp_avg_sq.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
+        if decay != 1:
+            master.mul_(decay)
+        spread = exp_avg_sq.sqrt().div_(second).add_(settings.eps)
+        master.addcdiv_(exp_avg, spread, value=-learning_rate / first)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         """Return ``<name>.exp_avg``, ``.exp_avg_sq`` and ``.master`` of a layer, not copied.
@@ -254,6 +264,13 @@ def clip_factor(norm: float, max_norm: float | None) -> float:
     if max_norm is None or norm <= max_norm:
         return 1.0
     return max_norm / norm
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Yield tensors of one shape piece by piece, as views; whole where they are small."""
+    if tensors[0].numel() <= PIECE_VALUES or not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    return zip(*(t.view(-1).split(PIECE_VALUES) for t in tensors), strict=True)
 
 
 def _slot(parameter: nn.Parameter, settings: AdamSettings) -> _Slot:

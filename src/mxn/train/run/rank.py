@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mxn.errors import ChipError, NotFoundError
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.control import Control
-from mxn.train.run.job import Job
+from mxn.train.run.job import Job, metrics_path
 from mxn.train.run.launch import RankSpec
 from mxn.train.run.placement import Placement
 
@@ -100,6 +100,8 @@ def _connect(job: Job, spec: RankSpec, placement: Placement, device: Device) -> 
     rate = job.group(spec.group).link_bytes_per_s
     options = BridgeOptions(
         timeout_s=job.faults.stall_s,
+        # Under a quota imports alone may take minutes; the supervisor sees a rank that has ended.
+        connect_timeout_s=max(60.0, job.faults.stall_s),
         wire_dtype=job.plan.wire_dtype,
         limit=LinkLimit(bytes_per_s=rate) if rate is not None else None,
     )
@@ -140,7 +142,7 @@ def _train(job: Job, spec: RankSpec, opened: Opened, trainer: RankTrainer) -> No
     )
     trainer.step = keeper.resume(spec.resume_step).step
     trainer.align(judge=False)  # chips with another dtype begin with other roundings
-    shares = _Shares(job, trainer, keeper)
+    shares = _Shares(job, trainer, keeper)  # reads the metrics, which the tracker cuts off
     tracker = None
     if spec.rank == 0:
         tracker = Tracker(Path(job.out), job.tracking, name=job.name, first_step=trainer.step)
@@ -176,6 +178,7 @@ class _Shares:
         """All ranks make theirs at the same time: the first one reads, and tells the others."""
         from mxn.train.run import counts_log
         from mxn.train.run.rebalance import Rebalancer
+        from mxn.train.run.track import num_steps
 
         plan = trainer.placement.plan
         self._out, self._plan = Path(job.out), plan.fingerprint
@@ -184,11 +187,14 @@ class _Shares:
         if not job.rebalances or len(plan.pipelines) == 1:
             return
         known: list[Since] = []
+        num_done = 0
         if trainer.bridge.rank == 0:
             known = counts_log.since(counts_log.read(self._out, self._plan), trainer.step)
+            num_done = counts_log.begin(self._out, self._plan, num_steps(metrics_path(job)))
+        num_done, recorded = _told(trainer.bridge, num_done, known, len(plan.pipelines))
         self._rebalancer = Rebalancer(
             plan, every_steps=job.rebalance.every_steps, least_gain=job.rebalance.least_gain,
-            first_step=trainer.step, recorded=_told(trainer.bridge, known, len(plan.pipelines)),
+            first_step=trainer.step, recorded=recorded, num_done=num_done,
         )  # fmt: skip
         self._use(self._rebalancer.counts)
 
@@ -213,14 +219,16 @@ class _Shares:
             self._keeper.use(self._trainer.placement.plan)
 
 
-def _told(bridge: Bridge, known: list[Since], num_pipelines: int) -> list[Since]:
-    """Return what rank 0 knows. Others do not read its file: a shared folder may be behind."""
+def _told(
+    bridge: Bridge, num_done: int, known: list[Since], num_pipelines: int
+) -> tuple[int, list[Since]]:
+    """Return what rank 0 knows. Others do not read its files: a shared folder may be behind."""
     size = 1 + num_pipelines
-    count = int(bridge.gather([float(len(known))])[0][0])
+    num_done, count = map(int, bridge.gather([float(num_done), float(len(known))])[0])
     mine = [float(number) for step, counts in known for number in (step, *counts)]
     flat = bridge.gather(mine or [0.0] * (count * size))[0] if count else []
     rows = [[int(number) for number in flat[at : at + size]] for at in range(0, len(flat), size)]
-    return [(step, tuple(counts)) for step, *counts in rows]
+    return num_done, [(step, tuple(counts)) for step, *counts in rows]
 
 
 def metrics(told: RankStep, positions: int) -> dict[str, float | int | None]:

@@ -194,18 +194,21 @@ class Rebalancer:
         least_gain: float,
         first_step: int = 0,
         recorded: Sequence[Since] = (),
+        num_done: int = 0,
         warm_steps: int = WARM_STEPS,
     ) -> None:
-        """`recorded`: what earlier runs of these steps decided, ascending; it is done again."""
+        """`recorded`: what earlier runs of these steps decided, ascending; it is done again.
+        `num_done`: steps that they did, from the job's first; up to there nothing else is decided.
+        """
         self.every_steps, self.least_gain = every_steps, least_gain
         self._ranges = ranges_of(plan)
         self._total = plan.micro_batches
         self._to_come = deque(since for since in recorded if since[0] > first_step)
         past = [counts for step, counts in recorded if step <= first_step]
         self.counts: Counts = past[-1] if past else counts_of(plan)  # of the next step
-        self._to_skip = warm_steps
-        self._loads: list[tuple[Load, ...]] = []
-        self._steps_s: list[float] = []
+        self._num_done, self._to_skip = num_done, warm_steps
+        self._loads: deque[tuple[Load, ...]] = deque(maxlen=every_steps)
+        self._steps_s: deque[float] = deque(maxlen=every_steps)
         self._seen: dict[Counts, tuple[int, float]] = {}  # decision, seconds of the last pipeline
         self._num_decisions = 0
         self._each_s: tuple[float, ...] = ()  # at the last decision
@@ -216,7 +219,7 @@ class Rebalancer:
         Returns a decision that was made now, not one that was recorded. `step_s`: of a whole step,
         such as the one before. Every rank gives the same numbers.
         """
-        if self._to_come:  # the steps from here on were done once already
+        if self._to_come:  # the steps up to there were done once already
             if self._to_come[0][0] == step + 1:
                 self._take(self._to_come.popleft()[1])
             return None
@@ -225,10 +228,11 @@ class Rebalancer:
             return None
         self._loads.append(tuple(loads))
         self._steps_s.append(step_s)
-        if len(self._loads) < self.every_steps:
+        if len(self._loads) < self.every_steps or step + 1 < self._num_done:
             return None
         change = self._decide(step + 1)
-        self._loads, self._steps_s = [], []
+        self._loads.clear()
+        self._steps_s.clear()
         if change is not None:
             self._take(change.after)
         return change

@@ -112,6 +112,11 @@ def _append(file: FileIO, line: bytes) -> None:
         raise
 
 
+def num_steps(path: Path) -> int:
+    """Return how many steps a metrics file tells of, from the job's first; 0 without one."""
+    return max((row["step"] + 1 for row in read_metrics(path)), default=0)
+
+
 def _keep_before(path: Path, first_step: int) -> None:
     rows = read_metrics(path)
     kept = [row for row in rows if row["step"] < first_step]

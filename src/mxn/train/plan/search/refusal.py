@@ -67,6 +67,7 @@ def _of_what(parts: Parts) -> str:
     """Return the largest parts of what a device would hold."""
     named = (
         ("weights, gradients and optimizer", parts.state),
+        ("copies of these for checkpoints", parts.copies),
         ("activations", parts.activations),
         ("messages", parts.messages),
         ("headroom", parts.headroom),

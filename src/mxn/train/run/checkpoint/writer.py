@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,9 +90,10 @@ class Checkpointer:
         started = time.perf_counter()
         self._join()
         waited = time.perf_counter()
-        copies = {layer: self._copy(layer, tensors) for layer, tensors in layers.items()}
-        own = self._copy(None, of_rank or {})
-        self._synchronize()
+        done: dict[int, Tensor] = {}
+        copies = {layer: self._copy(layer, tensors, done) for layer, tensors in layers.items()}
+        own = self._copy(None, of_rank or {}, done)
+        _synchronize([*layers.values(), of_rank or {}])
         self.costs.wait_s += waited - started
         self.costs.copy_s += time.perf_counter() - waited
         self._thread = threading.Thread(
@@ -119,25 +120,29 @@ class Checkpointer:
 
     # -- in the caller's thread ------------------------------------------------------------------
 
-    def _copy(self, layer: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to host memory that is kept for the next time (pinned where a device copies)."""
+    def _copy(
+        self, layer: int | None, tensors: Mapping[str, Tensor], done: dict[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """Copy to host memory that is kept for the next time (pinned where a device copies).
+
+        `done`: the copies of this save by their source. A matrix that embedding and head share is
+        copied once.
+        """
         import torch
 
         copies = {}
         for name, tensor in tensors.items():
+            if id(tensor) in done:
+                copies[name] = done[id(tensor)]
+                continue
             buffer = self._buffers.get((layer, name))
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                is_pinned = tensor.device.type == "cuda"
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
+                is_away = tensor.device.type != "cpu"
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_away)
                 self._buffers[layer, name] = buffer
             copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+            done[id(tensor)] = buffer
         return copies
-
-    def _synchronize(self) -> None:
-        import torch
-
-        if any(buffer.is_pinned() for buffer in self._buffers.values()):
-            torch.accelerator.synchronize()
 
     # -- in the thread ---------------------------------------------------------------------------
 
@@ -226,6 +231,16 @@ class Checkpointer:
                 written = Written(**file["written"])
                 files[name] = ShardFile(layer=file["layer"], rank=rank, written=written)
         return files
+
+
+def _synchronize(sources: Iterable[Mapping[str, Tensor]]) -> None:
+    """Wait until tensors of devices are copied, whatever the device: none says when it is."""
+    import torch
+
+    devices = {tensor.device for tensors in sources for tensor in tensors.values()}
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
 
 def _piece(rank: int) -> str:

@@ -30,12 +30,15 @@ class MicroBatch:
         return self.ids.shape[0], self.ids.shape[1]
 
     def to(self, device: torch.device | str) -> MicroBatch:
+        """Return it on a device. Waits for the copies: who calls drops the host's tensors at once,
+        and not every maker's runtime keeps their memory until it has read it.
+        """
         return replace(
             self,
-            ids=self.ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            segments=self.segments.to(device, non_blocking=True),
+            ids=self.ids.to(device),
+            labels=self.labels.to(device),
+            positions=self.positions.to(device),
+            segments=self.segments.to(device),
         )
 
     @classmethod

@@ -156,6 +156,8 @@ def parse_line(raw: bytes, place: Place) -> Document:
         raise BadLineError("is not UTF-8") from None
     except (json.JSONDecodeError, RecursionError):
         raise BadLineError("is not JSON") from None
+    except ValueError:  # what Python says of an integer of more than 4,300 digits
+        raise BadLineError("has a number that is too long") from None
     if _HALF.search(raw) and not _is_text(data):
         raise BadLineError("has half of a character")
     if not isinstance(data, dict):
