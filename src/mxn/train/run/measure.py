@@ -246,7 +246,8 @@ class _Bench:
         wide their values are.
         """
         groups = [g for g in self.job.devices if self.label(g) == profile.chip]
-        dtype: Dtype = next((g.dtype for g in groups if g.dtype), self.job.dtype)
+        dtypes: list[Dtype] = [g.dtype for g in groups if g.dtype] or [self.job.dtype]
+        dtype = dtypes[0]
         is_on_host = any(self.devices.device(g).torch_device == "cpu" for g in groups)
         if dtype == self.job.dtype and not is_on_host:
             return profile
