@@ -14,7 +14,7 @@ from mxn.train.plan.links import ring_s
 from mxn.train.plan.memory import MIXED
 from mxn.train.run import cpu_share, measure, stored
 from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
-from mxn.train.run.job_devices import members_of, pairs_of
+from mxn.train.run.job_devices import JobDevices, members_of, pairs_of
 from mxn.train.run.job_file import read_job
 from mxn.train.run.job_model import look_at
 from mxn.train.run.measure import Quality
@@ -237,6 +237,20 @@ def test_a_lora_job_trains_the_share_that_its_adapters_are(job):
     adapters = 4 * 2 * (model.spec.hidden + q.num_heads * q.head_dim)
     assert share == pytest.approx(adapters / shape.params)
     assert look_at(job)[3] == 1.0
+
+
+@pytest.mark.sim
+def test_a_profile_knows_the_simulated_ranks_that_took_time_of_its_processor(job, sim):
+    """They were missing, so what was measured beside them was taken for what was measured alone."""
+    cpu = DeviceSettings(name="a", device="cpu")
+    both = replace(job, devices=(cpu, DeviceSettings(name="other", device="sim:0")))
+    devices = JobDevices(both)
+    labels = [devices.label(group) for group in both.devices]
+    for group in both.devices:
+        assert devices.company(group) == labels
+    alone = replace(job, devices=(cpu,))
+    keys = [measure._Bench(one, (1,))._layers_key(cpu) for one in (both, alone)]
+    assert stored.fingerprint(keys[0]) != stored.fingerprint(keys[1])
 
 
 @pytest.mark.sim

@@ -195,5 +195,7 @@ def pairs_of(job: Job) -> list[Pair]:
 
 
 def _is_on_host(device: Device) -> bool:
-    """Whether a device computes on the processor: the simulated chip does too."""
-    return device.torch_device == "cpu" or device.vendor == "sim"
+    """Return whether a device computes on the processor: the simulated chip does too."""
+    from mxn.chips.registry import chip_of
+
+    return device.torch_device == "cpu" or chip_of(device.vendor).is_on_host
