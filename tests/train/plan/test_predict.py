@@ -249,6 +249,35 @@ def test_a_tied_matrix_is_exchanged_between_first_and_last_stage():
     assert predict(plan(pipeline([8], ["fast"], 1)), tied, one, PROFILES).reduce_s == 0
 
 
+HALVES = replace(SLOW, float32_share=0.5)  # as between islands with wire_dtype: bfloat16
+
+
+@pytest.mark.parametrize(("is_float32", "factor"), [(True, 0.5), (False, 1.0)])
+def test_only_float32_activations_are_narrowed_on_the_wire(is_float32, factor):
+    """16 bit goes as it is; it was predicted at half its time."""
+    wide = replace(SHAPE, layers=tuple(replace(one, output_bytes=1e4) for one in SHAPE.layers))
+    cut = plan(pipeline([4, 8], ["fast", "slow"], 1))
+    known = {name: replace(one, is_float32=is_float32) for name, one in PROFILES.items()}
+    both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): HALVES})
+    free = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): NO_COST})
+    for seconds in (predict, lambda *case: simulate_plan(*case).prediction):
+        hops_s = (
+            seconds(cut, wide, both, known).pipeline_s - seconds(cut, wide, free, known).pipeline_s
+        )
+        assert hops_s == pytest.approx(2 * 1e4 * 100 / 1e6 * factor)
+
+
+def test_gradients_are_narrowed_on_the_wire_and_new_weights_are_not():
+    model = MemoryModel(reduce_bytes=4, shares_layers=True)
+    pair = plan(pipeline([8], ["fast"], 2), pipeline([8], ["slow"], 1))
+    whole_s = 8 * 1000 * 4 / 1e6
+    for shards, expected_s in ((False, whole_s / 2), (True, whole_s / 2 + whole_s)):
+        both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): HALVES})
+        case = (replace(pair, shards_optimizer=shards), SHAPE, both, PROFILES)
+        assert predict(*case, memory=model).reduce_s == pytest.approx(expected_s)
+        assert simulate_plan(*case, memory=model).prediction.reduce_s == pytest.approx(expected_s)
+
+
 def test_energy_and_money_are_of_the_devices_of_the_plan():
     paid = group("fast", watts=300.0, price_micro_per_hour=3_600_000, peak_flop_per_s=1e6)
     found = predict(

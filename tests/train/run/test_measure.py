@@ -118,6 +118,19 @@ def test_the_link_between_the_groups_is_measured(found):
     assert 0 < link.latency_s < link.transfer_s(1 << 24) < 5
 
 
+def test_links_are_measured_in_the_bytes_that_go_over_them(job):
+    """In float32 they went at half their size, so 16 bit was predicted twice as fast as it goes."""
+    rate = 100e6
+    slow = tuple(replace(group, link_bytes_per_s=rate) for group in job.devices)
+    narrow = replace(job, devices=slow, plan=replace(job.plan, wire_dtype="bfloat16"))
+    link = measure.measure(narrow, quality=QUICK).cluster.link("a", 0, "b", 0)
+    assert link.float32_share == 0.5
+    (_, early_s), (size, late_s) = link.points[-2:]
+    assert late_s > early_s
+    assert size / late_s < 1.1 * rate
+    assert link.transfer_s(size, is_float32=True) == pytest.approx(late_s / 2, rel=0.3)
+
+
 def test_the_cluster_has_the_groups_with_their_memory(found):
     a, b = found.cluster.groups
     assert (a.name, a.num_devices, b.memory_bytes) == ("a", 1, 1 << 30)
@@ -159,6 +172,13 @@ def test_a_group_with_a_dtype_of_its_own_keeps_what_that_takes(job, found, no_ra
     assert own.memory == MIXED
     assert own.width == 0.5
     assert bench._with_dtype(profile) == profile
+
+
+def test_the_planner_is_told_what_links_narrow(job, found):
+    (profile,) = found.profiles.values()
+    assert profile.is_float32
+    bench = measure._Bench(replace(job, dtype="bfloat16"), (1,))
+    assert not bench._with_dtype(profile).is_float32
 
 
 def test_other_conditions_are_measured_anew(job, found, no_ranks):

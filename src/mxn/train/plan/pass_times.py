@@ -98,5 +98,6 @@ class PassTimes:
         if a is b:
             return Hop()
         link = self._cluster.link(a.group, a.first_device, b.group, b.first_device)
-        seconds = link.transfer_s(num_bytes) * self._tuning.hop_slow_down
+        is_float32 = self._profiles[self.chip(a.group)].is_float32
+        seconds = link.transfer_s(num_bytes, is_float32=is_float32) * self._tuning.hop_slow_down
         return Hop.blocking(seconds) if self._tuning.hops_block else Hop(seconds)

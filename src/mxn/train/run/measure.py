@@ -246,8 +246,9 @@ class _Bench:
         dtypes: set[Dtype | None] = {
             g.dtype for g in self.job.devices if self.devices.label(g) == profile.chip
         }
-        dtype = next(iter(dtypes), None)
-        if dtype is None or dtype == self.job.dtype:
+        dtype = next(iter(dtypes), None) or self.job.dtype
+        profile = replace(profile, is_float32=dtype == "float32")
+        if dtype == self.job.dtype:
             return profile
         return replace(
             profile,

@@ -178,10 +178,13 @@ class Tables:
         key = (kind, after)
         if key not in self._hops:
             link, tp = self._link(kind, after), min(kind.tp, after.tp)
-            chip = self.job.cluster.group(kind.group).chip
-            values = self.micro_batch * self.job.shape.seq_tokens * self.job.profiles[chip].width
+            profile = self.job.profiles[self.job.cluster.group(kind.group).chip]
+            values = self.micro_batch * self.job.shape.seq_tokens * profile.width
             sizes = [0.0, *(layer.output_on(tp) * values for layer in self.job.shape.layers)]
-            known = {size: 2 * link.transfer_s(size) for size in set(sizes)}
+            known = {
+                size: 2 * link.transfer_s(size, is_float32=profile.is_float32)
+                for size in set(sizes)
+            }
             self._hops[key] = np.array([known[size] for size in sizes])
         return self._hops[key]
 
@@ -197,7 +200,8 @@ class Tables:
             sums = self._columns(kinds[number], "none")
             size = float(sums["params"][run]) * model.reduce_bytes * model.trainable_share
             seconds = float(self.owned(kinds[number], "optimizer_s")[run])
-            worst = max(worst, seconds + sum(2 * link.transfer_s(size) for link in reduce_links))
+            sum_s = sum(2 * link.transfer_s(size, is_float32=True) for link in reduce_links)
+            worst = max(worst, seconds + sum_s)
         return worst
 
     def work_s(self, kind: Kind) -> float:
