@@ -174,11 +174,14 @@ def test_a_group_with_a_dtype_of_its_own_keeps_what_that_takes(job, found, no_ra
     assert bench._with_dtype(profile) == profile
 
 
-def test_the_planner_is_told_what_links_narrow(job, found):
+def test_the_planner_is_told_what_links_narrow_and_what_hides_sums(job, found, monkeypatch):
     (profile,) = found.profiles.values()
     assert profile.is_float32
+    assert not profile.overlaps_sums  # sums take the processor's time
     bench = measure._Bench(replace(job, dtype="bfloat16"), (1,))
     assert not bench._with_dtype(profile).is_float32
+    monkeypatch.setattr(JobDevices, "is_on_host", lambda *_: False)
+    assert bench._with_overlap(profile).overlaps_sums
 
 
 def test_other_conditions_are_measured_anew(job, found, no_ranks):

@@ -29,6 +29,7 @@ class Reduction:
     num_bytes: float  # on the device that brings most
     seconds: float
     exact_s: float  # the same bytes where no link narrows them
+    layers: tuple[int, int] | None = None  # first and end; None: a tied matrix
 
 
 def reductions(
@@ -90,7 +91,7 @@ def _by_layers(
         key = (num_bytes, tuple((stage.group, stage.first_device) for stage in stages))
         if key not in known:
             known[key] = _both_s(stages, cluster, num_bytes, flat=flat)
-        found.append(_reduction(members, num_bytes, known[key]))
+        found.append(_reduction(members, num_bytes, known[key], (first, end)))
     return found
 
 
@@ -124,9 +125,14 @@ def _tied(
 
 
 def _reduction(
-    members: tuple[Member, ...], num_bytes: float, both_s: tuple[float, float]
+    members: tuple[Member, ...],
+    num_bytes: float,
+    both_s: tuple[float, float],
+    layers: tuple[int, int] | None = None,
 ) -> Reduction:
-    return Reduction(members=members, num_bytes=num_bytes, seconds=both_s[0], exact_s=both_s[1])
+    return Reduction(
+        members=members, num_bytes=num_bytes, seconds=both_s[0], exact_s=both_s[1], layers=layers
+    )
 
 
 def _both_s(

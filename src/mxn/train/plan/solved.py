@@ -70,12 +70,12 @@ def solve_all(
     shape: ModelShape,
     cluster: Cluster,
     profiles: Profiles,
+    book: CostBook,
     memory: MemoryModel,
     tuning: Tuning,
     timer: Timer,
 ) -> list[Solved]:
-    """Return one entry per pipeline; pipelines that are alike share it."""
-    book = book_of(plan, shape, profiles, memory)
+    """Return one entry per pipeline; pipelines that are alike share it. `book` is `book_of` it."""
     groups = {group.name: group for group in cluster.groups}
     known: dict[Hashable, Solved] = {}
     rows: list[Solved] = []

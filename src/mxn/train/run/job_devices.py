@@ -45,9 +45,13 @@ class JobDevices:
     def label(self, group: DeviceSettings) -> str:
         return chip_label(self.job, group, self.device(group))
 
+    def is_on_host(self, group: DeviceSettings) -> bool:
+        """Return whether ranks of `group` compute on this machine's processor."""
+        return _is_on_host(self.device(group))
+
     def company(self, group: DeviceSettings) -> list[str]:
         """Return the labels of all ranks that compute on the processor, if `group` is of them."""
-        if not _is_on_host(self.device(group)):
+        if not self.is_on_host(group):
             return []
         return [
             self.label(self.job.group(m.group))

@@ -231,7 +231,9 @@ class _Bench:
             cluster=cluster,
             profiles={
                 label: with_sums(
-                    self._with_dtype(profile.to_chip_profile()), cluster.groups, self.shape
+                    self._with_overlap(self._with_dtype(profile.to_chip_profile())),
+                    cluster.groups,
+                    self.shape,
                 )
                 for label, profile in profiles.items()
             },
@@ -240,6 +242,14 @@ class _Bench:
             memory=memory_of(self.job, trainable_share=self.trainable_share),
             is_reused=is_reused,
         )
+
+    def _with_overlap(self, profile: ChipProfile) -> ChipProfile:
+        """Say whether sums of gradients run beside the backward pass: on a processor they would
+        take their time from it.
+        """
+        groups = [g for g in self.job.devices if self.devices.label(g) == profile.chip]
+        apart = bool(groups) and not any(map(self.devices.is_on_host, groups))
+        return replace(profile, overlaps_sums=apart)
 
     def _with_dtype(self, profile: ChipProfile) -> ChipProfile:
         """Say what a group with a dtype of its own keeps, and how wide its values are."""

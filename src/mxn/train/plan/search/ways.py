@@ -113,7 +113,8 @@ class Ways:
             size *= model.reduce_bytes * model.trainable_share
             links = self._links([kind], crossing)
             sum_s = sum(2 * link.transfer_s(size, is_float32=True) for link in links)
-            worst = max(worst, sum_s)
+            backward_s = least * self.tables.backward_share(kind)
+            worst = max(worst, self.tables.exposed_s(kind, sum_s, backward_s))
         return worst
 
     def _cut(
