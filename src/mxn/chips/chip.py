@@ -53,6 +53,7 @@ class Chip(ABC):
     visible_devices: ClassVar[str | None] = None  # variable that hides devices from a process
     environment: ClassVar[Mapping[str, str]] = {}  # variables a process of this chip needs
     basis: ClassVar[str] = "measured"  # of what is measured on it; "simulated" for a simulator
+    is_on_host: ClassVar[bool] = False  # its devices compute on this machine's processor
 
     @abstractmethod
     def detect(self, probe: Probe) -> list[Device]:

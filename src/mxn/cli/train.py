@@ -12,6 +12,7 @@ import typer
 
 from mxn.cli import train_run
 from mxn.cli.options import Json
+from mxn.errors import ConfigError
 
 if TYPE_CHECKING:
     from mxn.train.plan.plan import TrainPlan
@@ -41,14 +42,39 @@ ClusterOption = Annotated[
         help="Without a job: a TOML file with chips and links, or two-chips-768, six-chips-1000.",
     ),
 ]
-SeqTokens = Annotated[int, typer.Option("--seq-tokens", help="With --model: tokens of a row.")]
-Rows = Annotated[int, typer.Option("--global-batch", help="With --model: rows of a step.")]
+# None where not given: what a job says itself is refused beside one, not passed over.
+SeqTokens = Annotated[
+    int | None,
+    typer.Option("--seq-tokens", help="Without a job: tokens of a row, else 4096."),
+]
+PlanSeqTokens = Annotated[
+    int | None,
+    typer.Option("--seq-tokens", help="Without a job: tokens of a row, else the plan's."),
+]
+Rows = Annotated[
+    int | None, typer.Option("--global-batch", help="Without a job: rows of a step, else 256.")
+]
+PlanRows = Annotated[
+    int | None,
+    typer.Option("--global-batch", help="Without a job: rows of a step, which are the plan's."),
+]
 PlanDtype = Annotated[
-    str, typer.Option("--dtype", help="With --model: float32, bfloat16, float16.")
+    str | None,
+    typer.Option("--dtype", help="Without a job: float32, bfloat16, float16, else bfloat16."),
 ]
 MicroBatches = Annotated[
     str | None,
     typer.Option("--micro-batch", help="Rows of a micro-batch, such as 4 or 1,2,4."),
+]
+PlanMicroBatches = Annotated[
+    str | None,
+    typer.Option(
+        "--micro-batch", help="Without a job: rows of a micro-batch, such as 4 or 1,2,4 to try."
+    ),
+]
+PlanFresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="With a job: measure everything again, also what is stored."),
 ]
 Timeline = Annotated[
     Path | None,
@@ -91,10 +117,10 @@ def plan(
     job: MaybeJob = None,
     model: ModelOption = None,
     cluster: ClusterOption = None,
-    seq_tokens: SeqTokens = 4096,
-    global_batch: Rows = 256,
-    micro_batch: MicroBatches = None,
-    dtype: PlanDtype = "bfloat16",
+    seq_tokens: SeqTokens = None,
+    global_batch: Rows = None,
+    micro_batch: PlanMicroBatches = None,
+    dtype: PlanDtype = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the plan here, for a job's `plan:`.")
     ] = None,
@@ -102,16 +128,20 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say why: what is lost where, what would help.")
     ] = False,
-    fresh: Fresh = False,
+    fresh: PlanFresh = False,
     as_json: Json = False,
 ) -> None:
     """Find the best plan for JOB on its devices, or for a model on a cluster that nobody has.
 
-    Without a job nothing is measured: chips are derived from their data sheets.
+    Without a job nothing is measured: chips are derived from their data sheets. A job says itself
+    what its model, rows, micro-batch and dtype are, so options for those are refused beside one.
     """
     from mxn.cli.train_show import found_json, others_lines, plan_lines
 
-    task = _task(job, model, cluster, seq_tokens, global_batch, micro_batch, dtype, fresh)
+    task = _task(
+        job, model, cluster, seq_tokens=seq_tokens, rows=global_batch,
+        micro_batches=_sizes(micro_batch), dtype=dtype, fresh=fresh,
+    )  # fmt: skip
     found = task.search()
     best = found.best
     if out is not None:
@@ -136,9 +166,9 @@ def simulate(
     job: MaybeJob = None,
     model: ModelOption = None,
     cluster: ClusterOption = None,
-    seq_tokens: SeqTokens = 4096,
-    global_batch: Rows = 256,
-    dtype: PlanDtype = "bfloat16",
+    seq_tokens: PlanSeqTokens = None,
+    global_batch: PlanRows = None,
+    dtype: PlanDtype = None,
     timeline: Timeline = None,
     as_json: Json = False,
 ) -> None:
@@ -148,8 +178,15 @@ def simulate(
     from mxn.train.run.prepare import read_plan
 
     chosen = read_plan(plan_file)
-    size = str(chosen.micro_batch)
-    task = _task(job, model, cluster, seq_tokens, global_batch, size, dtype, fresh=False)
+    rows = chosen.micro_batches * chosen.micro_batch
+    if job is None:
+        if global_batch not in (None, rows):
+            raise ConfigError(f"the plan has steps of {rows} rows, not {global_batch}")
+        global_batch, seq_tokens = rows, seq_tokens or chosen.seq_tokens
+    task = _task(
+        job, model, cluster, seq_tokens=seq_tokens, rows=global_batch,
+        micro_batches=() if job else (chosen.micro_batch,), dtype=dtype,
+    )  # fmt: skip
     found = task.simulate(chosen)
     if timeline is not None:
         _draw(task, chosen, timeline)
@@ -164,7 +201,6 @@ def simulate(
 
 def _draw(task: Task, plan: TrainPlan, path: Path) -> None:
     """Write the picture of a simulated step."""
-    from mxn.errors import ConfigError
     from mxn.train.plan.picture import plan_svg
 
     if path.suffix != ".svg":
@@ -177,27 +213,38 @@ def _task(
     job: Path | None,
     model: str | None,
     cluster: str | None,
-    seq_tokens: int,
-    rows: int,
-    micro_batch: str | None,
-    dtype: str,
-    fresh: bool,
+    *,
+    seq_tokens: int | None,
+    rows: int | None,
+    micro_batches: tuple[int, ...],
+    dtype: str | None,
+    fresh: bool = False,
 ) -> Task:
+    """Raises: ConfigError for options that what is planned for does not have."""
     from mxn.cli.replica import resolve_model
-    from mxn.errors import ConfigError
     from mxn.train.run.prepare import task_of_cluster, task_of_job
 
     if job is not None:
-        if model is not None or cluster is not None:
-            raise ConfigError("a job names its own model and devices: leave --model, --cluster out")
+        given = {
+            "--model": model, "--cluster": cluster, "--seq-tokens": seq_tokens,
+            "--global-batch": rows, "--micro-batch": micro_batches or None, "--dtype": dtype,
+        }  # fmt: skip
+        if names := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(
+                f"a job says itself what {', '.join(names)} would say",
+                hint=f"leave {', '.join(names)} out, or change the job file",
+            )
         return task_of_job(_read(job), fresh=fresh, on_progress=_say)
     if model is None or cluster is None:
         raise ConfigError(
             "nothing to plan for", hint="name a job file, or both --model and --cluster"
         )
+    if fresh:
+        raise ConfigError("--fresh measures again, and without a job nothing is measured")
     return task_of_cluster(
-        _model_folder(model, resolve_model), cluster, seq_tokens=seq_tokens, rows=rows,
-        micro_batches=_sizes(micro_batch), dtype=dtype,
+        _model_folder(model, resolve_model), cluster,
+        seq_tokens=4096 if seq_tokens is None else seq_tokens, rows=256 if rows is None else rows,
+        micro_batches=micro_batches, dtype=dtype or "bfloat16",
     )  # fmt: skip
 
 
@@ -217,8 +264,6 @@ def _read(path: Path) -> Job:
 
 def _sizes(text: str | None) -> tuple[int, ...]:
     """Return the rows in ``1,2,4``. Raises: ConfigError."""
-    from mxn.errors import ConfigError
-
     if text is None:
         return ()
     try:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mxn.errors import CapacityError
 from mxn.train.plan.closed import pipeline_time
+from mxn.train.plan.cluster import Link
 from mxn.train.plan.costs import StageCost
 from mxn.train.plan.predict import predict
 from mxn.train.plan.search.choices import Limits
@@ -80,6 +81,40 @@ def test_no_plan_of_a_pool_with_slow_links_is_quicker(seed):
     found = search(shape, rows, cluster, profiles, memory=TINY_MEMORY, limits=PLAIN)
     assert found.is_exact
     assert found.best.prediction.iteration_s <= best * 1.01
+
+
+@pytest.mark.parametrize("seed", [16, 57, 233, 301])
+def test_no_plan_is_quicker_where_sums_run_beside_the_last_backward(seed):
+    """What is hidden of a sum must not keep plans from being looked at."""
+    shape, rows, cluster, profiles = random_pool(seed)
+    # All bytes in millions: the same pool, with layers that are buckets of their own.
+    layers = tuple(
+        replace(
+            one, params=one.params * 10**6, activation_bytes=one.activation_bytes * 10**6,
+            output_bytes=one.output_bytes * 10**6,
+        )
+        for one in shape.layers
+    )  # fmt: skip
+    shape = replace(shape, layers=layers)
+    groups = tuple(
+        replace(
+            g, memory_bytes=g.memory_bytes * 10**6, node_link=_quicker(g.node_link),
+            group_link=_quicker(g.group_link),
+        )
+        for g in cluster.groups
+    )  # fmt: skip
+    links = {pair: _quicker(link) for pair, link in cluster.links.items()}
+    cluster = replace(cluster, groups=groups, links=links)
+    profiles = {name: replace(one, overlaps_sums=True) for name, one in profiles.items()}
+    plans = every_plan(shape, cluster, rows)
+    seen = (predict(plan, shape, cluster, profiles, memory=TINY_MEMORY) for plan in plans)
+    best = min(p.iteration_s for p in seen if p.fits)
+    found = search(shape, rows, cluster, profiles, memory=TINY_MEMORY, limits=PLAIN)
+    assert found.best.prediction.iteration_s <= best * 1.01
+
+
+def _quicker(link: Link) -> Link:
+    return replace(link, bytes_per_s=link.bytes_per_s * 10**6)
 
 
 @pytest.mark.parametrize("seed", [16, 131, 233])

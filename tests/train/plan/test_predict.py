@@ -249,6 +249,121 @@ def test_a_tied_matrix_is_exchanged_between_first_and_last_stage():
     assert predict(plan(pipeline([8], ["fast"], 1)), tied, one, PROFILES).reduce_s == 0
 
 
+HALVES = replace(SLOW, float32_share=0.5)  # as between islands with wire_dtype: bfloat16
+
+
+@pytest.mark.parametrize(("is_float32", "factor"), [(True, 0.5), (False, 1.0)])
+def test_only_float32_activations_are_narrowed_on_the_wire(is_float32, factor):
+    """16 bit goes as it is; it was predicted at half its time."""
+    wide = replace(SHAPE, layers=tuple(replace(one, output_bytes=1e4) for one in SHAPE.layers))
+    cut = plan(pipeline([4, 8], ["fast", "slow"], 1))
+    known = {name: replace(one, is_float32=is_float32) for name, one in PROFILES.items()}
+    both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): HALVES})
+    free = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): NO_COST})
+    for seconds in (predict, lambda *case: simulate_plan(*case).prediction):
+        hops_s = (
+            seconds(cut, wide, both, known).pipeline_s - seconds(cut, wide, free, known).pipeline_s
+        )
+        assert hops_s == pytest.approx(2 * 1e4 * 100 / 1e6 * factor)
+
+
+def test_gradients_are_narrowed_on_the_wire_and_new_weights_are_not():
+    model = MemoryModel(reduce_bytes=4, shares_layers=True)
+    pair = plan(pipeline([8], ["fast"], 2), pipeline([8], ["slow"], 1))
+    whole_s = 8 * 1000 * 4 / 1e6
+    for shards, expected_s in ((False, whole_s / 2), (True, whole_s / 2 + whole_s)):
+        both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): HALVES})
+        case = (replace(pair, shards_optimizer=shards), SHAPE, both, PROFILES)
+        assert predict(*case, memory=model).reduce_s == pytest.approx(expected_s)
+        assert simulate_plan(*case, memory=model).prediction.reduce_s == pytest.approx(expected_s)
+
+
+def overlapping(params, *, head_params=None, is_tied=False):
+    """Layers of so many parameters, and a chip that sums their gradients beside its work."""
+    layers = [replace(one, params=params) for one in SHAPE.layers]
+    if head_params is not None:
+        layers[0] = replace(layers[0], params=head_params)
+        layers[-1] = replace(layers[-1], params=head_params)
+    shape = replace(SHAPE, layers=tuple(layers), is_tied=is_tied)
+    return shape, {"fast": replace(PROFILES["fast"], overlaps_sums=True)}
+
+
+def pair_case(shape, profiles, sum_s, schedule="1f1b"):
+    """Two like pipelines of a stage, whose gradients (four bytes each) take `sum_s` to sum."""
+    link = Link(latency_s=0.0, bytes_per_s=shape.params * 4 / sum_s)
+    whole = plan(pipeline([8], ["fast"], 2), pipeline([8], ["fast"], 2, first=1), schedule=schedule)
+    return whole, shape, Cluster(groups=(group("fast", link=link, num=2),)), profiles
+
+
+FLOAT_SUMS = MemoryModel(reduce_bytes=4)
+
+
+def both_ways(case):
+    found = [seen(*case, memory=FLOAT_SUMS) for seen in (predict, simulate_plan)]
+    return found[0].reduce_s, found[1].prediction.reduce_s
+
+
+@pytest.mark.parametrize(
+    ("sum_s", "left_s"),
+    [
+        (8.0, 2.0),  # hidden but for embedding and first block, an eighth each: ready at the end
+        (24.0, 24.0 - 13.0 + 1.0),  # longer than the 13 s backward, behind 1 s for the head
+    ],
+)
+def test_gradient_sums_run_beside_the_last_backward_pass_of_an_accelerator(sum_s, left_s):
+    """They were predicted behind it, up to a whole pass too late."""
+    shape, profiles = overlapping(5_000_000)  # 20 MB: each layer is a bucket
+    for reduce_s in both_ways(pair_case(shape, profiles, sum_s)):
+        assert reduce_s == pytest.approx(left_s)
+    on_host = {"fast": PROFILES["fast"]}
+    for reduce_s in both_ways(pair_case(shape, on_host, sum_s)):
+        assert reduce_s == pytest.approx(sum_s)
+
+
+def test_gradients_of_one_bucket_and_of_a_split_backward_wait_for_its_end():
+    small, profiles = overlapping(1000)
+    for reduce_s in both_ways(pair_case(small, profiles, 3.0)):
+        assert reduce_s == pytest.approx(3.0)
+    large, _ = overlapping(5_000_000)
+    for reduce_s in both_ways(pair_case(large, profiles, 3.0, schedule="zero-bubble")):
+        assert reduce_s == pytest.approx(3.0)
+
+
+def test_a_tied_matrix_is_summed_when_all_is_done():
+    """The matrix is as large as all six blocks, and the first of those is ready at the end too."""
+    shape, profiles = overlapping(5_000_000, head_params=30_000_000, is_tied=True)
+    for reduce_s in both_ways(pair_case(shape, profiles, 8.0)):
+        assert reduce_s == pytest.approx(8.0 * 7 / 12)
+
+
+def test_stages_cut_differently_start_each_sum_when_its_layers_are_done():
+    """A sum of the last layers is under way while the same stage goes back through the others."""
+    shape, profiles = overlapping(5_000_000)
+    cut = plan(pipeline([3, 8], ["fast"] * 2, 2), pipeline([5, 8], ["fast"] * 2, 2, first=2))
+    link = Link(latency_s=0.0, bytes_per_s=5e6 * 4 / 0.5)  # half a second for a layer
+    one = Cluster(groups=(group("fast", link=link),))
+    early, late = (
+        predict(cut, shape, one, known, memory=FLOAT_SUMS) for known in (profiles, PROFILES)
+    )
+    assert early.pipeline_s == late.pipeline_s
+    assert late.reduce_s == pytest.approx(3 * 0.5)
+    assert early.reduce_s == pytest.approx(2 * 0.5)  # embedding and the first block
+    drawn = simulate_plan(cut, shape, one, profiles, memory=FLOAT_SUMS)
+    for spans in drawn.sums.values():
+        assert all(start <= end for start, end in spans)
+        assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(spans))
+
+
+def test_a_sum_waits_for_the_member_that_cannot_start_early():
+    shape, profiles = overlapping(5_000_000)
+    host = replace(PROFILES["fast"], chip="slow")  # as quick
+    link = Link(latency_s=0.0, bytes_per_s=shape.params * 4 / 8.0)
+    both = Cluster(groups=(group("fast"), group("slow")), links={("fast", "slow"): link})
+    mixed = plan(pipeline([8], ["fast"], 2), pipeline([8], ["slow"], 2))
+    found = predict(mixed, shape, both, profiles | {"slow": host}, memory=FLOAT_SUMS)
+    assert found.reduce_s == pytest.approx(8.0)
+
+
 def test_energy_and_money_are_of_the_devices_of_the_plan():
     paid = group("fast", watts=300.0, price_micro_per_hour=3_600_000, peak_flop_per_s=1e6)
     found = predict(

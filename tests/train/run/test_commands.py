@@ -220,7 +220,7 @@ def test_a_cluster_that_nobody_has_is_planned_from_data_sheets(cluster):
     [
         ((), "nothing to plan for"),
         (("--model", "config"), "nothing to plan for"),
-        (("job.yaml", "--cluster", "cluster.toml"), "a job names its own"),
+        (("job.yaml", "--cluster", "cluster.toml"), "a job says itself what --cluster"),
         (
             ("--model", "config", "--cluster", "nowhere.toml", "--seq-tokens", 64),
             "no cluster file 'nowhere.toml'",
@@ -240,10 +240,36 @@ def test_options_that_mean_nothing_are_refused(cluster):
         mxn("plan", *cluster, "--timeline", "step.gif")
     with pytest.raises(UserError, match="65536 tokens in a row"):
         mxn("plan", "--model", "config", "--cluster", "cluster.toml", "--seq-tokens", 65536)
+    with pytest.raises(ConfigError, match="without a job nothing is measured"):
+        mxn("plan", *cluster, "--fresh")
     with pytest.raises(NotFoundError, match="no training job in 'config'"):
         mxn("resume", "config")
     with pytest.raises(NotFoundError, match="no plan file"):
         mxn("simulate", "nowhere.json", "job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--micro-batch", "1,2"), ("--seq-tokens", 64), ("--global-batch", 8),
+        ("--dtype", "float32"), ("--model", "config"),
+    ],
+)  # fmt: skip
+def test_options_that_a_job_says_itself_are_refused_beside_one(folder, option, value):
+    """They were passed over: the job's own went into the plan."""
+    with pytest.raises(ConfigError, match=f"a job says itself what {option}"):
+        mxn("plan", "job.yaml", option, value)
+
+
+def test_a_plan_is_simulated_with_its_own_rows(cluster, folder):
+    mxn("plan", *cluster, "--global-batch", 16, "--out", "wide.json")
+    known = ("--model", "config", "--cluster", "cluster.toml")
+    told = json.loads(mxn("simulate", "wide.json", *known, "--json").stdout)
+    assert told["prediction"]["iteration_s"] > 0
+    with pytest.raises(ConfigError, match="steps of 16 rows, not 8"):
+        mxn("simulate", "wide.json", *known, "--global-batch", 8)
+    with pytest.raises(ConfigError, match="a job says itself what --dtype"):
+        mxn("simulate", "wide.json", "job.yaml", "--dtype", "float32")
 
 
 def test_a_step_is_one_line():

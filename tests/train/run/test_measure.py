@@ -14,7 +14,7 @@ from mxn.train.plan.links import ring_s
 from mxn.train.plan.memory import FLOAT32, MIXED, SAVED_BYTES
 from mxn.train.run import cpu_share, measure, stored
 from mxn.train.run.job import AdapterSettings, DeviceSettings, Job
-from mxn.train.run.job_devices import members_of, pairs_of
+from mxn.train.run.job_devices import JobDevices, members_of, pairs_of
 from mxn.train.run.job_file import read_job
 from mxn.train.run.job_model import look_at
 from mxn.train.run.measure import Quality
@@ -118,6 +118,19 @@ def test_the_link_between_the_groups_is_measured(found):
     assert 0 < link.latency_s < link.transfer_s(1 << 24) < 5
 
 
+def test_links_are_measured_in_the_bytes_that_go_over_them(job):
+    """In float32 they went at half their size, so 16 bit was predicted twice as fast as it goes."""
+    rate = 100e6
+    slow = tuple(replace(group, link_bytes_per_s=rate) for group in job.devices)
+    narrow = replace(job, devices=slow, plan=replace(job.plan, wire_dtype="bfloat16"))
+    link = measure.measure(narrow, quality=QUICK).cluster.link("a", 0, "b", 0)
+    assert link.float32_share == 0.5
+    (_, early_s), (size, late_s) = link.points[-2:]
+    assert late_s > early_s
+    assert size / late_s < 1.1 * rate
+    assert link.transfer_s(size, is_float32=True) == pytest.approx(late_s / 2, rel=0.3)
+
+
 def test_the_cluster_has_the_groups_with_their_memory(found):
     a, b = found.cluster.groups
     assert (a.name, a.num_devices, b.memory_bytes) == ("a", 1, 1 << 30)
@@ -171,6 +184,16 @@ def test_only_a_rank_on_the_processor_keeps_checkpoints_beside_its_own(job, foun
     for rank, device in bench.devices.by_rank.items():
         bench.devices.by_rank[rank] = replace(device, torch_device="npu:0")
     assert bench._with_memory(plain) == plain
+
+
+def test_the_planner_is_told_what_links_narrow_and_what_hides_sums(job, found, monkeypatch):
+    (profile,) = found.profiles.values()
+    assert profile.is_float32
+    assert not profile.overlaps_sums  # sums take the processor's time
+    bench = measure._Bench(replace(job, dtype="bfloat16"), (1,))
+    assert not bench._with_dtype(profile).is_float32
+    monkeypatch.setattr(JobDevices, "is_on_host", lambda *_: False)
+    assert bench._with_overlap(profile).overlaps_sums
 
 
 def test_other_conditions_are_measured_anew(job, found, no_ranks):
@@ -249,6 +272,20 @@ def test_a_lora_job_trains_the_share_that_its_adapters_are(job):
     adapters = 4 * 2 * (model.spec.hidden + q.num_heads * q.head_dim)
     assert share == pytest.approx(adapters / shape.params)
     assert look_at(job)[3] == 1.0
+
+
+@pytest.mark.sim
+def test_a_profile_knows_the_simulated_ranks_that_took_time_of_its_processor(job, sim):
+    """They were missing, so what was measured beside them was taken for what was measured alone."""
+    cpu = DeviceSettings(name="a", device="cpu")
+    both = replace(job, devices=(cpu, DeviceSettings(name="other", device="sim:0")))
+    devices = JobDevices(both)
+    labels = [devices.label(group) for group in both.devices]
+    for group in both.devices:
+        assert devices.company(group) == labels
+    alone = replace(job, devices=(cpu,))
+    keys = [measure._Bench(one, (1,))._layers_key(cpu) for one in (both, alone)]
+    assert stored.fingerprint(keys[0]) != stored.fingerprint(keys[1])
 
 
 @pytest.mark.sim

@@ -1,4 +1,4 @@
-"""Which plan files are none for a job."""
+"""Which plan files are none for a job, and what `devices: auto` stands for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from mxn.chips.chip import Device
 from mxn.errors import UserError
 from mxn.train.plan.cluster import Cluster, DeviceGroup, Link
 from mxn.train.plan.plan import Chunk, Pipeline, Stage, TrainPlan
 from mxn.train.plan.profile import ChipProfile, LayerCost
+from mxn.train.run.job_devices import groups_of, members_of
 from mxn.train.run.job_file import read_job
 from mxn.train.run.job_model import look_at, memory_of
 from mxn.train.run.prepare import Task, limits_of, plan_of_job
@@ -114,3 +116,33 @@ def test_where_no_chip_holds_the_model_open_micro_batches_are_left_out(job, pool
     tight = pool(job, memory_bytes=int(0.7 * whole), has_open=True)
     assert depths(tight) == [2]
     assert "no chip holds the whole model" in caplog.text
+
+
+def device(kind: str, number: int, chip: str) -> Device:
+    name = f"{kind}:{number}"
+    return Device(
+        id=name, chip=chip, vendor=chip, torch_device=name, name=chip, memory_bytes=10**9
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chips", "groups"),
+    [
+        ("AAA", [("A", "cuda:0", 3)]),
+        ("AB", [("A", "cuda:0", 1), ("B", "cuda:1", 1)]),
+        ("ABA", [("A", "cuda:0", 1), ("A-2", "cuda:2", 1), ("B", "cuda:1", 1)]),
+        ("AABBA", [("A", "cuda:0", 2), ("A-4", "cuda:4", 1), ("B", "cuda:2", 2)]),
+    ],
+)
+def test_devices_auto_takes_each_device_once_where_chips_take_turns(job, chips, groups):
+    found = groups_of([device("cuda", number, chip) for number, chip in enumerate(chips)])
+    assert [(group.name, group.device, group.count) for group in found] == groups
+    ranks = members_of(replace(job, devices=found))
+    assert sorted(rank.device for rank in ranks) == [f"cuda:{n}" for n in range(len(chips))]
+
+
+def test_devices_auto_does_not_count_on_over_a_missing_number_or_another_type():
+    found = groups_of([device("cuda", 0, "A"), device("cuda", 2, "A"), device("npu", 3, "A")])
+    assert [(group.device, group.count) for group in found] == [
+        ("cuda:0", 1), ("cuda:2", 1), ("npu:3", 1),
+    ]  # fmt: skip

@@ -28,6 +28,7 @@ class SimChip(Chip):
     torch_type = sim_device.TORCH_NAME
     collective = sim_device.COLLECTIVE_BACKEND
     basis = "simulated"
+    is_on_host = True
 
     def detect(self, probe: Probe) -> list[Device]:
         """Return the devices when MXN_SIM=1, or none.

@@ -17,13 +17,15 @@ class Link:
     """One direction between two devices: a latency and a rate, or measured points.
 
     `points` are (bytes, seconds) with rising bytes. Between them time is linear, below the first it
-    is the first's, above the last it grows with `bytes_per_s`.
+    is the first's, above the last it grows with `bytes_per_s`. All of this is of bytes on the wire;
+    where float32 goes in a narrower dtype, only `float32_share` of a message's bytes do.
     """
 
     latency_s: float
     bytes_per_s: float
     points: tuple[tuple[float, float], ...] = ()
     basis: str = "assumed"
+    float32_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.bytes_per_s > 0 and self.latency_s >= 0):
@@ -32,10 +34,15 @@ class Link:
                 "is more than 0, a latency at least 0"
             )
 
-    def transfer_s(self, num_bytes: float) -> float:
-        """Return the seconds that a message takes; 0 for an empty one."""
+    def transfer_s(self, num_bytes: float, *, is_float32: bool = False) -> float:
+        """Return the seconds that a message takes; 0 for an empty one.
+
+        `is_float32`: it holds float32, which the link may carry narrower.
+        """
         if num_bytes <= 0:
             return 0.0
+        if is_float32:
+            num_bytes *= self.float32_share
         if not self.points:
             return self.latency_s + num_bytes / self.bytes_per_s
         sizes = [size for size, _ in self.points]
@@ -86,6 +93,12 @@ class Cluster:
                 return group
         names = ", ".join(group.name for group in self.groups)
         raise UserError(f"no group {name!r} in this cluster", hint=f"it has: {names}")
+
+    @property
+    def narrows_float32(self) -> bool:
+        """Whether any link carries float32 in fewer bytes."""
+        inside = (link for g in self.groups for link in (g.node_link, g.group_link))
+        return any(link.float32_share != 1 for link in (*inside, *self.links.values()))
 
     @property
     def num_devices(self) -> int:

@@ -117,6 +117,20 @@ class CostBook:
             summed_params=self._summed(stage),
         )
 
+    def backward_left(self, chip: str, stage: Stage) -> dict[int, float]:
+        """Return what is left of a backward pass behind each layer: seconds, by layer.
+
+        Chunks are taken to be passed one right after another, the last one first.
+        """
+        column = self._prefixes(chip, stage.tp, stage.recompute)[1]
+        found: dict[int, float] = {}
+        left_s = 0.0
+        for chunk in stage.chunks:
+            for layer in range(chunk.first, chunk.end):
+                found[layer] = left_s + column[layer] - column[chunk.first]
+            left_s += column[chunk.end] - column[chunk.first]
+        return found
+
     def _summed(self, stage: Stage) -> float:
         """Return the parameters of the stage's uneven layers; a tied matrix is summed apart."""
         ends = {0, self._shape.num_layers - 1} if self._shape.is_tied else set()

@@ -48,19 +48,25 @@ def quadratic_link(
     )
 
 
-def ring_s(num_members: int, num_bytes: float, link: Link) -> float:
+def ring_s(num_members: int, num_bytes: float, link: Link, *, is_float32: bool = False) -> float:
     """Return the seconds of a ring all-reduce of `num_bytes` on each of `num_members` devices.
 
-    2·(n - 1) rounds of one n-th of the bytes; `link` is the slowest of the ring.
+    2·(n - 1) rounds of one n-th of the bytes; `link` is the slowest of the ring. `is_float32` as in
+    `Link.transfer_s`.
     """
     if num_members < 2 or num_bytes <= 0:
         return 0.0
-    return 2 * (num_members - 1) * link.transfer_s(num_bytes / num_members)
+    part_s = link.transfer_s(num_bytes / num_members, is_float32=is_float32)
+    return 2 * (num_members - 1) * part_s
 
 
-def slowest(links: Sequence[Link], num_bytes: float) -> Link | None:
+def slowest(links: Sequence[Link], num_bytes: float, *, is_float32: bool = False) -> Link | None:
     """Return the link on which a message of `num_bytes` takes longest; None when there is none."""
-    return max(links, key=lambda link: link.transfer_s(num_bytes), default=None)
+
+    def seconds(link: Link) -> float:
+        return link.transfer_s(num_bytes, is_float32=is_float32)
+
+    return max(links, key=seconds, default=None)
 
 
 def ring_link(num_members: int, sums: Sequence[tuple[float, float]], basis: str) -> Link:

@@ -30,7 +30,7 @@ class PassTimes:
     ) -> None:
         self._plan, self._shape, self._cluster = plan, shape, cluster
         self._profiles, self._tuning = profiles, tuning
-        self._book = book_of(plan, shape, profiles, memory)
+        self.book = book_of(plan, shape, profiles, memory)
         self._chips = {group.name: group.chip for group in cluster.groups}
         self._costs: dict[tuple[object, ...], tuple[StageCost, ...]] = {}
 
@@ -43,14 +43,14 @@ class PassTimes:
         key = (stage.group, stage.chunks, stage.tp, stage.recompute)
         if key not in self._costs:
             self._costs[key] = tuple(
-                self._book.stage(self.chip(stage.group), replace(stage, chunks=(chunk,)))
+                self.book.stage(self.chip(stage.group), replace(stage, chunks=(chunk,)))
                 for chunk in stage.chunks
             )
         return self._costs[key]
 
     def whole(self, stage: Stage) -> StageCost:
         """Return the cost of a stage with all of its chunks."""
-        return self._book.stage(self.chip(stage.group), stage)
+        return self.book.stage(self.chip(stage.group), stage)
 
     def times(self, pipeline: Pipeline, index: int) -> PipelineTimes:
         """Return the seconds of one micro-batch through `pipeline`, the plan's number `index`."""
@@ -98,5 +98,6 @@ class PassTimes:
         if a is b:
             return Hop()
         link = self._cluster.link(a.group, a.first_device, b.group, b.first_device)
-        seconds = link.transfer_s(num_bytes) * self._tuning.hop_slow_down
+        is_float32 = self._profiles[self.chip(a.group)].is_float32
+        seconds = link.transfer_s(num_bytes, is_float32=is_float32) * self._tuning.hop_slow_down
         return Hop.blocking(seconds) if self._tuning.hops_block else Hop(seconds)

@@ -16,12 +16,13 @@ from mxn.errors import UserError
 from mxn.train.plan.closed import pipeline_time
 from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.memory import MemoryModel
+from mxn.train.plan.overlap import Overlap, Window, span_of
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.plan.prediction import Prediction, StagePrediction
 from mxn.train.plan.profile import Profiles
 from mxn.train.plan.reduction import Member, Reduction, again_s, reductions
 from mxn.train.plan.shape import ModelShape
-from mxn.train.plan.solved import Solved, solve_all
+from mxn.train.plan.solved import Solved, book_of, solve_all
 from mxn.train.plan.totals import basis, cost_micro, energy_j, mfu
 from mxn.train.plan.tuning import Timer, Tuning
 
@@ -39,7 +40,8 @@ def predict(
     """Return what one step of `plan` takes: seconds, bytes of each device, joules, money.
 
     Each pipeline is timed with its own micro-batches; a stage then sums its gradients with the
-    other pipelines (later stages start earlier, so part of it is hidden), then its optimizer runs.
+    other pipelines (later stages start earlier, and some chips beside their last backward, so part
+    of it is hidden), then its optimizer runs.
     `memory` defaults to mixed bf16 with Adam, `timer` to the closed form. A plan that does not fit
     is no error: see `Prediction.fits`. Energy counts the devices of the plan at `watts` through the
     whole step, cost their price.
@@ -50,7 +52,9 @@ def predict(
     plan.check()
     _check_shape(plan, shape)
     _check_pool(plan, cluster)
-    solved = solve_all(plan, shape, cluster, profiles, memory, tuning, timer or pipeline_time)
+    book = book_of(plan, shape, profiles, memory)
+    timer = timer or pipeline_time
+    solved = solve_all(plan, shape, cluster, profiles, book, memory, tuning, timer)
     sums = reductions(
         plan,
         shape,
@@ -60,7 +64,8 @@ def predict(
         flat=tuning.flat_sums,
     )
     pipeline_s = max(one.time.total_s for one in solved)
-    done = _reduce_ends(solved, sums, tuning.reduce_overlap)
+    overlap = Overlap(plan, shape, cluster, profiles, book)
+    done = _reduce_ends(solved, sums, overlap, tuning.reduce_overlap)
     optimizer_s = max(cost.optimizer_s for one in solved for cost in one.costs)
     reduce_s = max([pipeline_s, *done.values()]) - pipeline_s
     if plan.shards_optimizer and memory.shares_layers:
@@ -112,22 +117,24 @@ def _check_pool(plan: TrainPlan, cluster: Cluster) -> None:
 
 
 def _reduce_ends(
-    solved: Sequence[Solved], sums: Sequence[Reduction], overlap: float
+    solved: Sequence[Solved], sums: Sequence[Reduction], overlap: Overlap, share: float
 ) -> dict[Member, float]:
     """Return when each stage that takes part in a sum is done with all of its own.
 
     A stage does its sums one after another, the last layers' first, and each waits for the slowest
-    of its members. `overlap` lets the sums start while the last backward runs.
+    of its members. `overlap` lets buckets start while the last backward runs, `share` of it a whole
+    sum.
     """
     free: dict[Member, float] = {}
-    for reduction in reversed(sums):
-        starts: list[float] = []
+    for reduction in overlap.in_order(sums):
+        rows: list[tuple[float, Window]] = []
         for member in reduction.members:
             one, stage = solved[member[0]], member[1]
-            early = overlap * one.costs[stage].backward_s
-            ready = one.time.stage_ends_s[stage]
-            starts.append(max(free.get(member, 0.0), ready - early))
-        end = max(starts) + reduction.seconds
+            early_s = share * one.costs[stage].backward_s
+            window = overlap.window(reduction, member, early_s)
+            rows.append((one.time.stage_ends_s[stage], window))
+        before_s = max(free.get(member, 0.0) for member in reduction.members)
+        _, end = span_of(reduction.seconds, rows, before_s)
         free.update(dict.fromkeys(reduction.members, end))
     return free
 

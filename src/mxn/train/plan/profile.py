@@ -49,6 +49,8 @@ class ChipProfile:
     notes: tuple[str, ...] = field(default=())
     memory: MemoryModel | None = None  # of what it computes in; None: the job's
     width: float = 1.0  # bytes of its values, as a multiple of the shape's
+    is_float32: bool = False  # its values are float32, which some links carry narrower
+    overlaps_sums: bool = False  # gradients are summed while it does its last backward pass
 
     def layer(self, kind: str, micro_batch: int, tp: int) -> LayerCost:
         """Raises: UserError when this was not profiled."""

@@ -17,6 +17,7 @@ from mxn.train.plan.cluster import Cluster
 from mxn.train.plan.events import Timeline, simulate
 from mxn.train.plan.memory import MemoryModel, flight_bytes, stage_parts
 from mxn.train.plan.order_check import validate
+from mxn.train.plan.overlap import Overlap, Window, span_of
 from mxn.train.plan.pass_times import PassTimes
 from mxn.train.plan.plan import Pipeline, TrainPlan
 from mxn.train.plan.predict import predict
@@ -87,7 +88,8 @@ def simulate_plan(
         slow_down=tuning.reduce_slow_down,
         flat=tuning.flat_sums,
     )
-    sums = _sums(wanted, tuning, own)
+    overlap = Overlap(plan, shape, cluster, profiles, maker.book)
+    sums = _sums(wanted, overlap, tuning, own)
     given_s = again_s(wanted) if plan.shards_optimizer and memory.shares_layers else 0.0
     prediction = _prediction(plan, base, tuning, own, sums, given_s, maker, profiles, memory)
     return Simulation(
@@ -129,23 +131,29 @@ def _order_of(plan: TrainPlan, pipeline: Pipeline, own: Order | None) -> Order:
 
 
 def _sums(
-    sums: Sequence[Reduction], tuning: Tuning, lines: Sequence[Timeline]
+    sums: Sequence[Reduction], overlap: Overlap, tuning: Tuning, lines: Sequence[Timeline]
 ) -> dict[Member, list[tuple[float, float]]]:
     """Return when each stage sums its gradients.
 
-    One sum after another, the last layers first; each begins when the last of its members is there.
+    One sum after another, the last layers first; each begins when the last of its members is there,
+    or its first bucket on all of them.
     """
     spans: dict[Member, list[tuple[float, float]]] = {}
-    for one in reversed(sums):
-        ready = []
-        for pipeline, stage in one.members:
-            ends, starts = lines[pipeline].ends_s[stage], lines[pipeline].starts_s[stage]
-            done = ends[-1] - tuning.reduce_overlap * (ends[-1] - starts[-1])
-            before = spans.get((pipeline, stage))
-            ready.append(max(done, before[-1][1]) if before else done)
-        start = max(ready)
+    for one in overlap.in_order(sums):
+        rows: list[tuple[float, Window]] = []
+        before_s = 0.0
         for member in one.members:
-            spans.setdefault(member, []).append((start, start + one.seconds))
+            line, stage = lines[member[0]], member[1]
+            ends, starts = line.ends_s[stage], line.starts_s[stage]
+            early_s = tuning.reduce_overlap * (ends[-1] - starts[-1])
+            is_whole = line.order[stage][-1].kind == "B"  # no weight half that comes last
+            window = overlap.window(one, member, early_s) if is_whole else ((early_s, 1.0),)
+            rows.append((ends[-1], window))
+            if member in spans:
+                before_s = max(before_s, spans[member][-1][1])
+        span = span_of(one.seconds, rows, before_s)
+        for member in one.members:
+            spans.setdefault(member, []).append(span)
     return spans
 
 

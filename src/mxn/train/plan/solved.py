@@ -70,12 +70,12 @@ def solve_all(
     shape: ModelShape,
     cluster: Cluster,
     profiles: Profiles,
+    book: CostBook,
     memory: MemoryModel,
     tuning: Tuning,
     timer: Timer,
 ) -> list[Solved]:
-    """Return one entry per pipeline; pipelines that are alike share it."""
-    book = book_of(plan, shape, profiles, memory)
+    """Return one entry per pipeline; pipelines that are alike share it. `book` is `book_of` it."""
     groups = {group.name: group for group in cluster.groups}
     known: dict[Hashable, Solved] = {}
     rows: list[Solved] = []
@@ -120,7 +120,8 @@ def _solve(
         book.stage(chip, stage) for chip, stage in zip(chips, pipeline.stages, strict=True)
     )
     hop_bytes = _hop_bytes(plan, pipeline, shape, [profiles[chip].width for chip in chips], tuning)
-    hops = _hops(pipeline, hop_bytes, cluster, tuning)
+    are_float32 = [profiles[chip].is_float32 for chip in chips]
+    hops = _hops(pipeline, hop_bytes, are_float32, cluster, tuning)
     chunks = len(pipeline.stages[0].chunks)
     time = timer(
         _with_held_time(costs, exchanges_s, hop_bytes, chunks, tuning),
@@ -185,12 +186,17 @@ def border_bytes(layer: LayerShape, a: Stage, b: Stage, tuning: Tuning) -> float
 
 
 def _hops(
-    pipeline: Pipeline, hop_bytes: Sequence[float], cluster: Cluster, tuning: Tuning
+    pipeline: Pipeline,
+    hop_bytes: Sequence[float],
+    are_float32: Sequence[bool],
+    cluster: Cluster,
+    tuning: Tuning,
 ) -> tuple[tuple[float, float], ...]:
-    """Return the seconds over each border, there and back."""
+    """Return the seconds over each border, there and back, in what the stage before computes in."""
     hops: list[tuple[float, float]] = []
-    for a, b, num_bytes in zip(pipeline.stages, pipeline.stages[1:], hop_bytes, strict=False):
+    pairs = zip(pipeline.stages, pipeline.stages[1:], strict=False)
+    for (a, b), num_bytes, is_float32 in zip(pairs, hop_bytes, are_float32, strict=False):
         link = cluster.link(a.group, a.first_device, b.group, b.first_device)
-        seconds = link.transfer_s(num_bytes) * tuning.hop_slow_down
+        seconds = link.transfer_s(num_bytes, is_float32=is_float32) * tuning.hop_slow_down
         hops.append((seconds, seconds))
     return tuple(hops)

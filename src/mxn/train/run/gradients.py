@@ -21,15 +21,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mxn.train.plan.overlap import BUCKET_BYTES
 from mxn.train.run.bridge import Bridge, Handle
 from mxn.train.run.net import StageModule
 from mxn.train.run.net.shard import Cut
 from mxn.train.run.optim import GradientSums, Key
 from mxn.train.run.placement import Placement, Team
-
-BUCKET_BYTES = 8 << 20
-"""Large enough that a link runs at its rate, small enough that summing starts early."""
-
 
 Where = tuple[int, Key]
 """Chunk and key of a gradient."""

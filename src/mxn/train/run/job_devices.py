@@ -45,9 +45,13 @@ class JobDevices:
     def label(self, group: DeviceSettings) -> str:
         return chip_label(self.job, group, self.device(group))
 
+    def is_on_host(self, group: DeviceSettings) -> bool:
+        """Return whether ranks of `group` compute on this machine's processor."""
+        return _is_on_host(self.device(group))
+
     def company(self, group: DeviceSettings) -> list[str]:
         """Return the labels of all ranks that compute on the processor, if `group` is of them."""
-        if not _is_on_host(self.device(group)):
+        if not self.is_on_host(group):
             return []
         return [
             self.label(self.job.group(m.group))
@@ -158,6 +162,35 @@ def members_of(job: Job) -> list[Member]:
     return found
 
 
+def groups_of(devices: Sequence[Device]) -> tuple[DeviceSettings, ...]:
+    """Return a group for each run of consecutive numbers of one chip.
+
+    A group counts on from its first device (`members_of`), so chips that take turns, such as
+    cuda:0 and cuda:2 around another chip, are groups of their own. The first of a chip has its
+    name, a later one that and its first number.
+    """
+    runs: dict[str, list[list[Device]]] = {}
+    for device in sorted(devices, key=lambda d: (d.id.partition(":")[0], d.index)):
+        of_chip = runs.setdefault(device.chip, [])
+        if of_chip and _follows(device, of_chip[-1][-1]):
+            of_chip[-1].append(device)
+        else:
+            of_chip.append([device])
+    return tuple(
+        DeviceSettings(
+            name=f"{chip}-{run[0].index}" if at else chip, device=run[0].id, count=len(run)
+        )
+        for chip, of_chip in runs.items()
+        for at, run in enumerate(of_chip)
+    )
+
+
+def _follows(device: Device, before: Device) -> bool:
+    """Return whether a device is of the same type and has the next number."""
+    kinds = {one.id.partition(":")[0] for one in (device, before)}
+    return len(kinds) == 1 and device.index == before.index + 1
+
+
 def pairs_of(job: Job) -> list[Pair]:
     """Return each two groups, and each group of several devices with itself."""
     names = [group.name for group in job.devices]
@@ -166,5 +199,7 @@ def pairs_of(job: Job) -> list[Pair]:
 
 
 def _is_on_host(device: Device) -> bool:
-    """Whether a device computes on the processor: the simulated chip does too."""
-    return device.torch_device == "cpu" or device.vendor == "sim"
+    """Return whether a device computes on the processor: the simulated chip does too."""
+    from mxn.chips.registry import chip_of
+
+    return device.torch_device == "cpu" or chip_of(device.vendor).is_on_host

@@ -1,7 +1,8 @@
 """Times messages between two ranks over the job's own bridge, at a row of sizes.
 
 All ranks walk through all pairs together, so that one pair at a time talks. A round goes there and
-back; half of it is a message. Knows no layers and no files. Start at `time_links`.
+back; half of it is a message. Messages are of a dtype that the bridge leaves as it is, so that a
+size is that of what goes over the link. Knows no layers and no files. Start at `time_links`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -59,7 +61,9 @@ def time_links(
             if 2 * points[-1][1] > _SLOW_S:
                 break
         if bridge.rank == pair[0]:
-            found.append(LinkTimes(*pair, link_of(points, basis(*pair)), noise))
+            link = link_of(points, basis(*pair))
+            share = float32_share(bridge, pair[1])
+            found.append(LinkTimes(*pair, replace(link, float32_share=share), noise))
     return found
 
 
@@ -74,6 +78,12 @@ def link_of(points: Sequence[tuple[float, float]], basis: str) -> Link:
     (low, low_s), (high, high_s) = rising[-2] if len(rising) > 1 else (0.0, 0.0), rising[-1]
     rate = (high - low) / (high_s - low_s) if high_s > low_s else high / high_s
     return Link(latency_s=rising[0][1], bytes_per_s=rate, points=tuple(rising), basis=basis)
+
+
+def float32_share(bridge: Bridge, peer: int) -> float:
+    """Return how many of the bytes of a float32 message go over the link to `peer`."""
+    narrow = bridge.wire_dtype(torch.float32, peer)
+    return 1.0 if narrow is None else narrow.itemsize / torch.float32.itemsize
 
 
 def _time_size(
@@ -98,7 +108,8 @@ def _seconds(
     bridge.barrier("the next size of a link")
     started = time.perf_counter()
     if bridge.rank in pair:
-        message = torch.zeros(size // 4, dtype=torch.float32, device=bridge.device)
+        # Only float32 is narrowed, and a maker's own collective takes 16 bit too.
+        message = torch.zeros(size // 2, dtype=torch.float16, device=bridge.device)
         for _ in range(rounds):
             if bridge.rank == first:
                 _send(bridge, message, second)

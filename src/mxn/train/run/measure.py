@@ -231,7 +231,7 @@ class _Bench:
             cluster=cluster,
             profiles={
                 label: with_sums(
-                    self._with_memory(profile.to_chip_profile()), cluster.groups, self.shape
+                    self._as_used(profile.to_chip_profile()), cluster.groups, self.shape
                 )
                 for label, profile in profiles.items()
             },
@@ -241,18 +241,23 @@ class _Bench:
             is_reused=is_reused,
         )
 
-    def _with_memory(self, profile: ChipProfile) -> ChipProfile:
-        """Say what groups keep that compute on the processor or in a dtype of their own, and how
-        wide their values are.
+    def _as_used(self, profile: ChipProfile) -> ChipProfile:
+        """Say what groups keep that compute on the processor or in a dtype of their own, how wide
+        their values are, and whether sums run beside the backward pass: on a processor they would
+        take their time from it.
         """
         groups = [g for g in self.job.devices if self.label(g) == profile.chip]
         dtypes: list[Dtype] = [g.dtype for g in groups if g.dtype] or [self.job.dtype]
         dtype = dtypes[0]
-        is_on_host = any(self.devices.device(g).torch_device == "cpu" for g in groups)
-        if dtype == self.job.dtype and not is_on_host:
+        profile = replace(
+            profile, is_float32=dtype == "float32",
+            overlaps_sums=bool(groups) and not any(map(self.devices.is_on_host, groups)),
+        )  # fmt: skip
+        keeps_copies = any(self.devices.device(g).torch_device == "cpu" for g in groups)
+        if dtype == self.job.dtype and not keeps_copies:
             return profile
         memory = memory_of(
-            self.job, trainable_share=self.trainable_share, dtype=dtype, is_on_host=is_on_host
+            self.job, trainable_share=self.trainable_share, dtype=dtype, is_on_host=keeps_copies
         )
         return replace(profile, memory=memory, width=BYTES[dtype] / BYTES[self.job.dtype])
 

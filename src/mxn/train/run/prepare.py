@@ -220,21 +220,16 @@ def read_plan(path: Path) -> TrainPlan:
 
 
 def with_devices(job: Job) -> Job:
-    """Return the job with a group for each kind of real device here, if it names none."""
+    """Return the job with groups of the real devices here (`groups_of`), if it names none."""
     from mxn.chips import survey
     from mxn.chips.registry import chip_of
-    from mxn.train.run.job import DeviceSettings
+    from mxn.train.run.job_devices import groups_of
 
     if job.devices:
         return job
     real = [d for d in survey().devices if chip_of(d.vendor).basis != "simulated"]
     accelerators = [d for d in real if d.torch_device != "cpu"]
-    by_chip: dict[str, list[str]] = {}
-    for device in accelerators or real:
-        by_chip.setdefault(device.chip, []).append(device.id)
-    groups = tuple(
-        DeviceSettings(name=chip, device=ids[0], count=len(ids)) for chip, ids in by_chip.items()
-    )
+    groups = groups_of(accelerators or real)
     log.info("devices auto: %s", ", ".join(f"{g.count} x {g.name}" for g in groups))
     return replace(job, devices=groups)
 

@@ -178,10 +178,13 @@ class Tables:
         key = (kind, after)
         if key not in self._hops:
             link, tp = self._link(kind, after), min(kind.tp, after.tp)
-            chip = self.job.cluster.group(kind.group).chip
-            values = self.micro_batch * self.job.shape.seq_tokens * self.job.profiles[chip].width
+            profile = self.job.profiles[self.job.cluster.group(kind.group).chip]
+            values = self.micro_batch * self.job.shape.seq_tokens * profile.width
             sizes = [0.0, *(layer.output_on(tp) * values for layer in self.job.shape.layers)]
-            known = {size: 2 * link.transfer_s(size) for size in set(sizes)}
+            known = {
+                size: 2 * link.transfer_s(size, is_float32=profile.is_float32)
+                for size in set(sizes)
+            }
             self._hops[key] = np.array([known[size] for size in sizes])
         return self._hops[key]
 
@@ -197,8 +200,20 @@ class Tables:
             sums = self._columns(kinds[number], "none")
             size = float(sums["params"][run]) * model.reduce_bytes * model.trainable_share
             seconds = float(self.owned(kinds[number], "optimizer_s")[run])
-            worst = max(worst, seconds + sum(2 * link.transfer_s(size) for link in reduce_links))
+            sum_s = sum(2 * link.transfer_s(size, is_float32=True) for link in reduce_links)
+            backward_s = float(sums["busy_s"][run] - sums["forward_s"][run])
+            worst = max(worst, seconds + self.exposed_s(kinds[number], sum_s, backward_s))
         return worst
+
+    def exposed_s(self, kind: Kind, sum_s: float, backward_s: float) -> float:
+        """Return at least how much of a sum of gradients the last backward pass does not hide."""
+        profile = self.job.profiles[self.job.cluster.group(kind.group).chip]
+        return max(sum_s - backward_s, 0.0) if profile.overlaps_sums else sum_s
+
+    def backward_share(self, kind: Kind) -> float:
+        """Return which part of the work of the whole model is backward, on one slot."""
+        sums = self._columns(kind, "none")
+        return 1 - float(sums["forward_s"][0, -1]) / max(self.work_s(kind), 1e-30)
 
     def work_s(self, kind: Kind) -> float:
         """Return the seconds of the whole model on one slot, nothing recomputed, fitting or not."""

@@ -112,7 +112,9 @@ class Ways:
             size = self.tables.job.shape.params * share / kind.tp
             size *= model.reduce_bytes * model.trainable_share
             links = self._links([kind], crossing)
-            worst = max(worst, sum(2 * link.transfer_s(size) for link in links))
+            sum_s = sum(2 * link.transfer_s(size, is_float32=True) for link in links)
+            backward_s = least * self.tables.backward_share(kind)
+            worst = max(worst, self.tables.exposed_s(kind, sum_s, backward_s))
         return worst
 
     def _cut(
