@@ -168,7 +168,7 @@ def test_a_group_with_a_dtype_of_its_own_keeps_what_that_takes(job, found, no_ra
     narrow = replace(job, devices=(job.devices[0], replace(job.devices[1], dtype="bfloat16")))
     bench = measure._Bench(narrow, (1,))
     (profile,) = found.profiles.values()
-    own = bench._with_memory(replace(profile, chip=bench.label(narrow.devices[1])))
+    own = bench._as_used(replace(profile, chip=bench.label(narrow.devices[1])))
     assert own.memory == replace(MIXED, saved_bytes=SAVED_BYTES)
     assert own.width == 0.5
 
@@ -180,10 +180,10 @@ def test_only_a_rank_on_the_processor_keeps_checkpoints_beside_its_own(job, foun
     assert profile.width == 1
     bench = measure._Bench(job, (1,))
     plain = replace(profile, memory=None)
-    assert bench._with_memory(plain) == profile
+    assert bench._as_used(plain) == profile
     for rank, device in bench.devices.by_rank.items():
         bench.devices.by_rank[rank] = replace(device, torch_device="npu:0")
-    assert bench._with_memory(plain) == plain
+    assert bench._as_used(plain) == replace(plain, overlaps_sums=True)
 
 
 def test_the_planner_is_told_what_links_narrow_and_what_hides_sums(job, found, monkeypatch):
@@ -191,9 +191,9 @@ def test_the_planner_is_told_what_links_narrow_and_what_hides_sums(job, found, m
     assert profile.is_float32
     assert not profile.overlaps_sums  # sums take the processor's time
     bench = measure._Bench(replace(job, dtype="bfloat16"), (1,))
-    assert not bench._with_dtype(profile).is_float32
+    assert not bench._as_used(profile).is_float32
     monkeypatch.setattr(JobDevices, "is_on_host", lambda *_: False)
-    assert bench._with_overlap(profile).overlaps_sums
+    assert bench._as_used(profile).overlaps_sums
 
 
 def test_other_conditions_are_measured_anew(job, found, no_ranks):
