@@ -124,7 +124,7 @@ def test_a_rank_that_cannot_write_spoils_one_checkpoint_and_no_step(tmp_path, mo
             writers[rank].save(Position(step=step, micro_batch=0), layers(step, owned[rank]))
 
     bad = {2: {"weights/w": torch.zeros(3).to_sparse()}}  # a real failure of the writer
-    monkeypatch.setattr(writers[1], "_copy", lambda layer, tensors: bad.get(layer, {}))
+    monkeypatch.setattr(writers[1], "_copy", lambda layer, tensors, done: bad.get(layer, {}))
     save(1)
     with pytest.raises(MxnError, match="rank 1 could not write its part"):
         writers[0].close()
