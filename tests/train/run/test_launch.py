@@ -174,7 +174,7 @@ def test_a_rank_that_cannot_start_is_told_with_the_end_of_its_log(tmp_path, fork
         to_end(job, plan_of((8, [[(0, 6)]])))
     words = Control(tmp_path, 0).words_of(0)
     assert words is not None
-    assert words.kind == "user"
+    assert words.kind == "chip"
 
 
 LAUNCHER = """

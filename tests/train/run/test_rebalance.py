@@ -16,7 +16,6 @@ from mxn.errors import InternalError
 from mxn.train.plan.search.shares import Pace, finish_s
 from mxn.train.run import counts_log
 from mxn.train.run.job import RebalanceSettings, metrics_path
-from mxn.train.run.rank import _Shares
 from mxn.train.run.rebalance import (
     Change,
     Load,
@@ -27,6 +26,7 @@ from mxn.train.run.rebalance import (
     share_out,
     with_counts,
 )
+from mxn.train.run.shares import Shares
 from support import tiny_plans
 from support.launches import group, small_job
 
@@ -276,7 +276,7 @@ def test_the_first_rank_tells_all_what_was_done(tmp_path):
         trainer = SimpleNamespace(
             placement=SimpleNamespace(plan=planned), bridge=bridge, step=100, counts=(6, 6)
         )
-        return _Shares(job, trainer, keeper=None)._rebalancer
+        return Shares(job, trainer, keeper=None)._rebalancer
 
     for rank in range(2):
         (found,) = run(shares(rank), [Pace(0, 1.0), Pace(0, 2.0)], 100, first=100)
