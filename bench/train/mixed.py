@@ -40,14 +40,15 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import mixed_jobs
 from mixed_jobs import Mix, brief, plan_of, work_of
 from mixed_report import Alone, Cycle, Run, show, summary
 from paused import PausedJob, Window, together
 
+from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.job_file import read_job
+from mxn.train.run.launch import cores_of
 from mxn.train.run.prepare import Task, task_of_job
 
 SKIPPED = 2  # steps at the start of a run that are not counted
@@ -93,8 +94,6 @@ class Bench:
 
     def _start_all(self) -> None:
         mix, cores = self.mix, sorted(os.sched_getaffinity(0))
-        from mxn.train.run.launch import cores_of
-
         best = mix.job("best")
         wanted = cores_of(read_job(best).devices)
         profile(mix)
@@ -154,10 +153,8 @@ class Bench:
         return task_of_job(read_job(self.mix.out("best.yaml")))
 
 
-def plan_of_start(mix: Mix) -> Any:
+def plan_of_start(mix: Mix) -> TrainPlan:
     """Return the plan that the planner chose, before its micro-batches were shared out again."""
-    from mxn.train.plan.plan import TrainPlan
-
     return TrainPlan.from_json((mix.out("best") / "plan.json").read_text())
 
 

@@ -172,12 +172,18 @@ def test_nobody_can_be_asked_where_no_job_runs(tmp_path):
         ask(tmp_path, "stop")
 
 
-def test_the_factor_and_the_updates_are_in_the_checkpoint(job, source):
+def saved_in_float16(job, source):
+    """Return a keeper that has saved step 3 of a job that left one of three steps out."""
     first = keeper(job, source)
     first._loss_scale = LossScale(value=32.0, good_steps=7, is_on=True)
-    trained(first, 2)  # one of three was left out
+    trained(first, 2)
     first.save(3)
     first.close()
+    return first
+
+
+def test_the_factor_and_the_updates_are_in_the_checkpoint(job, source):
+    first = saved_in_float16(job, source)
     position = find(first.writer.folder, "newest").manifest.position
     assert (position.updates, position.loss_scale, position.good_steps) == (2, 32.0, 7)
     again = keeper(job, source)
@@ -192,11 +198,7 @@ def test_the_factor_and_the_updates_are_in_the_checkpoint(job, source):
 
 def test_steps_that_float16_left_out_stay_left_out_without_it(job, source):
     """The group with float16 was dropped, went on without, and came back."""
-    first = keeper(job, source)
-    first._loss_scale = LossScale(value=32.0, good_steps=7, is_on=True)
-    trained(first, 2)  # one of three was left out
-    first.save(3)
-    first.close()
+    saved_in_float16(job, source)
     without = keeper(job, source)
     without.resume(3)
     trained(without, 5)
