@@ -94,16 +94,25 @@ def profile(
     job: JobFile,
     micro_batch: MicroBatches = None,
     fresh: Fresh = False,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            "--seconds",
+            min=0,
+            help="Where the machine is not steady, go on measuring layers for at most so long.",
+        ),
+    ] = 60.0,
     as_json: Json = False,
 ) -> None:
     """Measure layers and links on the devices of JOB, or show what was measured before."""
     from mxn.cli.train_show import profile_json, profile_lines
-    from mxn.train.run.measure import measure
+    from mxn.train.run.measure import Quality, measure
     from mxn.train.run.prepare import with_devices
 
     found = measure(
-        with_devices(_read(job)), micro_batches=_sizes(micro_batch), fresh=fresh, on_progress=_say
-    )
+        with_devices(_read(job)), micro_batches=_sizes(micro_batch), fresh=fresh,
+        quality=Quality(seconds=seconds), on_progress=_say,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(profile_json(found), indent=2))
         return

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mxn.train.run import layer_times
-from mxn.train.run.layer_times import Chain, Effort, spread, time_chain
+from mxn.train.run.layer_times import Chain, Effort, cost_of, middle_mean, spread, time_chain
 from mxn.train.run.link_times import link_of
 
 
@@ -87,11 +87,11 @@ def timed(clock: Clock, first_input: torch.Tensor | None):
         module=Layers(clock), first_input=first_input, batch=Batch(), num_layers=2,
         optimizer=Optimizer(clock),
     )  # fmt: skip
-    return time_chain(chain, Effort(), synchronize=lambda: None)
+    return cost_of(time_chain(chain, Effort(), synchronize=lambda: None), 0.0)
 
 
 def test_phases_are_told_apart_and_given_per_layer(clock):
-    cost = timed(clock, torch.ones(2)).cost
+    cost = timed(clock, torch.ones(2))
     assert cost.forward_s == pytest.approx(0.010)
     assert cost.backward_s == pytest.approx(0.015)
     assert cost.weight_s == pytest.approx(0.009)
@@ -99,7 +99,7 @@ def test_phases_are_told_apart_and_given_per_layer(clock):
 
 
 def test_the_embedding_has_no_weight_half(clock):
-    cost = timed(clock, None).cost
+    cost = timed(clock, None)
     assert cost.weight_s == 0.0
     assert cost.backward_s == pytest.approx(0.009)  # tokens want no gradient
 
@@ -110,7 +110,7 @@ def test_a_quota_of_half_a_core_makes_every_layer_take_twice_as_long(clock):
         module=Layers(clock), first_input=torch.ones(2), batch=Batch(), num_layers=2,
         optimizer=None,
     )  # fmt: skip
-    cost = time_chain(chain, Effort(block_s=4.0), synchronize=lambda: None).cost
+    cost = cost_of(time_chain(chain, Effort(block_s=4.0), synchronize=lambda: None), 0.0)
     # The median of single passes would be 10 ms: most of them do not wait at all.
     assert cost.forward_s == pytest.approx(0.020, rel=0.1)
     assert cost.backward_s == pytest.approx(0.030, rel=0.1)
@@ -121,14 +121,22 @@ def test_a_slow_device_has_fewer_blocks_but_three(clock):
         module=Layers(clock), first_input=torch.ones(2), batch=Batch(), num_layers=1,
         optimizer=None,
     )  # fmt: skip
-    times = time_chain(chain, Effort(longest_s=0.01), synchronize=lambda: None)
-    assert times.blocks == 3
-    assert times.cost.optimizer_s == 0.0
+    blocks = time_chain(chain, Effort(longest_s=0.01), synchronize=lambda: None)
+    assert len(blocks) == 3
+    assert cost_of(blocks, 0.0).optimizer_s == 0.0
 
 
 def test_spread_is_half_the_middle_half():
     assert spread([1.0, 1.0, 1.0]) == 0.0
     assert spread([0.8, 0.9, 1.0, 1.1, 1.2]) == pytest.approx(0.1)
+
+
+def test_a_cost_is_the_mean_without_the_extremes():
+    """A job meets a machine's slow times as often as its quick ones; the median is one of both."""
+    assert middle_mean([1.0, 3.0]) == 2.0
+    assert middle_mean([1.0, 1.1, 9.0]) == 1.1  # one interruption is no speed
+    levels = [1.0] * 12 + [1.5] * 8
+    assert middle_mean([*levels, 0.1, 30.0]) == pytest.approx(sum(levels) / 20)
 
 
 def test_a_link_never_gives_a_larger_message_less_time():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def test_widths_of_tensor_parallelism_are_measured_where_a_plan_has_them(job, mo
     assert told.profiles[label].layer("block", 1, 2).forward_s == pytest.approx(
         reading.cost.forward_s + half_s
     )
+
+
+def test_with_time_given_it_is_measured_in_rounds_and_says_how_sure_it_is(job):
+    found = measure.measure(replace(job, seq_tokens=20), quality=replace(QUICK, seconds=3.0))
+    (kept,) = found.stored.values()
+    assert all(reading.repeats >= 2 * 3 for reading in kept.readings)
+    assert any(re.fullmatch(r"mean of \d+ rounds in turns, sure to ±.*%", n) for n in kept.notes)
 
 
 def test_the_link_between_the_groups_is_measured(found):

@@ -3,18 +3,20 @@
 A chain of neighbouring layers of one kind runs forward, backward and optimizer over and over, as in
 training: gradients add up, and weights of one layer push those of another out of the cache. Time is
 taken over blocks that hold many periods of a cgroup's quota: a single call under a quota is either
-not held up at all or waits for the rest of a period, so the median of calls would be wrong. What is
-reported is the median of the blocks. Knows no files, jobs or links. Start at `time_chain`.
+not held up at all or waits for the rest of a period, so the median of calls would be wrong. A cost
+is the mean of blocks without the extreme ones: where the speed of a machine comes and goes, a job
+meets all of it, and the median would be one of its levels. Knows no files, jobs or links. Start at
+`time_chain`; `rounds.py` asks several times.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ _MOST_REPEATS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How long to measure one kind at one micro-batch."""
+    """How long to measure one kind at one micro-batch at a time."""
 
     blocks: int = 7
     block_s: float = 0.25  # at least; many periods of a quota
@@ -64,42 +66,53 @@ class Chain:
         return given, self.module(given, self.batch)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """Seconds of one layer of the chain, the median of the blocks. `noise`: see `spread`."""
+class Block(NamedTuple):
+    """Mean seconds of a layer's passes in one block of time."""
 
-    cost: LayerCost
-    noise: float
-    blocks: int
+    forward_s: float
+    backward_s: float
+    weight_s: float  # of `backward_s`
+    optimizer_s: float
+
+    @property
+    def passes_s(self) -> float:
+        return self.forward_s + self.backward_s
 
 
-def time_chain(chain: Chain, effort: Effort, *, synchronize: Callable[[], object]) -> Times:
-    """Measure forward, both halves of backward and the optimizer of `chain`.
+def time_chain(
+    chain: Chain, effort: Effort, *, synchronize: Callable[[], object]
+) -> tuple[Block, ...]:
+    """Measure forward, both halves of backward and the optimizer of a layer of `chain`.
 
     `synchronize` waits for the device. A launch is cheap next to what it launches on a busy device,
     so an accelerator is only waited for at the ends of a run of passes.
     """
     runner = _Runner(chain, synchronize)
     runner.warm_up(effort.warmup_s)
-    started, rows = time.perf_counter(), []
-    while len(rows) < effort.blocks:
-        if len(rows) >= _FEWEST_BLOCKS and time.perf_counter() - started > effort.longest_s:
+    started, blocks = time.perf_counter(), []
+    while len(blocks) < effort.blocks:
+        if len(blocks) >= _FEWEST_BLOCKS and time.perf_counter() - started > effort.longest_s:
             break
-        rows.append(runner.block(effort.block_s))
-    per_layer = 1.0 / chain.num_layers
-    medians = [statistics.median(column) * per_layer for column in zip(*rows, strict=True)]
-    forward_s, backward_s, weight_s, optimizer_s = medians
-    cost = LayerCost(
-        forward_s=forward_s,
-        backward_s=backward_s,
-        weight_s=min(weight_s, backward_s),
-        optimizer_s=optimizer_s,
-        activation_bytes=kept_bytes(chain) * per_layer,
-    )
-    return Times(cost=cost, noise=spread([row[0] + row[1] for row in rows]), blocks=len(rows))
+        blocks.append(runner.block(effort.block_s))
+    return tuple(blocks)
 
 
-def spread(values: list[float]) -> float:
+def cost_of(blocks: Sequence[Block], activation_bytes: float) -> LayerCost:
+    """Return what a layer costs by its blocks."""
+    forward_s, backward_s, weight_s, optimizer_s = map(middle_mean, zip(*blocks, strict=True))
+    return LayerCost(
+        forward_s=forward_s, backward_s=backward_s, weight_s=min(weight_s, backward_s),
+        optimizer_s=optimizer_s, activation_bytes=activation_bytes,
+    )  # fmt: skip
+
+
+def middle_mean(values: Sequence[float]) -> float:
+    """Return the mean without a twentieth at each end; of three or more, without one at least."""
+    cut = max(1, len(values) // 20) if len(values) > 2 else 0
+    return statistics.fmean(sorted(values)[cut : len(values) - cut])
+
+
+def spread(values: Sequence[float]) -> float:
     """Return half the distance between the quartiles, as a share of the median."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / 2 / middle if middle else 0.0
@@ -125,18 +138,18 @@ class _Runner:
         self.repeats = max(1, min(_MOST_REPEATS, int(seconds / max(spent_s, 1e-9))))
         self.block(seconds)
 
-    def block(self, seconds: float) -> tuple[float, float, float, float]:
-        """Return mean seconds of forward, backward, its weight half, and one update."""
+    def block(self, seconds: float) -> Block:
         spent, rounds = [0.0] * 4, 0
         started = time.perf_counter()
         while not rounds or time.perf_counter() - started < seconds:
             for phase, value in enumerate(self._passes()):
                 spent[phase] += value
             rounds += 1
-        forward, backward, inputs, update = (value / rounds for value in spent)
+        layers = rounds * self.chain.num_layers
+        forward, backward, inputs, update = (value / layers for value in spent)
         # An embedding's gradient is not put off (`deferred.py`), so it has no second half.
         weight = max(0.0, backward - inputs) if self.chain.first_input is not None else 0.0
-        return forward, backward, weight, update
+        return Block(forward, backward, weight, update)
 
     def _passes(self) -> tuple[float, float, float, float]:
         """Run passes forward and backward, one for inputs alone, an update; return their means."""

@@ -8,7 +8,6 @@ found there the next time. Start at `measure`.
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,15 +15,16 @@ from typing import Any
 
 from mxn.train.plan.cluster import Cluster, Link
 from mxn.train.plan.memory import MemoryModel
-from mxn.train.plan.profile import ChipProfile, LayerCost
+from mxn.train.plan.profile import ChipProfile
 from mxn.train.plan.shape import ModelShape
 from mxn.train.run import stored
+from mxn.train.run.answers import middle, notes_of
 from mxn.train.run.job import DeviceSettings, Dtype, Job
 from mxn.train.run.job_devices import JobDevices, Pair, with_sums
 from mxn.train.run.job_model import look_at, memory_of
 from mxn.train.run.measure_start import ask_ranks
 from mxn.train.run.measured import Answer, Request, basis_of, layers_key, link_key
-from mxn.train.run.stored import Reading, StoredLink, StoredProfile
+from mxn.train.run.stored import StoredLink, StoredProfile
 from mxn.train.shapes import BYTES
 
 log = logging.getLogger("mxn.train")
@@ -47,10 +47,15 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """How long to measure. The default takes about 2 s for each kind of layer."""
+    """How long to measure. The default takes about 2 s for each kind of layer.
+
+    With `seconds` all kinds are measured again in turns while they are not steady to a hundredth,
+    for that long at most.
+    """
 
     blocks: int = 7
     block_s: float = 0.25
+    seconds: float = 0.0
 
 
 def measure(
@@ -163,12 +168,13 @@ class _Bench:
         pairs = [pair for pair in self.pairs if pair not in links]
         what = [f"{len(self.devices.members)} devices"] if has_layers else []
         what += [f"{len(pairs)} links"] if pairs else []
-        on_progress(f"measuring {' and '.join(what)} …")
+        longest = f", for {quality.seconds:g} s if they are not steady" if quality.seconds else ""
+        on_progress(f"measuring {' and '.join(what)}{longest * has_layers} …")
         request = Request(
             job=self.job.to_json(), members=self.devices.members, micro_batches=self.micro_batches,
             pairs=tuple(self.devices.ranks(pair) for pair in pairs), blocks=quality.blocks,
-            block_s=quality.block_s, is_packed=self.is_packed, has_layers=has_layers,
-            tps=self.tps,
+            block_s=quality.block_s, seconds=quality.seconds, is_packed=self.is_packed,
+            has_layers=has_layers, tps=self.tps,
         )  # fmt: skip
         answers = ask_ranks(self.job, request, self.model)
         if has_layers:
@@ -193,7 +199,7 @@ class _Bench:
                 readings=middle([answer.readings for answer in told]),
                 framework_bytes=max(answer.framework_bytes for answer in told),
                 basis=basis_of(group, self.devices.device(group)),
-                notes=_notes(group, len(told)),
+                notes=notes_of(group, told),
             )
             before = known.get(label)
             if before is not None:
@@ -260,32 +266,3 @@ class _Bench:
             self.job, trainable_share=self.trainable_share, dtype=dtype, is_on_host=keeps_copies
         )
         return replace(profile, memory=memory, width=BYTES[dtype] / BYTES[self.job.dtype])
-
-
-def middle(rows: Sequence[tuple[Reading, ...]]) -> tuple[Reading, ...]:
-    """Return the median over the devices of a group for each case; the noise is the largest."""
-    by_case: dict[tuple[str, int, int], list[Reading]] = {}
-    for readings in rows:
-        for reading in readings:
-            by_case.setdefault((reading.kind, reading.micro_batch, reading.tp), []).append(reading)
-    return tuple(_middle(by_case[case]) for case in sorted(by_case))
-
-
-def _middle(alike: list[Reading]) -> Reading:
-    def median(name: str) -> float:
-        return statistics.median(getattr(reading.cost, name) for reading in alike)
-
-    cost = LayerCost(
-        forward_s=median("forward_s"), backward_s=median("backward_s"),
-        optimizer_s=median("optimizer_s"), weight_s=median("weight_s"),
-        activation_bytes=median("activation_bytes"),
-    )  # fmt: skip
-    noise = max(reading.noise for reading in alike)
-    return replace(alike[0], cost=cost, noise=noise)
-
-
-def _notes(group: DeviceSettings, num_devices: int) -> tuple[str, ...]:
-    notes = [f"median of {num_devices} devices"] if num_devices > 1 else []
-    if group.cpu_share is not None:
-        notes.append(f"a rank limited to {group.cpu_share:g} of a core by cgroup quota")
-    return tuple(notes)

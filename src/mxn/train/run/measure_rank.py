@@ -7,11 +7,12 @@ beside the request. Start at `main`.
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,17 @@ import torch
 
 from mxn.train.run.chains import Workload, chains_of, make_chain
 from mxn.train.run.job import Job
-from mxn.train.run.layer_times import Effort, time_chain
+from mxn.train.run.layer_times import Effort, kept_bytes, time_chain
 from mxn.train.run.measured import MODEL_FILE, Answer, Member, Model, Request, basis_of
 from mxn.train.run.rank import leave
-from mxn.train.run.stored import Reading
+from mxn.train.run.rounds import SURE, Case, Rounds
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
     from mxn.train.run.bridge import Bridge
     from mxn.train.run.net import StageModule
+
+_BLOCKS_AGAIN = 3  # of a case in each round but the first
 
 
 def main(request_file: Path, rank: int, store_address: str) -> None:
@@ -48,14 +51,17 @@ def main(request_file: Path, rank: int, store_address: str) -> None:
         wait_for_share(folder, rank)
         wait = synchronizer(target)
         taken = framework_bytes(device)
-        readings: tuple[Reading, ...] = ()
+        rounds = Rounds()
         if request.has_layers:
             models = pickle.loads((folder / MODEL_FILE).read_bytes())  # our own parent wrote it
-            readings = tuple(_layers(request, job, me, models, device, bridge, wait))
+            _layers(rounds, request, job, me, models, device, bridge, wait)
         links = _links(request, job, bridge, wait)
     finally:
         bridge.close()
-    answer = Answer(rank=rank, framework_bytes=taken, readings=readings, links=links)
+    answer = Answer(
+        rank=rank, framework_bytes=taken, readings=rounds.readings(), links=links,
+        rounds=rounds.num_rounds, error=rounds.error,
+    )  # fmt: skip
     path = folder / f"answer-{rank}.json"
     part = path.with_suffix(".part")
     part.write_text(answer.to_json())
@@ -90,6 +96,7 @@ def _connect(job: Job, request: Request, rank: int, address: str, device: Device
 
 
 def _layers(
+    rounds: Rounds,
     request: Request,
     job: Job,
     me: Member,
@@ -97,50 +104,56 @@ def _layers(
     device: Device,
     bridge: Bridge,
     wait: Callable[[], object],
-) -> list[Reading]:
+) -> None:
+    """Measure all cases, again and again while the rounds differ and there is time."""
     work = Workload(
         spec=model.spec, names=model.names, biases=model.biases, seq_tokens=job.seq_tokens,
         dtype=job.dtype_of(me.group), is_packed=request.is_packed,
     )  # fmt: skip
-    effort = Effort(blocks=request.blocks, block_s=request.block_s, warmup_s=request.block_s)
-    found: list[Reading] = []
-    for micro_batch, tp in product(request.micro_batches, request.tps):
-        for kind, layers in chains_of(model.spec).items():
-            bridge.barrier(f"the measurement of {kind}")
-            if tp > job.group(me.group).count:
-                continue
-            reading = measure_kind(
-                work, job, kind, layers, micro_batch, device, effort, wait, tp=tp
-            )
-            found.append(reading)
-    return found
+    effort = _effort(request)
+    begun_s = time.monotonic()
+    while True:
+        rounds.begin()
+        for micro_batch, tp in product(request.micro_batches, request.tps):
+            for kind, layers in chains_of(model.spec).items():
+                bridge.barrier(f"the measurement of {kind}")
+                if tp <= job.group(me.group).count:
+                    case = (kind, micro_batch, tp)
+                    measure_case(rounds, case, work, job, layers, device, effort, wait)
+        error = math.inf if rounds.error is None else rounds.error
+        told = bridge.gather([error, time.monotonic() - begun_s])  # so all decide alike
+        if told[0][1] >= request.seconds or all(error <= SURE for error, _ in told):
+            return
+        effort = replace(effort, blocks=min(effort.blocks, _BLOCKS_AGAIN))
 
 
-def measure_kind(
+def _effort(request: Request) -> Effort:
+    return Effort(blocks=request.blocks, block_s=request.block_s, warmup_s=request.block_s)
+
+
+def measure_case(
+    rounds: Rounds,
+    case: Case,
     work: Workload,
     job: Job,
-    kind: str,
     layers: tuple[int, int],
-    micro_batch: int,
     device: Device,
     effort: Effort,
     wait: Callable[[], object],
-    *,
-    tp: int = 1,
-) -> Reading:
-    """Return what one kind of layer costs on this device, in this process.
+) -> None:
+    """Add what one kind of layer costs on this device, in this process.
 
-    With `tp` the part that one of so many ranks computes; its sums are not in it.
+    With tensor parallelism it is the part that one of so many ranks computes, without its sums.
+    The chain is made anew in each round: all of them at once may not fit on the device.
     """
+    _, micro_batch, tp = case
     torch_device = torch.device(device.torch_device)
     chain = make_chain(
         work, layers, micro_batch, torch_device, lambda stage: updates(stage, job), tp=tp
     )
-    times = time_chain(chain, effort, synchronize=wait)
-    return Reading(
-        kind=kind, micro_batch=micro_batch, tp=tp, cost=times.cost, noise=times.noise,
-        repeats=times.blocks,
-    )  # fmt: skip
+    rounds.add(case, time_chain(chain, effort, synchronize=wait))
+    if case not in rounds.kept:
+        rounds.kept[case] = kept_bytes(chain) / chain.num_layers
 
 
 def _links(

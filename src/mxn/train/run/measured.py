@@ -24,7 +24,7 @@ from mxn.train.plan.profile import LayerCost
 from mxn.train.run.job import DeviceSettings, Job
 from mxn.train.run.stored import Reading
 
-_CODE = ("net/*.py", "optim.py", "lora.py", "chains.py", "layer_times.py", "link_times.py")
+_CODE = ("net/*.py", "optim.py", "lora.py", "chains.py", "layer_times.py", "rounds.py")
 _LINK_CODE = ("bridge.py", "islands.py", "wire.py", "staging.py", "link_times.py")
 _DRIVER_FILES = {
     "nvidia": "/proc/driver/nvidia/version",
@@ -64,6 +64,7 @@ class Request:
     pairs: tuple[tuple[int, int], ...]  # of ranks whose link is wanted
     blocks: int
     block_s: float
+    seconds: float  # to go on for while rounds differ; 0: one round
     is_packed: bool  # rows hold several documents, so attention has a mask
     has_layers: bool = True  # False: links only
     tps: tuple[int, ...] = (1,)  # tensor parallelism; a group has those it is wide enough for
@@ -90,6 +91,8 @@ class Answer:
     framework_bytes: float
     readings: tuple[Reading, ...]
     links: tuple[dict[str, Any], ...]  # first, second, link, noise
+    rounds: int = 0  # of its layers
+    error: float | None = None  # standard error of their mean, as a share; None: of one round
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
