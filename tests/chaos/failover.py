@@ -28,7 +28,6 @@ from chaos.verdict import Report, ledger_problems, left_behind, moves_of
 from mxn.ledger import keys, tenants
 from mxn.ledger.database import Database
 
-NUM_QUESTIONS = 48
 _KINDS = {"kill": 6, "pause": 3, "pause, then kill": 2}
 _MOST_ROUNDS = 400
 
@@ -41,6 +40,7 @@ class Plan:
     replicas: int = 3
     seed: int = 0
     is_local: bool = False
+    num_questions: int = 48
     at_once: int = 24
     stall_limit_s: float = 1.0
     pause_s: float = 3.0  # a replica that was stopped goes on after this
@@ -156,7 +156,7 @@ async def _run(plan: Plan, pool: Pool, key: str, database: Database) -> Report:
     async with httpx.AsyncClient(timeout=120, limits=limits) as http:
         asker = Asker(pool.url, key, http)
         experiment = Experiment(plan, pool, asker, rng)
-        asked = questions(NUM_QUESTIONS, rng)
+        asked = questions(plan.num_questions, rng)
         expected = await experiment.calm(asked, plan.at_once)
         alone = await experiment.calm(asked[: plan.num_alone], 1)
         unequal = [q for q, stream in alone.items() if stream.text != expected[q].text]

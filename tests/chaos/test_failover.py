@@ -18,8 +18,11 @@ def check(report: Report, *, lost: int) -> None:
 
 
 def test_a_killed_server_ends_no_stream(tmp_path):
-    plan = Plan(streams=15, replicas=2, seed=21, at_once=30, stall_limit_s=0.5, num_alone=4)
-    check(run_failover(tmp_path, plan), lost=15)
+    plan = Plan(
+        streams=8, replicas=2, seed=21, num_questions=12, at_once=16, stall_limit_s=0.5,
+        num_alone=2,
+    )  # fmt: skip
+    check(run_failover(tmp_path, plan), lost=8)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A thousand random requests with cancellations, disconnects and bad bodies against a real server.
+"""Random requests with cancellations, disconnects and bad bodies against a real server.
 
 Holds afterwards: no 5xx, no stream that hangs, no request still running, no page still in use.
 """
@@ -19,7 +19,6 @@ import pytest
 from support import tiny
 from support.server import serving, write_tokenizer
 
-NUM_REQUESTS = 1000
 AT_ONCE = 24
 HANG_S = 60.0
 
@@ -220,12 +219,13 @@ async def settled_load(url: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(280)
-def test_a_thousand_random_requests_leave_nothing_behind(server):
-    seen = asyncio.run(storm(server, NUM_REQUESTS))
+@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_requests_leave_nothing_behind(server, count):
+    seen = asyncio.run(storm(server, count))
     print(dict(seen))
     assert not [code for code in seen if isinstance(code, int) and code >= 500], seen
-    assert seen[200] > NUM_REQUESTS / 3
-    assert seen["stream dropped"] > 50
+    assert seen[200] > count / 3
+    assert seen["stream dropped"] > count / 20
     load = asyncio.run(settled_load(server))
     assert (load["running"], load["waiting"], load["kv_pages_used"]) == (0, 0, 0)
     # It still works, and a request that met no fault gives the same answer twice.

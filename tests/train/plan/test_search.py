@@ -241,7 +241,7 @@ def test_the_planner_follows_the_profile_and_not_the_age_of_a_chip():
         for stage in pipeline.stages:
             work[stage.group] += stage.num_layers * pipeline.micro_batches
     assert work["RTX-2080"] > 1.5 * work["RTX-3090"]
-    any_width = Limits(micro_batches=(2,), num_simulated=2)
+    any_width = Limits(tps=(4, 8), micro_batches=(2,), num_simulated=2)
     free = search(shape, 64, cluster, profiles, memory=memory, limits=any_width)
     widths = {s.tp for p in free.best.plan.pipelines for s in p.stages if s.group == "RTX-3090"}
     assert widths
