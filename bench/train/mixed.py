@@ -52,6 +52,7 @@ from mxn.train.run.launch import cores_of
 from mxn.train.run.prepare import Task, task_of_job
 
 SKIPPED = 2  # steps at the start of a run that are not counted
+PROFILED_S = 30.0  # at most; a step of the mix is measured for 20
 SETTLING = 14  # steps more of a run whose micro-batches are shared out again: two decisions
 OTHERS = ("uniform", "pipeline", "settled", "planned")
 
@@ -63,7 +64,8 @@ def note(text: str) -> None:
 def profile(mix: Mix) -> None:
     """Measure the ranks again, all at the same time, and keep it for the next prediction."""
     code = "from mxn.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "train", "profile", str(mix.out("best.yaml")), "--fresh"]
+    command = [sys.executable, "-c", code, "train", "profile", str(mix.out("best.yaml"))]
+    command += ["--fresh", "--seconds", f"{PROFILED_S:g}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"mxn train profile:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -163,7 +165,7 @@ def main() -> None:
     parser.add_argument("--mixes", default="1:0.5,1:0.25,0.6:0.3:0.3:0.15")
     parser.add_argument("--cycles", type=int, default=20)
     parser.add_argument("--window", type=float, default=12.0, help="seconds of one, at least")
-    parser.add_argument("--profile-every", type=int, default=4, help="cycles")
+    parser.add_argument("--profile-every", type=int, default=2, help="cycles")
     parser.add_argument("--rows", type=int, default=288, help="of a step; a micro-batch is one")
     parser.add_argument("--solo-rows", type=int, default=48, help="of a step of one rank alone")
     parser.add_argument("--seq-tokens", type=int, default=128)

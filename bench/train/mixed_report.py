@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mixed_jobs import Mix
 from paused import Window
 
+T = TypeVar("T")
 RATIOS = ("R", "R_strict", "R_beside")
 
 
@@ -126,17 +127,24 @@ def _row(mix: Mix, name: str, cycles: list[Cycle]) -> dict[str, Any]:
     }  # fmt: skip
     row |= {ratio: round(value, 4) for ratio, value in _ratios(mix, name, cycles).items()}
     if pairs:
-        took_s, predicted_s = (sum(column) for column in zip(*pairs, strict=True))
-        row["predicted_error"] = round(predicted_s / took_s - 1, 4)
+        row["predicted_error"] = round(_off(pairs), 4)
         row["predicted_errors"] = [round(told / took - 1, 4) for took, told in pairs]
+        row["predicted_error_se"] = _error(_off, pairs)
     return row
 
 
-def _error(value: Callable[[list[Cycle]], float], cycles: list[Cycle]) -> float | None:
-    count = len(cycles)
+def _off(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return how much longer than it took a step was predicted to take, by means."""
+    took_s, predicted_s = (sum(column) for column in zip(*pairs, strict=True))
+    return predicted_s / took_s - 1
+
+
+def _error(value: Callable[[list[T]], float], rows: list[T]) -> float | None:
+    """Return the standard error of a value of means, by leaving out each row in turn."""
+    count = len(rows)
     if count < 3:
         return None
-    left = [value(cycles[:number] + cycles[number + 1 :]) for number in range(count)]
+    left = [value(rows[:number] + rows[number + 1 :]) for number in range(count)]
     middle = statistics.mean(left)
     return round(((count - 1) / count * sum((one - middle) ** 2 for one in left)) ** 0.5, 4)
 
@@ -150,12 +158,14 @@ def show(found: dict[str, Any]) -> None:
     )
     print(
         f"{'':10}{'tokens/s':>10}{'R':>8}{'+-':>7}{'strict':>9}{'beside':>9}{'reached':>9}"
-        f"{'predicted':>11}  plan"
+        f"{'predicted':>13}  plan"
     )
     for name, row in found["runs"].items():
         error = f"{row['R_error']:.1%}" if row["R_error"] is not None else ""
         told = f"{row['predicted_error']:+.1%}" if "predicted_error" in row else ""
+        if row.get("predicted_error_se") is not None:
+            told += f"+-{row['predicted_error_se']:.1%}"
         print(
             f"{name:10}{row['tokens_per_s']:10.0f}{row['R']:8.1%}{error:>7}{row['R_strict']:9.1%}"
-            f"{row['R_beside']:9.1%}{row['reached']:9.1%}{told:>11}  {row['plan']}"
+            f"{row['R_beside']:9.1%}{row['reached']:9.1%}{told:>13}  {row['plan']}"
         )
