@@ -156,19 +156,22 @@ def train(
     for step in range(steps):
         trainer.set_counts(tuple((counts or {}).get(str(step), trainer.counts)))
         told.append(trainer.train_step())
-    digests = {}
-    for module in trainer.chunks:
+    digests, masters = {}, {}
+    for module, optimizer in zip(trainer.chunks, trainer.optimizers, strict=True):
         for layer in range(module.first, module.end):
-            state = module.whole_of(layer, module.layer_state(layer))
-            for name, tensor in sorted(state.items()):
-                data = tensor.float().cpu().numpy().tobytes()
-                digests[f"{layer} {name}"] = hashlib.sha256(data).hexdigest()[:12]
+            digests |= _digests(layer, module.whole_of(layer, module.layer_state(layer)))
+            own = optimizer.layer_state(layer)
+            masters |= _digests(
+                layer,
+                {n.removesuffix(".master"): own[n] for n in own if n.endswith(".master")},
+            )
     return {
         "loss": [step.log.loss for step in told],
         "norm": [step.log.gradient_norm for step in told],
         "done": [step.done for step in told],
         "taken": [step.log.is_taken for step in told],
         "digests": digests,
+        "masters": masters,
         "waited_s": sum(step.times[bridge.rank].waited_s for step in told),
         "busy_s": sum(step.times[bridge.rank].busy_s for step in told),
         "slots": sum(
@@ -177,6 +180,13 @@ def train(
             for layer in range(module.first, module.end)
         ),
         "sent_bytes": {str(peer): count.sent_bytes for peer, count in bridge.counts.items()},
+    }
+
+
+def _digests(layer: int, state: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {
+        f"{layer} {name}": hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()[:12]
+        for name, tensor in sorted(state.items())
     }
 
 

@@ -189,6 +189,16 @@ def test_stages_of_different_dtypes_train_together():
     assert ranks[0]["loss"][-1] < ranks[0]["loss"][0] - 0.3
 
 
+def test_an_owner_that_computes_in_bf16_gives_the_others_its_float32_weights():
+    """They got what it computes with, so a float32 chip trained bf16 weights."""
+    plan = replace(plan_of((3, [WHOLE]), (5, [WHOLE])), shards_optimizer=True)
+    wide, narrow = run(plan, steps=4, dtypes=["float32", "bfloat16"])
+    given = {name: digest for name, digest in narrow["masters"].items() if name[0] in "13"}
+    assert given
+    assert given.items() <= wide["digests"].items()
+    assert not given.items() <= narrow["digests"].items()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["two uneven stages", "data-parallel 5:2:1", "pipelines cut differently"]

@@ -124,9 +124,11 @@ class Gradients:
             tied()
 
     @torch.no_grad()
-    def share_weights(self, is_owned: Callable[[Key], bool]) -> None:
+    def share_weights(self, owned: Callable[[int, Key], Tensor | None]) -> None:
         """Give the weights of owned layers to their other holders, and take theirs.
 
+        `owned` gives the float32 weights of a chunk's parameter, None of one that another rank
+        owns: each holder rounds them to what it computes in.
         Uses the memory of the gradients, which are lost: a sum with zeros everywhere else.
         """
         handles = []
@@ -134,13 +136,13 @@ class Gradients:
             for bucket in queue:
                 bucket.memory.zero_()
                 for where, view in bucket.views.items():
-                    if is_owned(where[1]):
-                        self._put(bucket, where, view, self._parameter(*where))
+                    if (weights := owned(*where)) is not None:
+                        self._put(bucket, where, view, weights)
                 handles.append((bucket, self._bridge.sum_(bucket.memory, ranks, is_exact=True)))
         for bucket, handle in handles:
             handle.wait()
             for where, view in bucket.views.items():
-                if not is_owned(where[1]):
+                if owned(*where) is None:
                     self._parameter(*where).copy_(self._part(bucket, where, view))
 
     @property

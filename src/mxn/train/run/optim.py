@@ -223,6 +223,11 @@ class AdamW:
         for _, slot in self._of_layer(layer):
             slot.parameter.data.copy_(slot.master)
 
+    def master(self, key: Key) -> Tensor | None:
+        """Return a parameter's float32 weights, not copied; None if it is updated elsewhere."""
+        slot = self._slots.get(key)
+        return None if slot is None else slot.master
+
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return master and moments of one parameter, not copied; empty if it has none here."""
         own = (slot for slot in self._slots.values() if slot.parameter is parameter)

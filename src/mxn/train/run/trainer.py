@@ -25,13 +25,13 @@ from mxn.train.run.gradients import Gradients
 from mxn.train.run.loss_scale import LossScale
 from mxn.train.run.net import StageModule
 from mxn.train.run.open_batches import Sharing, can_be_open
-from mxn.train.run.optim import AdamW, GradientSums, Key, clip_factor
+from mxn.train.run.optim import AdamW, GradientSums, clip_factor
 from mxn.train.run.placement import Placement
 from mxn.train.run.rank_step import RankStep, RankTimes
 from mxn.train.run.rebalance import Counts, counts_of, with_counts
 from mxn.train.run.replicas import Replicas
 from mxn.train.run.schedule import learning_rate
-from mxn.train.run.sharded import ShardedAdamW, owner_of
+from mxn.train.run.sharded import ShardedAdamW
 from mxn.train.run.single import RunSettings, StepLog
 from mxn.train.run.team import open_teams
 from mxn.train.run.weights import ModelSource
@@ -204,10 +204,7 @@ class RankTrainer:
         for optimizer, sums in zip(self.optimizers, self.sums, strict=True):
             optimizer.step(sums, rate, scale=scale)
         if self.placement.plan.shards_optimizer:
-            self.gradients.share_weights(self._owns)
-
-    def _owns(self, key: Key) -> bool:
-        return owner_of(self._holders, key[0]) == self.bridge.rank
+            self.gradients.share_weights(lambda chunk, key: self.optimizers[chunk].master(key))
 
     def _optimizer(self, module: StageModule) -> AdamW:
         if not self.placement.plan.shards_optimizer:
