@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 from mxn.errors import CapacityError
 from mxn.train.run import launch_ray
 from mxn.train.run.control import Control
-from mxn.train.run.job import metrics_path
+from mxn.train.run.job import FaultSettings, GateSettings, metrics_path
 from mxn.train.run.launch import launching_of
 from mxn.train.run.launch_ray import bundle_of, launch_on_ray, unplaced
+from mxn.train.run.session import run_job
 from mxn.train.run.supervise.needs import NoPlaceError
 from mxn.train.run.track import read_metrics
 from support.launches import group, on_one_device, small_job
@@ -112,3 +114,48 @@ def test_a_cluster_that_is_too_small_is_told(ray, tmp_path, monkeypatch):
     job = small_job(tmp_path, 1, [group(count=2, threads=2)])
     with pytest.raises(CapacityError, match="cannot hold 2 ranks"):
         launch_on_ray(launching_of(job, TWO_STAGES))
+
+
+@pytest.fixture
+def machines(tmp_path_factory, monkeypatch) -> Iterator[Any]:
+    """A Ray cluster of two machines with a processor for one rank each, both on this one."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    monkeypatch.setenv("MXN_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setattr(launch_ray, "_RESERVE_S", 10.0)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_machine_that_leaves_the_cluster_takes_its_group_with_it(machines, tmp_path):
+    """The job goes on from its checkpoint with the other group, on the same data."""
+    job = small_job(
+        tmp_path, 30, [group("a"), group("b")], gate=GateSettings(speed="ignore"),
+        faults=FaultSettings(drop_after=2, grow=False),
+    )  # fmt: skip
+    seen: list[int] = []
+
+    def leave() -> None:
+        end = time.monotonic() + 200
+        while len(read_metrics(metrics_path(job))) < 5 and time.monotonic() < end:
+            time.sleep(0.02)
+        seen.append(len(read_metrics(metrics_path(job))))
+        machines.remove_node(machines.list_all_nodes[1], allow_graceful=False)
+
+    thread = threading.Thread(target=leave, daemon=True)
+    thread.start()
+    state = run_job(job, ray=machines.address)
+    thread.join()
+    assert state.phase == "done"
+    assert 5 <= seen[0] < 30
+    assert len(state.dropped) == len(state.groups) == 1
+    got = [line["loss"] for line in read_metrics(metrics_path(job))]
+    assert got == pytest.approx(on_one_device(job), rel=2e-5)
