@@ -95,13 +95,14 @@ def profile(
     micro_batch: MicroBatches = None,
     fresh: Fresh = False,
     seconds: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--seconds",
             min=0,
-            help="Where the machine is not steady, go on measuring layers for at most so long.",
+            help="Measure everything again; while the machine is not steady, begin another round "
+            "for so long, else for 60.",
         ),
-    ] = 60.0,
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure layers and links on the devices of JOB, or show what was measured before."""
@@ -110,8 +111,9 @@ def profile(
     from mxn.train.run.prepare import with_devices
 
     found = measure(
-        with_devices(_read(job)), micro_batches=_sizes(micro_batch), fresh=fresh,
-        quality=Quality(seconds=seconds), on_progress=_say,
+        with_devices(_read(job)), micro_batches=_sizes(micro_batch),
+        fresh=fresh or seconds is not None,
+        quality=Quality(seconds=60.0 if seconds is None else seconds), on_progress=_say,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(profile_json(found), indent=2))
@@ -231,7 +233,8 @@ def _task(
 ) -> Task:
     """Raises: ConfigError for options that what is planned for does not have."""
     from mxn.cli.replica import resolve_model
-    from mxn.train.run.prepare import task_of_cluster, task_of_job
+    from mxn.train.run.from_cluster import task_of_cluster
+    from mxn.train.run.prepare import task_of_job
 
     if job is not None:
         given = {

@@ -37,7 +37,17 @@ def profile_lines(measured: Measured) -> Iterator[str]:
 
 
 def _layer_table(profile: StoredProfile) -> Iterator[str]:
-    head = ("kind", "rows", "forward", "backward", "weights", "optimizer", "keeps", "noise")
+    head = (
+        "kind",
+        "rows",
+        "forward",
+        "backward",
+        "weights",
+        "optimizer",
+        "keeps",
+        "noise",
+        "sure to",
+    )
     rows: list[tuple[str, ...]] = [head]
     for reading in profile.readings:
         cost = reading.cost
@@ -45,7 +55,7 @@ def _layer_table(profile: StoredProfile) -> Iterator[str]:
             reading.kind, str(reading.micro_batch), format_seconds(cost.forward_s),
             format_seconds(cost.backward_s), format_seconds(cost.weight_s or 0.0),
             format_seconds(cost.optimizer_s), format_bytes(cost.activation_bytes or 0.0),
-            f"±{reading.noise:.1%}",
+            f"±{reading.noise:.1%}", "-" if reading.error is None else f"±{reading.error:.1%}",
         ))  # fmt: skip
     yield from columns(rows)
 

@@ -208,6 +208,14 @@ def test_a_group_without_a_plan_is_dropped_again_and_the_rest_goes_on(is_capacit
     assert run.start().state.phase == "running"
 
 
+def test_a_group_that_came_back_starves_nobody_while_another_is_gone():
+    run = back("c")
+    run(w.DropAsked("b"))
+    gone = w.PlanFailed(("a", "c"), "no two free cores", is_capacity=True)
+    assert run(gone, 60) == (w.MakePlan(("a",)),)
+    assert set(run.state.dropped) == {"b", "c"}
+
+
 def test_a_group_that_the_gate_refuses_is_dropped_again_and_the_rest_goes_on():
     run = back("c")
     run(w.Planned(("a", "b", "c")))
@@ -303,7 +311,7 @@ class Supervision(RuleBasedStateMachine):
         """What ran before goes on, whatever is wrong with those that came back."""
         old = [group for group in before.active if group not in before.regrown]
         if before.regrown and old:
-            assert self.state.phase in ("planning", "starved")
+            assert self.state.phase == "planning"
         if self.state.phase == "planning":
             assert self.state.active == tuple(old)
             again = [self.state.dropped[group] for group in before.regrown]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
@@ -10,11 +14,15 @@ import torch
 from mxn.train.kept import PIECE_BYTES
 from mxn.train.plan.memory import kept_bytes as planned_bytes
 from mxn.train.run.chains import Workload, chains_of, made_up_batch, make_chain
-from mxn.train.run.layer_times import kept_bytes
+from mxn.train.run.layer_times import Effort, kept_bytes, time_chain
+from mxn.train.run.measure_rank import updates
 from mxn.train.run.net.losses import PIECE_BYTES as LOSS_PIECE_BYTES
 from mxn.train.run.weights import ModelSource
 from mxn.train.shapes import model_shape
 from support import tiny
+
+if TYPE_CHECKING:
+    from mxn.train.run.job import Job
 
 TOKENS, ROWS = 64, 2
 CASES = (
@@ -86,3 +94,26 @@ def test_a_made_up_packed_batch_holds_two_documents_that_do_not_meet(tmp_path):
     assert batch.is_packed
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert batch.num_tokens == int((batch.labels >= 0).sum()) == 3 * 6
+
+
+def test_a_measured_chain_in_16_bit_is_freed(tmp_path):
+    """Hooks of its sums held its parameters for good: memory grew with each round."""
+    tiny.write("qwen3", tmp_path)
+    source = ModelSource.open(tmp_path, seq_tokens=TOKENS)
+    work = Workload(
+        spec=source.spec, names=source.family.names, biases=source.biases, seq_tokens=TOKENS,
+        dtype="bfloat16", is_packed=False,
+    )  # fmt: skip
+    job = cast("Job", SimpleNamespace(lora=None))
+    chain = make_chain(
+        work, chains_of(source.spec)["block"], ROWS, torch.device("cpu"),
+        lambda stage: updates(stage, job),
+    )  # fmt: skip
+    time_chain(chain, Effort(blocks=1, block_s=0.0, warmup_s=0.0), synchronize=lambda: None)
+    parameter = weakref.ref(chain.weights[0])
+    gc.disable()  # what counts is what goes by itself
+    try:
+        del chain
+        assert parameter() is None
+    finally:
+        gc.enable()

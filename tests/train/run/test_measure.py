@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,7 +115,12 @@ def test_with_time_given_it_is_measured_in_rounds_and_says_how_sure_it_is(job):
     found = measure.measure(replace(job, seq_tokens=20), quality=replace(QUICK, seconds=3.0))
     (kept,) = found.stored.values()
     assert all(reading.repeats >= 2 * 3 for reading in kept.readings)
-    assert any(re.fullmatch(r"mean of \d+ rounds in turns, sure to ±.*%", n) for n in kept.notes)
+    assert all(reading.error is not None for reading in kept.readings)
+    # What is measured for another plan does not replace it by one round.
+    more = measure.measure(replace(job, seq_tokens=20), micro_batches=(1, 2), quality=QUICK)
+    (both,) = more.stored.values()
+    assert {reading.micro_batch for reading in both.readings} == {1, 2}
+    assert set(kept.readings) < set(both.readings)
 
 
 def test_the_link_between_the_groups_is_measured(found):

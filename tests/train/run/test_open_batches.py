@@ -152,6 +152,9 @@ def test_only_pipelines_of_one_rank_can_do_one_more():
         stages=(Stage(group="all", first_device=0, chunks=(Chunk(first=0, end=6),), tp=2),),
     )
     assert not can_be_open(replace(plan, pipelines=(wide, plan.pipelines[1])))
+    # Its last action is half a backward pass: one more behind it was a KeyError.
+    assert not can_be_open(replace(plan, schedule="zero-bubble"))
+    assert can_be_open(replace(plan, schedule="gpipe"))
 
 
 @pytest.mark.parametrize("slow", [0, 1, None])

@@ -70,7 +70,7 @@ def test_a_plan_file_in_other_micro_batches_is_refused(job, tmp_path):
 def pool():
     """Return a job's task: two chips, of which the second is half as quick, and a link."""
 
-    def make(job, *, memory_bytes: int, has_open: bool) -> Task:
+    def make(job, *, memory_bytes: int, open_share: float = 0.0) -> Task:
         shape = look_at(job)[1]
         profiles = {
             name: ChipProfile(
@@ -94,7 +94,7 @@ def pool():
         )  # fmt: skip
         return Task(
             shape=shape, rows=8, cluster=Cluster(groups=groups, links={("a", "b"): link}),
-            profiles=profiles, memory=memory_of(job), limits=limits_of(job), has_open=has_open,
+            profiles=profiles, memory=memory_of(job), limits=limits_of(job), open_share=open_share,
         )  # fmt: skip
 
     return make
@@ -106,16 +106,47 @@ def depths(task: Task) -> list[int]:
 
 def test_open_micro_batches_want_pipelines_of_one_rank(job, pool):
     """With eight rows one pipeline is quicker by a little, and open ones save what it waits."""
-    assert depths(pool(job, memory_bytes=10**10, has_open=False)) == [2]
-    assert depths(pool(job, memory_bytes=10**10, has_open=True)) == [1, 1]
+    assert depths(pool(job, memory_bytes=10**10)) == [2]
+    assert depths(pool(job, memory_bytes=10**10, open_share=0.25)) == [1, 1]
 
 
 def test_where_no_chip_holds_the_model_open_micro_batches_are_left_out(job, pool, caplog):
-    task = pool(job, memory_bytes=10**10, has_open=True)
+    task = pool(job, memory_bytes=10**10, open_share=0.25)
     whole = max(stage.memory_bytes for stage in task.search().best.prediction.stages)
-    tight = pool(job, memory_bytes=int(0.7 * whole), has_open=True)
+    tight = pool(job, memory_bytes=int(0.7 * whole), open_share=0.25)
     assert depths(tight) == [2]
     assert "no chip holds the whole model" in caplog.text
+
+
+def test_open_micro_batches_are_predicted_where_they_will_be_done(job, pool):
+    """Of even counts the slow chip keeps three of four, and the quick one does the other."""
+    task = pool(job, memory_bytes=10**10)
+    whole = (Chunk(first=0, end=task.shape.num_layers),)
+    plan = TrainPlan(
+        model=task.shape.name, num_layers=task.shape.num_layers, seq_tokens=32, micro_batch=1,
+        pipelines=tuple(
+            Pipeline(
+                stages=(Stage(group=name, first_device=0, chunks=whole),), micro_batches=4
+            )
+            for name in ("a", "b")
+        ),
+    )  # fmt: skip
+    fixed, opened = task.predict(plan), replace(task, open_share=0.25).predict(plan)
+    each_s = 3.0 * 2 * task.shape.num_layers  # of the slow chip
+    assert fixed.iteration_s - opened.iteration_s == pytest.approx(each_s)
+    moved = [stage.busy_s for stage in opened.stages]
+    assert moved[0] / moved[1] == pytest.approx(5 / (2 * 3))
+
+
+def test_where_one_chip_alone_holds_the_model_open_micro_batches_are_left_out(job, pool, caplog):
+    """The planner dropped the other chip for them, and nothing was open."""
+    task = pool(job, memory_bytes=10**10, open_share=0.25)
+    whole = max(stage.memory_bytes for stage in task.search().best.prediction.stages)
+    a, b = task.cluster.groups
+    groups = (a, replace(b, memory_bytes=int(0.7 * whole)))
+    tight = replace(task, cluster=replace(task.cluster, groups=groups))
+    assert depths(tight) == [2]
+    assert "no two chips hold the whole model" in caplog.text
 
 
 def device(kind: str, number: int, chip: str) -> Device:

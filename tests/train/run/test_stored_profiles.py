@@ -86,11 +86,10 @@ def test_a_whole_file_with_other_fields_is_an_error_too():
         stored.load_layers(KEY)
 
 
-def test_new_readings_replace_those_of_the_same_case_and_keep_the_others():
+def test_new_readings_come_beside_those_that_are_there():
     before = profile(reading(), reading(micro_batch=4))
     more = (reading(forward_s=0.5), reading("head"))
-    cases = {
-        (r.kind, r.micro_batch): r.cost.forward_s for r in before.with_readings(more)["readings"]
-    }
-    assert cases == {("block", 2): 0.5, ("block", 4): 0.01, ("head", 2): 0.01}
+    found = before.with_readings(more).readings
+    cases = {(r.kind, r.micro_batch): r.cost.forward_s for r in found}
+    assert cases == {("block", 2): 0.01, ("block", 4): 0.01, ("head", 2): 0.01}
     assert before.lacks({("block", 2, 1), ("head", 2, 1)}) == {("head", 2, 1)}

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 from mxn.train.plan.profile import LayerCost
 from mxn.train.run.job import DeviceSettings
-from mxn.train.run.measured import Answer
 from mxn.train.run.stored import Reading
 
 
 def middle(rows: Sequence[tuple[Reading, ...]]) -> tuple[Reading, ...]:
-    """Return the median over the devices of a group for each case; the noise is the largest."""
+    """Return the median over the devices of a group for each case; the worst noise and error."""
     by_case: dict[tuple[str, int, int], list[Reading]] = {}
     for readings in rows:
         for reading in readings:
@@ -31,15 +30,13 @@ def _middle(alike: list[Reading]) -> Reading:
         activation_bytes=median("activation_bytes"),
     )  # fmt: skip
     noise = max(reading.noise for reading in alike)
-    return replace(alike[0], cost=cost, noise=noise)
+    errors = [reading.error for reading in alike if reading.error is not None]
+    return replace(alike[0], cost=cost, noise=noise, error=max(errors, default=None))
 
 
-def notes_of(group: DeviceSettings, told: Sequence[Answer]) -> tuple[str, ...]:
+def notes_of(group: DeviceSettings, num_devices: int) -> tuple[str, ...]:
     """Return what a reader of the group's profile should know of it."""
-    notes = [f"median of {len(told)} devices"] if len(told) > 1 else []
-    errors = [answer.error for answer in told if answer.error is not None]
-    if errors:
-        notes.append(f"mean of {told[0].rounds} rounds in turns, sure to ±{max(errors):.1%}")
+    notes = [f"median of {num_devices} devices"] if num_devices > 1 else []
     if group.cpu_share is not None:
         notes.append(f"a rank limited to {group.cpu_share:g} of a core by cgroup quota")
     return tuple(notes)

@@ -163,6 +163,8 @@ class RayRanks(LocalRanks):
         asked = actor.start.remote(spec.to_json(), str(self.logs), asdict(group), handed_on)
         try:
             pid = ray.get(asked, timeout=_START_S)
+        except ray.exceptions.RayTaskError as error:  # as if it had been started here
+            raise error.cause from error
         except ray.exceptions.RayError as error:  # its machine went behind the reservation
             said = str(error).partition("\n")[0]
             text = f"rank {spec.rank} (group {spec.group!r}) was not started by Ray: {said}"
@@ -223,7 +225,8 @@ def unplaced(
     all seem to fit, such as when a machine is gone and the cluster does not know yet.
     """
     rooms, left = [dict(machine) for machine in machines], dict(free)
-    for number, bundle in enumerate(bundles):
+    for number in sorted(range(len(bundles)), key=lambda number: -len(bundles[number])):
+        bundle = bundles[number]  # those that few machines have room for come first
         room = next((room for room in rooms if _fits(bundle, room)), None)
         if room is None or not _fits(bundle, left):
             return number

@@ -49,8 +49,8 @@ class Measured:
 class Quality:
     """How long to measure. The default takes about 2 s for each kind of layer.
 
-    With `seconds` all kinds are measured again in turns while they are not steady to a hundredth,
-    for that long at most.
+    With `seconds` all kinds are measured in turns, and another round begins for that long while
+    they are not known to a hundredth.
     """
 
     blocks: int = 7
@@ -199,12 +199,10 @@ class _Bench:
                 readings=middle([answer.readings for answer in told]),
                 framework_bytes=max(answer.framework_bytes for answer in told),
                 basis=basis_of(group, self.devices.device(group)),
-                notes=notes_of(group, told),
+                notes=notes_of(group, len(told)),
             )
-            before = known.get(label)
-            if before is not None:
-                both = before.with_readings(profile.readings)
-                profile = replace(profile, **both)
+            if (before := known.get(label)) is not None:  # it may have been measured for longer
+                profile = before.with_readings(profile.readings)
             stored.store_layers(profile)
             kept[label] = profile
         return kept

@@ -7,12 +7,11 @@ beside the request. Start at `main`.
 
 from __future__ import annotations
 
-import math
 import pickle
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,14 @@ from mxn.train.run.job import Job
 from mxn.train.run.layer_times import Effort, kept_bytes, time_chain
 from mxn.train.run.measured import MODEL_FILE, Answer, Member, Model, Request, basis_of
 from mxn.train.run.rank import leave
-from mxn.train.run.rounds import SURE, Case, Rounds
+from mxn.train.run.rounds import Case, Rounds
 
 if TYPE_CHECKING:
     from mxn.chips.chip import Device
     from mxn.train.run.bridge import Bridge
     from mxn.train.run.net import StageModule
 
-_BLOCKS_AGAIN = 3  # of a case in each round but the first
+_BLOCKS_OF_MANY = 3  # of a case in each round, where there are several
 
 
 def main(request_file: Path, rank: int, store_address: str) -> None:
@@ -59,8 +58,7 @@ def main(request_file: Path, rank: int, store_address: str) -> None:
     finally:
         bridge.close()
     answer = Answer(
-        rank=rank, framework_bytes=taken, readings=rounds.readings(), links=links,
-        rounds=rounds.num_rounds, error=rounds.error,
+        rank=rank, framework_bytes=taken, readings=rounds.readings(), links=links
     )  # fmt: skip
     path = folder / f"answer-{rank}.json"
     part = path.with_suffix(".part")
@@ -120,15 +118,14 @@ def _layers(
                 if tp <= job.group(me.group).count:
                     case = (kind, micro_batch, tp)
                     measure_case(rounds, case, work, job, layers, device, effort, wait)
-        error = math.inf if rounds.error is None else rounds.error
-        told = bridge.gather([error, time.monotonic() - begun_s])  # so all decide alike
-        if told[0][1] >= request.seconds or all(error <= SURE for error, _ in told):
-            return
-        effort = replace(effort, blocks=min(effort.blocks, _BLOCKS_AGAIN))
+        told = bridge.gather([time.monotonic() - begun_s, rounds.are_enough])
+        if told[0][0] >= request.seconds or all(enough for _, enough in told):
+            return  # all ranks alike, as all were told the same
 
 
 def _effort(request: Request) -> Effort:
-    return Effort(blocks=request.blocks, block_s=request.block_s, warmup_s=request.block_s)
+    blocks = min(request.blocks, _BLOCKS_OF_MANY) if request.seconds else request.blocks
+    return Effort(blocks=blocks, block_s=request.block_s, warmup_s=request.block_s)
 
 
 def measure_case(

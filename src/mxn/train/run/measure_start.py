@@ -78,13 +78,14 @@ def _wait(
     is_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """Wait for all to end well, or for `is_over`. Raises: ChipError for the first that fails."""
-    deadline_s = time.monotonic() + _LONGEST_S
+    longest_s = _LONGEST_S + request.seconds
+    deadline_s = time.monotonic() + longest_s
     while any(process.poll() is None for process in processes):
         _check(processes, request, folder)
         if is_over():
             return
         if time.monotonic() > deadline_s:
-            raise ChipError(f"no measurement in {_LONGEST_S:g} s", device=request.members[0].device)
+            raise ChipError(f"no measurement in {longest_s:g} s", device=request.members[0].device)
         time.sleep(0.05)
     _check(processes, request, folder)
 

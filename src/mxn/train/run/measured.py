@@ -91,8 +91,6 @@ class Answer:
     framework_bytes: float
     readings: tuple[Reading, ...]
     links: tuple[dict[str, Any], ...]  # first, second, link, noise
-    rounds: int = 0  # of its layers
-    error: float | None = None  # standard error of their mean, as a share; None: of one round
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from mxn.errors import InternalError
 from mxn.train.plan.plan import TrainPlan
-from mxn.train.run.rebalance import Counts
+from mxn.train.plan.search.shares import Pace
+from mxn.train.run.rebalance import Counts, share_out
 
 if TYPE_CHECKING:
     from mxn.train.run.bridge import Bridge
@@ -29,18 +30,35 @@ _BEHIND = 2 / 3  # of a micro-batch is still to do when the next one is taken: i
 
 
 def can_be_open(plan: TrainPlan) -> bool:
-    """Return whether every pipeline of a plan is one rank, which can do one more at any time."""
-    return len(plan.pipelines) > 1 and all(
-        len(pipeline.stages) == 1
-        and len(pipeline.stages[0].chunks) == 1
-        and pipeline.stages[0].tp == 1
-        for pipeline in plan.pipelines
+    """Return whether every pipeline of a plan is one rank, which can do one more at any time.
+
+    Under zero-bubble a step ends with a half of a backward pass, behind which none fits.
+    """
+    has_whole_passes = plan.schedule in ("1f1b", "gpipe")
+    return (
+        has_whole_passes
+        and len(plan.pipelines) > 1
+        and all(
+            len(pipeline.stages) == 1
+            and len(pipeline.stages[0].chunks) == 1
+            and pipeline.stages[0].tp == 1
+            for pipeline in plan.pipelines
+        )
     )
 
 
 def owned(counts: Counts, share: float) -> Counts:
     """Return what each pipeline does in any case when `share` of its micro-batches is open."""
     return tuple(max(1, count - math.floor(count * share)) for count in counts)
+
+
+def likely(counts: Counts, share: float, each_s: Sequence[float]) -> Counts:
+    """Return what pipelines will do of a step when `share` of their `counts` is open.
+
+    `each_s`: seconds of a micro-batch, by pipeline. The open ones go where they end first.
+    """
+    paces = [Pace(0.0, seconds) for seconds in each_s]
+    return share_out(paces, sum(counts), [(own, sum(counts)) for own in owned(counts, share)])
 
 
 def is_worth(left: int, each_s: Sequence[float], mine: int) -> bool:

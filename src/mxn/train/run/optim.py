@@ -8,6 +8,7 @@ Start at `AdamW`.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -123,9 +124,12 @@ class GradientSums:
             total.zero_()
 
     def _taker(self, key: Key) -> Callable[[Tensor], None]:
+        known = weakref.ref(self)  # a hook that held it would keep the parameter alive for good
+
         def take(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                self[key].add_(parameter.grad)
+            sums = known()
+            if sums is not None and parameter.grad is not None:
+                sums[key].add_(parameter.grad)
                 parameter.grad = None
 
         return take

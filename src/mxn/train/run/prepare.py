@@ -1,8 +1,8 @@
 """What the planner needs for a job, or for a model and a cluster that nobody has: a `Task`.
 
 A job's devices are measured or found in the store; a cluster file's chips are derived from their
-data sheets. Both end in the same values, so `search` and `predict` do not know which it was. Start
-at `task_of_job` and `task_of_cluster`.
+data sheets (`from_cluster.py`). Both end in the same values, so `search` and `predict` do not know
+which it was. Start at `task_of_job`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 
 from mxn.errors import CapacityError, ConfigError, NotFoundError, UserError
 from mxn.train.plan.cluster import Cluster
-from mxn.train.plan.memory import FLOAT32, MIXED, MemoryModel
+from mxn.train.plan.memory import MemoryModel
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.plan.predict import predict
 from mxn.train.plan.prediction import Prediction
 from mxn.train.plan.profile import ChipProfile
 from mxn.train.plan.search.choices import Found, Limits
 from mxn.train.plan.shape import ModelShape
-from mxn.train.run.open_batches import can_be_open
+from mxn.train.run.open_batches import can_be_open, likely
+from mxn.train.run.rebalance import counts_of, with_counts
 from mxn.units import format_bytes
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("mxn.train")
 
 _WORTH_OPEN = 1.1  # times the predicted step: what open micro-batches may save of waiting
-_MICRO_BATCHES = (1, 2, 4, 8)  # looked at when nobody says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Task:
     limits: Limits
     notes: tuple[str, ...] = ()  # what was assumed
     measured: Measured | None = None  # None: derived from data sheets
-    has_open: bool = False  # open micro-batches are wanted, which need pipelines of one rank each
+    open_share: float = 0.0  # of micro-batches, if pipelines are of one rank each
 
     def search(self) -> Found:
         """Return the best plan. Raises: CapacityError, with what is there, when none fits."""
@@ -59,12 +59,15 @@ class Task:
         except CapacityError as error:
             message = "\n  ".join([error.message, *self._needs()])
             raise CapacityError(message, hint=error.hint) from error
-        if not self.has_open or can_be_open(best.best.plan):
+        if not self.open_share or can_be_open(best.best.plan):
             return best
         try:
             flat = self._search(replace(self.limits, max_stages=1, tps=(1,)))
         except CapacityError:
             log.warning("open_share does nothing: no chip holds the whole model alone")
+            return best
+        if not can_be_open(flat.best.plan):
+            log.warning("open_share does nothing: no two chips hold the whole model each")
             return best
         slower = flat.best.prediction.iteration_s / best.best.prediction.iteration_s
         if slower > _WORTH_OPEN:
@@ -98,6 +101,16 @@ class Task:
             )
 
     def predict(self, plan: TrainPlan) -> Prediction:
+        """Return what a step of `plan` takes, its open micro-batches done by who gets to them."""
+        found = self._predict(plan)
+        if not self.open_share or not can_be_open(plan):
+            return found
+        counts = counts_of(plan)
+        busy_s = [stage.busy_s for stage in found.stages]
+        each_s = [seconds / count for seconds, count in zip(busy_s, counts, strict=True)]
+        return self._predict(with_counts(plan, likely(counts, self.open_share, each_s)))
+
+    def _predict(self, plan: TrainPlan) -> Prediction:
         return predict(plan, self.shape, self.cluster, self.profiles, memory=self.memory)
 
     def bounds(self) -> Bounds:
@@ -154,7 +167,7 @@ def task_of_job(
         memory=measured.memory,
         limits=limits,
         measured=measured,
-        has_open=job.rebalances and job.rebalance.open_share > 0,
+        open_share=job.rebalance.open_share if job.rebalances else 0.0,
     )
 
 
@@ -232,62 +245,3 @@ def with_devices(job: Job) -> Job:
     groups = groups_of(accelerators or real)
     log.info("devices auto: %s", ", ".join(f"{g.count} x {g.name}" for g in groups))
     return replace(job, devices=groups)
-
-
-def task_of_cluster(
-    model: Path,
-    cluster: str,
-    *,
-    seq_tokens: int,
-    rows: int,
-    micro_batches: Sequence[int] = (),
-    dtype: str = "bfloat16",
-) -> Task:
-    """Return the task of training the model of a config.json on a cluster that nobody has.
-
-    `cluster` is a TOML file or the name of a preset; `model` is a folder with a config.json, or
-    that file. Needs no hardware and no weights.
-    Raises: ConfigError with the line of the cluster file; UnsupportedError for the model.
-    """
-    from mxn.chips.specs import all_specs
-    from mxn.train.plan.analytic import derive_profile, numbers_of
-    from mxn.train.plan.clusters import read_cluster
-    from mxn.train.shapes import read_shape
-
-    folder = model.parent if model.is_file() else model
-    shape = read_shape(folder, seq_tokens=seq_tokens, dtype=dtype)
-    described = read_cluster(_cluster_text(cluster), cluster, all_specs())
-    sizes = tuple(micro_batches) or tuple(size for size in _MICRO_BATCHES if rows % size == 0)
-    profiles: dict[str, ChipProfile] = {}
-    for group in described.cluster.groups:
-        numbers = numbers_of(
-            all_specs()[group.chip], dtype=_SHORT[dtype], tensor_link=group.node_link
-        )
-        profiles[group.chip] = derive_profile(
-            numbers, shape, sizes, _widths(group.devices_per_node)
-        )
-    return Task(
-        shape=shape, rows=rows, cluster=described.cluster, profiles=profiles,
-        memory=FLOAT32 if dtype == "float32" else MIXED, limits=Limits(),
-        notes=described.notes,
-    )  # fmt: skip
-
-
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-
-
-def _widths(devices_per_node: int) -> list[int]:
-    return [width for width in (1, 2, 4, 8, 16) if width <= devices_per_node]
-
-
-def _cluster_text(cluster: str) -> str:
-    from mxn.train.plan.simulated import PRESETS
-
-    if cluster in PRESETS:
-        return PRESETS[cluster]
-    path = Path(cluster)
-    if not path.is_file():
-        raise NotFoundError(
-            f"no cluster file {cluster!r}", hint=f"name a TOML file, or {', '.join(PRESETS)}"
-        )
-    return path.read_text(encoding="utf-8")

@@ -60,7 +60,7 @@ def run_rank(spec: RankSpec) -> None:
             placement,
             bridge,
             dtypes=dtypes_of(job, placement),
-            open_share=open_share_of(job, placement),
+            open_share=open_share_of(job, placement.plan, is_first=bridge.rank == 0),
         )
         _train(job, spec, opened, trainer)
     finally:

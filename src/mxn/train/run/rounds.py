@@ -8,6 +8,7 @@ rounds agree or the time that was given is over. Knows no clock, layers or ranks
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mxn.train.run.layer_times import Block, cost_of, spread
@@ -15,6 +16,7 @@ from mxn.train.run.stored import Reading
 
 SURE = 0.01
 """Standard error of the mean of a round, as a share of it, that is small enough."""
+_FEWEST = 4  # rounds that say how sure they are: two or three agree by chance too often
 
 Case = tuple[str, int, int]
 """Kind of layer, rows of a micro-batch, width of tensor parallelism."""
@@ -25,42 +27,46 @@ class Rounds:
     """What one rank measured of each case, round after round."""
 
     kept: dict[Case, float] = field(default_factory=dict)  # bytes of activations of a layer
-    blocks: dict[Case, list[Block]] = field(default_factory=dict)
-    _totals: list[float] = field(default_factory=list)  # seconds of all cases, of each round
+    _rounds: list[dict[Case, tuple[Block, ...]]] = field(default_factory=list)
 
     def begin(self) -> None:
         """Begin the next round."""
-        self._totals.append(0.0)
+        self._rounds.append({})
 
     def add(self, case: Case, blocks: tuple[Block, ...]) -> None:
         """Take the blocks of a case in this round."""
-        self.blocks.setdefault(case, []).extend(blocks)
-        self._totals[-1] += statistics.fmean(block.passes_s for block in blocks)
+        self._rounds[-1][case] = blocks
 
     @property
-    def num_rounds(self) -> int:
-        return len(self._totals)
-
-    @property
-    def error(self) -> float | None:
-        """Return the standard error of a mean over rounds, as a share of it; None for one round.
-
-        Each round counts as one: the blocks of one are close in time and err alike.
-        """
-        if not any(self._totals):
-            return 0.0  # nothing here was wide enough to be measured
-        if len(self._totals) < 2:
-            return None
-        deviation = statistics.stdev(self._totals) / len(self._totals) ** 0.5
-        return deviation / statistics.fmean(self._totals)
+    def are_enough(self) -> bool:
+        """Return whether the time of all cases together is known to `SURE`."""
+        totals = [sum(map(_passes_s, found.values())) for found in self._rounds]
+        if not any(totals):
+            return True  # nothing here was wide enough to be measured
+        return len(totals) >= _FEWEST and _error(totals) <= SURE
 
     def readings(self) -> tuple[Reading, ...]:
-        """Return what each case costs."""
-        return tuple(
-            Reading(
-                kind=kind, micro_batch=micro_batch, tp=tp,
-                cost=cost_of(blocks, self.kept[kind, micro_batch, tp]),
-                noise=spread([block.passes_s for block in blocks]), repeats=len(blocks),
-            )
-            for (kind, micro_batch, tp), blocks in self.blocks.items()
+        """Return what each case costs, by the blocks of all rounds."""
+        return tuple(self._reading(case) for case in (self._rounds[0] if self._rounds else ()))
+
+    def _reading(self, case: Case) -> Reading:
+        kind, micro_batch, tp = case
+        blocks = [block for found in self._rounds for block in found[case]]
+        means = [_passes_s(found[case]) for found in self._rounds]
+        return Reading(
+            kind=kind, micro_batch=micro_batch, tp=tp, cost=cost_of(blocks, self.kept[case]),
+            noise=spread([block.passes_s for block in blocks]), repeats=len(blocks),
+            error=_error(means) if len(means) > 1 else None,
         )  # fmt: skip
+
+
+def _passes_s(blocks: Sequence[Block]) -> float:
+    return statistics.fmean(block.passes_s for block in blocks)
+
+
+def _error(means: Sequence[float]) -> float:
+    """Return the standard error of the mean of several rounds, as a share of it.
+
+    Each round counts as one value: the blocks of one are close in time and err alike.
+    """
+    return statistics.stdev(means) / len(means) ** 0.5 / statistics.fmean(means)

@@ -17,19 +17,25 @@ from mxn.train.run.rebalance import Counts, Rebalancer, Since
 from mxn.train.run.track import num_steps
 
 if TYPE_CHECKING:
+    from mxn.train.plan.plan import TrainPlan
     from mxn.train.run.bridge import Bridge
     from mxn.train.run.keeper import Keeper
-    from mxn.train.run.placement import Placement
     from mxn.train.run.trainer import RankTrainer
 
 log = logging.getLogger("mxn.train")
 
 
-def open_share_of(job: Job, placement: Placement) -> float:
-    """Return the share of a step's micro-batches that nobody owns: 0 where the plan has no use."""
+def open_share_of(job: Job, plan: TrainPlan, *, is_first: bool) -> float:
+    """Return the share of a step's micro-batches that nobody owns: 0 where the plan has no use.
+
+    `is_first`: of all ranks, which says it if so.
+    """
     share = job.rebalance.open_share if job.rebalances else 0.0
-    if share > 0 and not can_be_open(placement.plan):
-        log.warning("open_share does nothing: some pipelines of this plan have several ranks")
+    if share > 0 and not can_be_open(plan):
+        if is_first and len(plan.pipelines) > 1:  # a single one has nobody to share with
+            log.warning(
+                "open_share does nothing: it wants pipelines of one rank each, and 1f1b or gpipe"
+            )
         return 0.0
     return share
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class Reading:
     """One kind of layer at one micro-batch: what it costs, and how sure that is.
 
     `noise` is the half-width of the middle half of the repeats, as a share of the median, of
-    forward and backward together.
+    forward and backward together; `error` the standard error of their mean over rounds, as a share
+    of it, None where there was one round.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Reading:
     cost: LayerCost
     noise: float
     repeats: int
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +60,10 @@ class StoredProfile:
         """Return the (kind, micro-batch, tp) that are wanted and not here."""
         return wanted - {(r.kind, r.micro_batch, r.tp) for r in self.readings}
 
-    def with_readings(self, more: tuple[Reading, ...]) -> dict[str, Any]:
-        """Return the fields of this profile with `more` in place of readings of the same case."""
-        rows = {(r.kind, r.micro_batch, r.tp): r for r in (*self.readings, *more)}
-        return {"readings": tuple(rows[case] for case in sorted(rows))}
+    def with_readings(self, more: tuple[Reading, ...]) -> StoredProfile:
+        """Return this profile with those of `more` whose cases it has not yet."""
+        rows = {(r.kind, r.micro_batch, r.tp): r for r in (*more, *self.readings)}
+        return replace(self, readings=tuple(rows[case] for case in sorted(rows)))
 
     def to_chip_profile(self) -> ChipProfile:
         """Return it as the planner reads it."""

@@ -79,7 +79,7 @@ def _planned_or_checked(state: State, event: Event, now_s: float, policy: Policy
         case "planning", Planned(groups) if groups == state.active:
             return replace(state, phase="checking"), (RunGate(),)
         case "planning", PlanFailed(groups, reason, is_capacity) if groups == state.active:
-            if is_capacity and state.dropped:
+            if is_capacity and state.dropped and not _can_go_back(state):
                 why = f"without {', '.join(state.dropped)}: {reason}"
                 return replace(state, phase="starved", reason=why), (Say(why),)
             return _without_regrown(state, reason, now_s, policy)
@@ -93,9 +93,14 @@ def _planned_or_checked(state: State, event: Event, now_s: float, policy: Policy
             return state, ()
 
 
+def _can_go_back(state: State) -> bool:
+    """Return whether some groups came back and others were there before them."""
+    return 0 < len(state.regrown) < len(state.active)
+
+
 def _without_regrown(state: State, reason: str, now_s: float, policy: Policy) -> Decided:
     """Go back to the groups that ranks ran on; the job fails where none came back since then."""
-    if not state.regrown or len(state.regrown) == len(state.active):
+    if not _can_go_back(state):
         return replace(state, phase="failed", reason=reason), ()
     again = state.regrown
     for group in again:  # nobody knows which of several it was; the others will answer again
