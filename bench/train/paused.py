@@ -143,17 +143,26 @@ class PausedJob:
         return self._log.read_text(errors="replace")[-2000:]
 
     def _signal(self, number: int) -> None:
-        for process in self._tree():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+        signal_tree(self._process.pid, number)
 
     def _tree(self) -> list[psutil.Process]:
-        """Return its processes, the launching one first: stopped, it starts no more."""
-        try:
-            root = psutil.Process(self._process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return tree_of(self._process.pid)
+
+
+def tree_of(pid: int) -> list[psutil.Process]:
+    """Return a process and those it started, itself first: stopped, it starts no more."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def signal_tree(pid: int, number: int) -> None:
+    """Send a signal to a process and all that it started."""
+    for process in tree_of(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def together(jobs: Sequence[PausedJob], steps_s: Sequence[float], seconds: float) -> list[Window]:

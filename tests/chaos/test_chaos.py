@@ -18,10 +18,10 @@ def check(result, *, requests):
 
 def test_a_pool_under_fire_keeps_its_books(tmp_path):
     result = run_chaos(
-        tmp_path, f"sqlite:///{tmp_path}/ledger.db", requests=250, replicas=2, seed=3,
-        pause_s=(0.5, 1.5),
+        tmp_path, f"sqlite:///{tmp_path}/ledger.db", requests=120, replicas=2, seed=3,
+        pause_s=(0.3, 0.8),
     )  # fmt: skip
-    check(result, requests=250)
+    check(result, requests=120)
 
 
 @pytest.mark.slow
