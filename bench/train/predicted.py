@@ -73,8 +73,15 @@ def in_turns(job: PausedJob, file: Path, turns: int, turn_s: float) -> float:
     seconds = f"{2.2 * turns * turn_s:g}"  # by its clock, which goes on while it is stopped
     command = [sys.executable, "-c", _MAIN, "train", "profile", str(file), "--seconds", seconds]
     profile = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    try:
+        return _take_turns(job, profile, turns, turn_s)
+    finally:
+        signal_tree(profile.pid, signal.SIGKILL)  # where it was not done
+
+
+def _take_turns(job: PausedJob, profile: subprocess.Popen[str], turns: int, turn_s: float) -> float:
     time.sleep(IMPORTS_S)
     signal_tree(profile.pid, signal.SIGSTOP)
     steps, spent_s = 0, 0.0
@@ -87,8 +94,9 @@ def in_turns(job: PausedJob, file: Path, turns: int, turn_s: float) -> float:
         time.sleep(turn_s)
         signal_tree(profile.pid, signal.SIGSTOP)
     signal_tree(profile.pid, signal.SIGCONT)
-    if profile.wait():
-        raise SystemExit(f"mxn train profile ended with {profile.returncode}")
+    told, _ = profile.communicate()
+    if profile.returncode:
+        raise SystemExit(f"mxn train profile ended with {profile.returncode}:\n{told[-2000:]}")
     return spent_s / steps
 
 

@@ -38,16 +38,8 @@ def profile_lines(measured: Measured) -> Iterator[str]:
 
 def _layer_table(profile: StoredProfile) -> Iterator[str]:
     head = (
-        "kind",
-        "rows",
-        "forward",
-        "backward",
-        "weights",
-        "optimizer",
-        "keeps",
-        "noise",
-        "sure to",
-    )
+        "kind", "rows", "forward", "backward", "weights", "optimizer", "keeps", "noise", "sure to",
+    )  # fmt: skip
     rows: list[tuple[str, ...]] = [head]
     for reading in profile.readings:
         cost = reading.cost

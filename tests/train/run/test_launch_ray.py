@@ -57,7 +57,8 @@ def test_the_first_rank_without_a_place_is_found():
     assert unplaced([CPUS], [], {}) == 0
     # The first machine is the only one with a GPU, so the rank without one goes elsewhere.
     many = {"CPU": 8.0}
-    assert unplaced([{"CPU": 4.0}, ONE_GPU, {"CPU": 6.0}], [MACHINE, many], many | ONE_GPU) != 1
+    free = {"CPU": 12.0, "GPU": 1.0}
+    assert unplaced([{"CPU": 4.0}, ONE_GPU, {"CPU": 6.0}], [MACHINE, many], free) == 2
 
 
 def test_the_group_that_lost_its_machine_is_named(monkeypatch):
