@@ -19,8 +19,12 @@ TEXT = ROOT / "recipes/data/tinyshakespeare.txt"
 MODEL = "mxn-shakespeare-llama"
 NUM_LAYERS = 6  # of the model: embedding, four blocks, head
 WORK = (0.01, 1.0, 1.0, 1.0, 1.0, 0.6)  # of these layers, in blocks, by their profile
-_REBALANCE = {"best": {"open_share": 0.15}, "settled": True}
 _ENDLESS = 10**6  # steps: a job runs until it has been measured often enough
+_REBALANCE: dict[str, object] = {
+    "best": {"open_share": 0.15},
+    "settled": True,
+    "planned": {"open_share": 0.15, "every_steps": _ENDLESS},  # the counts of the plan for ever
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,9 @@
 `mixed.py` profiles between its cycles, and on a machine whose speed changes by the second a profile
 and a step that lie a minute apart differ by more than what is asked of a prediction. Here both are
 let run in turns, so that they meet the same machine: a job by whole steps, and a measurement of the
-same ranks (`mxn train profile`), stopped in between. The few blocks of the measurement with a stop
-in them are among the extremes that its mean leaves out; its own `sure to` has them and says
-nothing. Ranks are limited by cgroup quota, so `simulated`. Start at `main`.
+same ranks (`mxn train profile`), stopped in between; it leaves out blocks with a stop in them. A
+job would learn from steps with a stop in them, so this one keeps the counts of its plan. Ranks are
+limited by cgroup quota, so `simulated`. Start at `main`.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def main() -> None:
             shares=shares, folder=Path(scratch), rows=options.rows, solo_rows=options.rows,
             seq_tokens=128,
         )  # fmt: skip
-        file = mix.job("best")
-        job = PausedJob(file, mix.out("best"))
+        file = mix.job("planned")
+        job = PausedJob(file, mix.out("planned"))
         try:
-            job.wait_for(8)  # steps: the first decision on micro-batches is among them
+            job.wait_for(4)  # steps: memory is taken, caches fill
             job.pause()
             step_s = in_turns(job, file, options.turns, options.turn)
             plan = plan_of(job.out)

@@ -49,3 +49,14 @@ def test_readings_are_of_all_rounds():
     assert first.cost.backward_s == pytest.approx(6.0)
     assert (first.cost.activation_bytes, second.cost.activation_bytes) == (10.0, 20.0)
     assert second.noise == pytest.approx((2 - 1) / 2 / 1.5)
+
+
+@pytest.mark.parametrize("stopped", [Block(80.0, 2.0, 1.0, 0.1), Block(1.0, 2.0, 1.0, 80.0)])
+def test_a_block_with_a_stop_in_it_is_none_of_the_device(stopped):
+    rounds = Rounds({BLOCK: 10.0})
+    rounds.begin()
+    rounds.add(BLOCK, (block(1.0), stopped, block(2.0)))
+    (reading,) = rounds.readings()
+    assert reading.repeats == 2
+    assert reading.cost.forward_s == pytest.approx(1.5)
+    assert reading.cost.optimizer_s == pytest.approx(0.1)

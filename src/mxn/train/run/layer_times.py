@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mxn.train.plan.profile import LayerCost
 
 _FEWEST_BLOCKS = 3
+_STOPPED = 5.0  # times the median: no device is so much slower for a block
 _MOST_REPEATS = 4
 
 
@@ -95,6 +96,13 @@ def time_chain(
             break
         blocks.append(runner.block(effort.block_s))
     return tuple(blocks)
+
+
+def unstopped(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Leave out blocks in which the process stood still: of a laptop that slept, a moved machine."""
+    spent_s = [block.passes_s + block.optimizer_s for block in blocks]
+    most_s = _STOPPED * statistics.median(spent_s)
+    return tuple(block for block, s in zip(blocks, spent_s, strict=True) if s <= most_s)
 
 
 def cost_of(blocks: Sequence[Block], activation_bytes: float) -> LayerCost:

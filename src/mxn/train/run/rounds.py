@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mxn.train.run.layer_times import Block, cost_of, spread
+from mxn.train.run.layer_times import Block, cost_of, spread, unstopped
 from mxn.train.run.stored import Reading
 
 SURE = 0.01
@@ -34,8 +34,8 @@ class Rounds:
         self._rounds.append({})
 
     def add(self, case: Case, blocks: tuple[Block, ...]) -> None:
-        """Take the blocks of a case in this round."""
-        self._rounds[-1][case] = blocks
+        """Take the blocks of a case in this round, but those with a stop in them."""
+        self._rounds[-1][case] = unstopped(blocks)
 
     @property
     def are_enough(self) -> bool:
