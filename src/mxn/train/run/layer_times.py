@@ -99,7 +99,7 @@ def time_chain(
 
 
 def unstopped(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Leave out blocks in which the process stood still: of a laptop that slept, a moved machine."""
+    """Leave out blocks in which the process stood still: a laptop slept, a machine was moved."""
     spent_s = [block.passes_s + block.optimizer_s for block in blocks]
     most_s = _STOPPED * statistics.median(spent_s)
     return tuple(block for block, s in zip(blocks, spent_s, strict=True) if s <= most_s)
