@@ -33,6 +33,16 @@ def _own_home(tmp_path_factory):
         os.environ["MXN_HOME"] = str(tmp_path_factory.mktemp("mxn-home"))
 
 
+@pytest.fixture(scope="module")
+def forked_engines():
+    """Engines of a module of tests start without their imports, see `support/forked_engines.py`."""
+    from support.forked_engines import quickly
+
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def device():
     """The device the parity tests run on: MXN_TEST_DEVICE, by default the CPU."""

@@ -49,7 +49,7 @@ from paused import PausedJob, Window, together
 from mxn.train.plan.plan import TrainPlan
 from mxn.train.run.job_file import read_job
 from mxn.train.run.launch import cores_of
-from mxn.train.run.prepare import Task, task_of_job
+from mxn.train.run.prepare import task_of_job
 
 SKIPPED = 2  # steps at the start of a run that are not counted
 PROFILED_S = 30.0  # at most; a step of the mix is measured for 20
@@ -132,11 +132,13 @@ class Bench:
         alone = [Alone.of(windows[name], self.mix) for name in solos]
         jobs = [self.jobs[name] for name in solos]
         beside = together(jobs, [one.step_s for one in alone], self.window_s)
-        task = self._task() if number % self.profile_every == 0 else None
+        is_predicted = number % self.profile_every == 0
+        if is_predicted:
+            profile(self.mix)
         found: dict[str, Run] = {}
         for name in runs:
             plan = plan_of(self.mix.out(name))
-            predicted_s = task.predict(plan).iteration_s if task else None
+            predicted_s = self._predict(name, plan) if is_predicted else None
             found[name] = Run.of(windows[name], work_of(plan), brief(plan), predicted_s)
         cycle = Cycle(
             alone=alone, beside=[Alone.of(window, self.mix) for window in beside], runs=found
@@ -150,9 +152,9 @@ class Bench:
             return []
         return [self.others[number // 2 % len(self.others)]]
 
-    def _task(self) -> Task:
-        profile(self.mix)
-        return task_of_job(read_job(self.mix.out("best.yaml")))
+    def _predict(self, name: str, plan: TrainPlan) -> float:
+        """Return what a step of a job takes by the profile, and by what that job leaves open."""
+        return task_of_job(read_job(self.mix.out(f"{name}.yaml"))).predict(plan).iteration_s
 
 
 def plan_of_start(mix: Mix) -> TrainPlan:

@@ -23,7 +23,7 @@ _ENDLESS = 10**6  # steps: a job runs until it has been measured often enough
 _REBALANCE: dict[str, object] = {
     "best": {"open_share": 0.15},
     "settled": True,
-    "planned": {"open_share": 0.15, "every_steps": _ENDLESS},  # the counts of the plan for ever
+    "kept": {"open_share": 0.15, "every_steps": _ENDLESS},  # the counts of the plan for ever
 }
 
 

@@ -150,7 +150,7 @@ class PausedJob:
 
 
 def tree_of(pid: int) -> list[psutil.Process]:
-    """Return a process and those it started, itself first: stopped, it starts no more."""
+    """Return a process and those it started, itself first."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -159,8 +159,10 @@ def tree_of(pid: int) -> list[psutil.Process]:
 
 
 def signal_tree(pid: int, number: int) -> None:
-    """Send a signal to a process and all that it started."""
-    for process in tree_of(pid):
+    """Send a signal to a process, first, as stopped it starts no more, and to all it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    for process in tree_of(pid)[1:]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
 

@@ -21,6 +21,7 @@ from mxn.errors import ConfigError
 from mxn.serve.launch import ModelRequest, load_models
 from mxn.serve.running import announce, list_servers
 from mxn.serve.served import ServedModels
+from support.forked_commands import start_mxn
 from support.server import serving
 
 
@@ -84,11 +85,10 @@ def without_the_end_of_the_weights(model: Path, folder: Path) -> Path:
 
 def test_ps_says_that_a_model_failed_and_not_that_it_loads(mxn, model, home, tmp_path):
     broken = without_the_end_of_the_weights(model, tmp_path / "broken")
-    command = [sys.executable, "-m", "mxn.cli.main", "serve", str(model), str(broken)]
-    with (home / "log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--port", "0"], stderr=log, env=os.environ | {"MXN_HOME": str(home)}
-        )
+    server = start_mxn(
+        ["serve", str(model), str(broken), "--port", "0"],
+        os.environ | {"MXN_HOME": str(home)}, home / "log",
+    )  # fmt: skip
     try:
         deadline_s = time.monotonic() + 60
         while "cannot be served" not in (home / "log").read_text():
@@ -103,7 +103,7 @@ def test_ps_says_that_a_model_failed_and_not_that_it_loads(mxn, model, home, tmp
 
 
 def test_sigterm_removes_the_note_of_the_server(model, home):
-    with serving(model, home):
+    with serving(model, home, is_real=True):
         assert len(list((home / "servers").iterdir())) == 1
     assert list((home / "servers").iterdir()) == []
 

@@ -32,8 +32,9 @@ def far():
         yield f"echo={url}"
 
 
-def gateway(folder, far, *options):
-    return gateway_process(folder, "--replica", far, "--database", "none", *options)
+def gateway(folder, far, *options, is_real=False):
+    words = ("--replica", far, "--database", "none", *options)
+    return gateway_process(folder, *words, is_real=is_real)
 
 
 def wait_until_ready(url, verify=True):
@@ -160,7 +161,8 @@ def make_certificate(cert, key):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_gateway_that_is_stopped_ends_its_streams_first(tmp_path, far, workers):
-    with gateway(tmp_path, far, "--workers", workers) as (url, process, log):
+    options = ("--workers", workers)
+    with gateway(tmp_path, far, *options, is_real=True) as (url, process, log):
         wait_until_ready(url)
         stream = Stream(url)
         process.send_signal(signal.SIGTERM)

@@ -36,6 +36,8 @@ from mxn.errors import (
 )
 from support import tiny
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 LOADER = "mxn.engine.testing:load_bytes"

@@ -21,9 +21,22 @@ from mxn.engine.local import LocalEngine
 from mxn.engine.protocol import Encode, Generate, SamplingParams
 from mxn.engine.supervisor import RestartPolicy
 from mxn.errors import CapacityError, ConfigError, EngineDiedError, NotFoundError, UserError
+from support.forked_engines import quickly
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def forked(request, monkeypatch) -> None:
+    """Save the imports of most; those that are about the start itself do without."""
+    if "real_start" not in request.fixturenames:
+        quickly(monkeypatch)
+
+
+@pytest.fixture
+def real_start() -> None:
+    """Asked for by a test whose engine is to be started as users start it."""
 
 
 @contextlib.asynccontextmanager
@@ -46,7 +59,7 @@ async def until(condition, timeout_s: float = 20.0) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_it_loads_generates_counts_refuses_and_stops(tiny_config):
+def test_it_loads_generates_counts_refuses_and_stops(tiny_config, real_start):
     prompts = [[i, 2, 3] for i in range(20)]
     want = [a.token_ids for a in LocalEngine.load(tiny_config()).generate(prompts, GREEDY)]
     seen = []
@@ -157,7 +170,7 @@ def test_an_engine_that_dies_again_and_again_is_given_up(tiny_config):
     run(check())
 
 
-def test_a_model_that_is_not_there_is_said_and_nothing_is_left_running(tiny_config):
+def test_a_model_that_is_not_there_is_said_and_nothing_is_left_running(tiny_config, real_start):
     before = set(psutil.Process().children(recursive=True))  # of other tests of this worker
 
     async def check() -> None:
@@ -170,7 +183,7 @@ def test_a_model_that_is_not_there_is_said_and_nothing_is_left_running(tiny_conf
     assert not [p for p in left if "mxn" in _name(p)]
 
 
-def test_a_loader_that_crashes_shows_the_end_of_its_log(tiny_config):
+def test_a_loader_that_crashes_shows_the_end_of_its_log(tiny_config, real_start):
     config = tiny_config()
     broken = type(config)(model="x", loader="mxn.engine.nowhere:load")
 
@@ -196,7 +209,7 @@ def test_embeddings_come_through_the_process(tiny_config):
     run(check())
 
 
-def test_an_idle_engine_uses_no_processor_time(tiny_config):
+def test_an_idle_engine_uses_no_processor_time(tiny_config, real_start):
     async def check() -> None:
         async with started(tiny_config()) as engine:
             await answer(engine, "a", [1])
@@ -271,7 +284,9 @@ def test_a_folder_too_deep_for_a_socket_is_said_and_left_clean(tiny_config, tmp_
     assert list(deep.iterdir()) == []
 
 
-def test_an_engine_that_cannot_be_started_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch):
+def test_an_engine_that_cannot_be_started_leaves_nothing_behind(
+    tiny_config, tmp_path, monkeypatch, real_start
+):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
     with pytest.raises(FileNotFoundError):
@@ -279,7 +294,9 @@ def test_an_engine_that_cannot_be_started_leaves_nothing_behind(tiny_config, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_request_to_an_engine_that_has_just_died_does_not_stop_the_event_loop(tiny_config):
+def test_a_request_to_an_engine_that_has_just_died_does_not_stop_the_event_loop(
+    tiny_config, real_start
+):
     async def check() -> None:
         policy = RestartPolicy(first_delay_s=60.0)
         async with started(tiny_config(), policy=policy) as engine:

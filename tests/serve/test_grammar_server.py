@@ -27,7 +27,7 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def served():
+def served(forked_engines):
     folder = str(shipped_dir() / "mxn-shakespeare-llama")
     engines = []
 

@@ -70,7 +70,7 @@ def texts(folder) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def server(folder, forked_engines):
     """(base URL, served models) with the adapter `first` loaded at the start."""
     adapters = (("first", str(folder / "first")),)
     requests = [ModelRequest(name="base", config=CONFIG, adapters=adapters)]
@@ -191,7 +191,7 @@ def test_a_killed_engine_comes_back_with_its_adapters(server, http, texts):
     assert unload(http, "late").status_code == 200
 
 
-def test_an_adapter_that_cannot_be_loaded_at_the_start_stops_its_model(folder):
+def test_an_adapter_that_cannot_be_loaded_at_the_start_stops_its_model(folder, forked_engines):
     async def start() -> ServedModels:
         models = ServedModels()
         adapters = (("good", str(folder / "first")), ("bad", str(folder / "no")))

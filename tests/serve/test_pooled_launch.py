@@ -17,6 +17,7 @@ from mxn.errors import ConfigError, MxnError
 from mxn.serve.context import RequestContext, enter
 from mxn.serve.launch import ModelRequest, replica_configs, spread, start_pool
 from mxn.serve.served import ServedModels
+from support.forked_engines import quickly
 
 TINY = "mxn.engine.testing:load_tiny"
 
@@ -77,8 +78,9 @@ def test_one_replica_that_cannot_be_loaded_leaves_none_behind() -> None:
     assert set(psutil.Process().children()) <= before
 
 
-def test_a_killed_replica_ends_no_stream() -> None:
+def test_a_killed_replica_ends_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy streams of real engine processes are the same with and without a kill."""
+    quickly(monkeypatch)
     sampling = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
     contexts: list[RequestContext] = []
 

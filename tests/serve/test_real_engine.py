@@ -32,7 +32,7 @@ def wait_for(condition, what):
 
 
 @pytest.fixture(scope="module")
-def engine_and_url():
+def engine_and_url(forked_engines):
     config = EngineConfig(
         model="tiny?step_s=0.003", loader="mxn.engine.testing:load_tiny", threads=1
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import mxn.ledger.migrations.upgrade
 import mxn.ledger.rollup  # noqa: F401 (a fork need not load it, nor the one above)
 from mxn.cli.main import main
-from support.forks import forkserver
+from support.forks import ForkedProcess, forkserver
 
 
 def run_mxn(
@@ -25,8 +25,9 @@ def run_mxn(
     """Raises: TimeoutExpired for a command that does not end; it is killed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        streams = [f"{folder}/{number}" for number in range(3)]
         (folder / "0").write_text(input)
-        process = forkserver().Process(target=_main, args=(list(words), dict(env), name))
+        process = forkserver().Process(target=_main, args=(list(words), dict(env), streams))
         process.start()
         process.join(timeout_s)
         if process.exitcode is None:
@@ -37,11 +38,21 @@ def run_mxn(
         return subprocess.CompletedProcess(["mxn", *words], process.exitcode, out, err)
 
 
-def _main(words: list[str], env: dict[str, str], folder: str) -> None:
+def start_mxn(words: Sequence[str], env: Mapping[str, str], log: Path) -> ForkedProcess:
+    """Start a command that does not end by itself; what it says is in `log`."""
+    log.write_text("")
+    streams = [os.devnull, str(log), str(log)]
+    process = forkserver().Process(target=_main, args=(list(words), dict(env), streams))
+    process.daemon = True  # one that a failed test leaves ends with the tests
+    process.start()
+    return ForkedProcess(process)
+
+
+def _main(words: list[str], env: dict[str, str], streams: list[str]) -> None:
     os.environ.clear()
     os.environ.update(env)
-    for number, mode in enumerate("rww"):
-        with open(f"{folder}/{number}", mode) as file:
+    for number, mode in enumerate("raa"):
+        with open(streams[number], mode) as file:
             os.dup2(file.fileno(), number)
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

@@ -7,7 +7,6 @@ that the command line works is shown by those that do not.
 
 from __future__ import annotations
 
-import multiprocessing.process
 import os
 import runpy
 import signal
@@ -19,32 +18,7 @@ import pytest
 
 from mxn.train.run import launch, measure_start
 from mxn.train.run.job import DeviceSettings
-from support.forks import forkserver
-
-
-class ForkedProcess:
-    """What launchers use of `subprocess.Popen`."""
-
-    def __init__(self, process: multiprocessing.process.BaseProcess) -> None:
-        assert process.pid is not None
-        self._process, self.pid = process, process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout_s: float | None = None) -> int | None:
-        self._process.join(timeout_s)
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+from support.forks import ForkedProcess, forkserver
 
 
 def start_process(

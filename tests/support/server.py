@@ -1,4 +1,7 @@
-"""A real `mxn serve` process on a free loopback port, for tests from the outside."""
+"""A real `mxn serve` process on a free loopback port, for tests from the outside.
+
+It is forked from one that has the imports behind it, or started as a shell does (`is_real`).
+"""
 
 from __future__ import annotations
 
@@ -12,49 +15,61 @@ from pathlib import Path
 
 import httpx
 
+from support.forked_commands import start_mxn
+from support.forks import ForkedProcess
+
 START_LIMIT_S = 120.0
 
 
+Process = ForkedProcess | subprocess.Popen[bytes]
+
+
 @contextmanager
-def serving(model: Path, home: Path, *options: str, name: str = "tiny") -> Iterator[str]:
+def serving(
+    model: Path, home: Path, *options: str, name: str = "tiny", is_real: bool = False
+) -> Iterator[str]:
     """Serve `model` under `name`; yield the base URL when it is ready."""
-    command = [
-        sys.executable, "-m", "mxn.cli.main", "serve", str(model), "--name", name, "--port", "0",
-        "--threads", "1", *options,
-    ]  # fmt: skip
+    words = ["serve", str(model), "--name", name, "--port", "0", "--threads", "1", *options]
     log = home / "serve.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=os.environ | {"MXN_HOME": str(home)}
-        )
-    try:
+    with _started(words, {"MXN_HOME": str(home)}, log, is_real) as process:
         yield _wait_until_ready(process, log)
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @contextmanager
 def gateway_process(
-    home: Path, *options: str
-) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
+    home: Path, *options: str, is_real: bool = False
+) -> Iterator[tuple[str, Process, Path]]:
     """Run `mxn gateway`; yield its URL, its process and the file with all it says."""
     log = home / "gateway.log"
-    command = [sys.executable, "-m", "mxn.cli.main", "gateway", "--port", "0", *options]
-    environment = os.environ | {"MXN_HOME": str(home), "MXN_LOG": "debug"}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-    try:
+    environment = {"MXN_HOME": str(home), "MXN_LOG": "debug"}
+    words = ["gateway", "--port", "0", *options]
+    with _started(words, environment, log, is_real) as process:
         while (url := _announced(log)) is None:
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         yield url, process, log
-    finally:
+
+
+@contextmanager
+def _started(words: list[str], more: dict[str, str], log: Path, is_real: bool) -> Iterator[Process]:
+    """Run a command until the end of the block; it must end when it is told to."""
+    process = (_start_in_a_shell if is_real else start_mxn)(words, os.environ | more, log)
+    try:
+        yield process
         process.terminate()
-        process.wait(20)
+        process.wait(60)
+    finally:
+        process.kill()
 
 
-def _wait_until_ready(process: subprocess.Popen, log: Path) -> str:
+def _start_in_a_shell(words: list[str], env: dict[str, str], log: Path) -> Process:
+    """Start a command with all that Python does before and behind `main`."""
+    command = [sys.executable, "-m", "mxn.cli.main", *words]
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, env=env)
+
+
+def _wait_until_ready(process: Process, log: Path) -> str:
     deadline_s = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline_s:
         assert process.poll() is None, f"the server ended:\n{log.read_text()}"

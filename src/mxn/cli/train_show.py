@@ -28,6 +28,8 @@ def profile_lines(measured: Measured) -> Iterator[str]:
         groups = [g.name for g in measured.cluster.groups if g.chip == label]
         yield f"{label}  ({', '.join(groups)}; {profile.basis})"
         yield from _layer_table(profile)
+        if stopped := sum(reading.stopped for reading in profile.readings):
+            yield f"  left out {stopped} blocks of time in which a process stood still"
         yield f"  framework {format_bytes(profile.framework_bytes)} per process"
         for note in profile.notes:
             yield f"  note: {note}"

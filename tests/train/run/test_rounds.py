@@ -11,7 +11,7 @@ BLOCK, HEAD = ("block", 1, 1), ("head", 1, 1)
 
 
 def block(seconds: float) -> Block:
-    return Block(seconds, 2 * seconds, seconds, 0.1)
+    return Block(seconds, 2 * seconds, seconds, 0.1, 4 * seconds)
 
 
 def measured(*totals: float) -> Rounds:
@@ -51,12 +51,32 @@ def test_readings_are_of_all_rounds():
     assert second.noise == pytest.approx((2 - 1) / 2 / 1.5)
 
 
-@pytest.mark.parametrize("stopped", [Block(80.0, 2.0, 1.0, 0.1), Block(1.0, 2.0, 1.0, 80.0)])
-def test_a_block_with_a_stop_in_it_is_none_of_the_device(stopped):
+def stopped(seconds: float) -> Block:
+    """A block with a stop in its pass for gradients of inputs, which nothing else tells."""
+    return block(seconds)._replace(weight_s=0.0, each_s=100.0 * seconds)
+
+
+def test_a_block_with_a_stop_in_it_is_none_of_the_device():
+    rounds = Rounds({BLOCK: 10.0})
+    for blocks in (
+        (block(1.0), stopped(1.0), block(2.0)),
+        (block(2.0), stopped(2.0), stopped(2.0)),
+        (stopped(1.0),),  # a round of which nothing is left
+        (block(1.0), block(1.0), block(2.0)),
+    ):
+        rounds.begin()
+        rounds.add(BLOCK, blocks)
+    (reading,) = rounds.readings()
+    assert (reading.repeats, reading.stopped) == (6, 4)
+    assert reading.cost.forward_s == pytest.approx(1.5)
+    assert reading.cost.weight_s == pytest.approx(1.5)
+    assert reading.error == pytest.approx(0.1243, rel=1e-3)  # of 4.5, 6 and 4
+    assert not rounds.are_enough  # three rounds count
+
+
+def test_a_device_of_two_speeds_is_measured_at_both():
     rounds = Rounds({BLOCK: 10.0})
     rounds.begin()
-    rounds.add(BLOCK, (block(1.0), stopped, block(2.0)))
+    rounds.add(BLOCK, (block(1.0), block(1.0), block(3.0), block(3.0)))
     (reading,) = rounds.readings()
-    assert reading.repeats == 2
-    assert reading.cost.forward_s == pytest.approx(1.5)
-    assert reading.cost.optimizer_s == pytest.approx(0.1)
+    assert (reading.repeats, reading.stopped) == (4, 0)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mxn.train.plan.profile import LayerCost
 
 _FEWEST_BLOCKS = 3
-_STOPPED = 5.0  # times the median: no device is so much slower for a block
+_STOPPED = 5.0  # times the median: no device is so much slower for a while
 _MOST_REPEATS = 4
 
 
@@ -74,6 +74,7 @@ class Block(NamedTuple):
     backward_s: float
     weight_s: float  # of `backward_s`
     optimizer_s: float
+    each_s: float  # of a pass forward and backward with all that went on beside it
 
     @property
     def passes_s(self) -> float:
@@ -98,16 +99,15 @@ def time_chain(
     return tuple(blocks)
 
 
-def unstopped(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Leave out blocks in which the process stood still: a laptop slept, a machine was moved."""
-    spent_s = [block.passes_s + block.optimizer_s for block in blocks]
-    most_s = _STOPPED * statistics.median(spent_s)
-    return tuple(block for block, s in zip(blocks, spent_s, strict=True) if s <= most_s)
+def longest_s(blocks: Sequence[Block]) -> float:
+    """Return the `each_s` beyond which the process stood still in a block: a laptop slept, say."""
+    return _STOPPED * statistics.median(block.each_s for block in blocks)
 
 
 def cost_of(blocks: Sequence[Block], activation_bytes: float) -> LayerCost:
     """Return what a layer costs by its blocks."""
-    forward_s, backward_s, weight_s, optimizer_s = map(middle_mean, zip(*blocks, strict=True))
+    means = [middle_mean(values) for values in zip(*blocks, strict=True)]
+    forward_s, backward_s, weight_s, optimizer_s, _ = means
     return LayerCost(
         forward_s=forward_s, backward_s=backward_s, weight_s=min(weight_s, backward_s),
         optimizer_s=optimizer_s, activation_bytes=activation_bytes,
@@ -153,11 +153,13 @@ class _Runner:
             for phase, value in enumerate(self._passes()):
                 spent[phase] += value
             rounds += 1
+        spent_s = time.perf_counter() - started
         layers = rounds * self.chain.num_layers
         forward, backward, inputs, update = (value / layers for value in spent)
         # An embedding's gradient is not put off (`deferred.py`), so it has no second half.
         weight = max(0.0, backward - inputs) if self.chain.first_input is not None else 0.0
-        return Block(forward, backward, weight, update)
+        pairs = layers * self.depth * (self.repeats + (self.chain.first_input is not None))
+        return Block(forward, backward, weight, update, spent_s / pairs)
 
     def _passes(self) -> tuple[float, float, float, float]:
         """Run passes forward and backward, one for inputs alone, an update; return their means."""

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mxn.train.run.layer_times import Block, cost_of, spread, unstopped
+from mxn.train.run.layer_times import Block, cost_of, longest_s, spread
 from mxn.train.run.stored import Reading
 
 SURE = 0.01
@@ -34,28 +34,44 @@ class Rounds:
         self._rounds.append({})
 
     def add(self, case: Case, blocks: tuple[Block, ...]) -> None:
-        """Take the blocks of a case in this round, but those with a stop in them."""
-        self._rounds[-1][case] = unstopped(blocks)
+        """Take the blocks of a case in this round."""
+        self._rounds[-1][case] = blocks
 
     @property
     def are_enough(self) -> bool:
         """Return whether the time of all cases together is known to `SURE`."""
-        totals = [sum(map(_passes_s, found.values())) for found in self._rounds]
-        if not any(totals):
+        found = [self._means(case) for case in self._cases()]
+        if not found:
             return True  # nothing here was wide enough to be measured
+        totals = [sum(filter(None, means)) for means in zip(*found, strict=True) if all(means)]
         return len(totals) >= _FEWEST and _error(totals) <= SURE
 
     def readings(self) -> tuple[Reading, ...]:
         """Return what each case costs, by the blocks of all rounds."""
-        return tuple(self._reading(case) for case in (self._rounds[0] if self._rounds else ()))
+        return tuple(map(self._reading, self._cases()))
+
+    def _cases(self) -> tuple[Case, ...]:
+        return tuple(self._rounds[0]) if self._rounds else ()
+
+    def _blocks(self, case: Case) -> list[list[Block]]:
+        """Return the blocks of a case by round, without those in which the process stood still."""
+        most_s = longest_s([block for found in self._rounds for block in found[case]])
+        return [
+            [block for block in found[case] if block.each_s <= most_s] for found in self._rounds
+        ]
+
+    def _means(self, case: Case) -> list[float | None]:
+        """Return the mean of each round, None for one that stood still all the time."""
+        return [_passes_s(blocks) if blocks else None for blocks in self._blocks(case)]
 
     def _reading(self, case: Case) -> Reading:
         kind, micro_batch, tp = case
-        blocks = [block for found in self._rounds for block in found[case]]
-        means = [_passes_s(found[case]) for found in self._rounds]
+        blocks = [block for of_round in self._blocks(case) for block in of_round]
+        means = [mean for mean in self._means(case) if mean is not None]
         return Reading(
             kind=kind, micro_batch=micro_batch, tp=tp, cost=cost_of(blocks, self.kept[case]),
             noise=spread([block.passes_s for block in blocks]), repeats=len(blocks),
+            stopped=sum(len(found[case]) for found in self._rounds) - len(blocks),
             error=_error(means) if len(means) > 1 else None,
         )  # fmt: skip
 

@@ -29,7 +29,8 @@ class Reading:
 
     `noise` is the half-width of the middle half of the repeats, as a share of the median, of
     forward and backward together; `error` the standard error of their mean over rounds, as a share
-    of it, None where there was one round.
+    of it, None where there was one round; `stopped` the number of repeats that were left out
+    because the process stood still in them.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Reading:
     noise: float
     repeats: int
     error: float | None = None
+    stopped: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
