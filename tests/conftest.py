@@ -20,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _home = Path(os.environ.get("MXN_HOME", "~/.mxn")).expanduser()
 os.environ.setdefault("MXN_BUILD_DIR", str(_home / "build"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Each new home would measure all kernels at its first load, for seconds. Tests of that turn it on.
+os.environ.setdefault("MXN_KERNEL_TUNING", "off")
 # A shell's background job ignores ctrl-c and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

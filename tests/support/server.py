@@ -63,10 +63,11 @@ def _started(words: list[str], more: dict[str, str], log: Path, is_real: bool) -
 
 
 def _start_in_a_shell(words: list[str], env: dict[str, str], log: Path) -> Process:
-    """Start a command with all that Python does before and behind `main`."""
+    """Start a command as users do, with all that Python does before and behind `main`."""
     command = [sys.executable, "-m", "mxn.cli.main", *words]
     with log.open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, env=env)
+        tuned = env | {"MXN_KERNEL_TUNING": "on"}
+        return subprocess.Popen(command, stdout=out, stderr=out, env=tuned)
 
 
 def _wait_until_ready(process: Process, log: Path) -> str:

@@ -64,6 +64,11 @@ def wait_for_step(job: Job, step: int, ranks: LocalRanks) -> None:
         time.sleep(0.02)
 
 
+def stored(job: Job) -> list[int]:
+    """Return the steps that whole checkpoints are of."""
+    return [int(folder.name[-8:]) for folder in Path(job.checkpoint.folder).glob("step-????????")]
+
+
 @pytest.mark.parametrize(("stall_s", "waits_s"), [(600.0, 600.0), (0.5, 60.0)])
 def test_ranks_wait_for_each_other_as_long_as_for_a_step(tmp_path, monkeypatch, stall_s, waits_s):
     """Their quotas hold from the first import on: with a small one that takes minutes."""
@@ -116,11 +121,12 @@ def test_a_divided_optimizer_is_saved_and_restored(tmp_path, forked):
     ranks = launch(launching_of(cut, plan))
     try:
         wait_for_step(cut, 3, ranks)
+        while not stored(cut):  # written beside the steps
+            assert not ranks.deaths(), ranks.tail(ranks.deaths()[0].rank)
+            time.sleep(0.02)
     finally:
         ranks.kill()
-    done = max(
-        int(folder.name[-8:]) for folder in Path(cut.checkpoint.folder).glob("step-????????")
-    )
+    done = max(stored(cut))
     assert done in (3, 6)
     one = plan_of((8, [[(0, 6)]]))  # under another plan: what was saved does not depend on it
     to_end(cut, one, launch=1, resume_step=done)
