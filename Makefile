@@ -7,9 +7,9 @@ BIN    := $(VENV)/bin
 PIP_ARGS ?=
 PORT   ?= 8000
 TESTS  ?= tests
-# Each has a third of the tests in a row and takes over from the others at the end, so that what a
-# file sets up is set up once. Three on two cores: a third of the time tests wait for something.
-WORKERS ?= 3
+# Each has half of the tests in a row and takes over from the other at the end, so that what a file
+# sets up is set up once.
+WORKERS ?= 2
 
 .PHONY: up install dev test test-all test-sim check fix bench docs clean
 

@@ -31,7 +31,7 @@ def serving(
     """Serve `model` under `name`; yield the base URL when it is ready."""
     words = ["serve", str(model), "--name", name, "--port", "0", "--threads", "1", *options]
     log = home / "serve.log"
-    with _started(words, {"MXN_HOME": str(home)}, log, is_real) as process:
+    with _started(words, {"MXN_HOME": str(home)}, log, is_real, 60) as process:
         yield _wait_until_ready(process, log)
 
 
@@ -43,7 +43,7 @@ def gateway_process(
     log = home / "gateway.log"
     environment = {"MXN_HOME": str(home), "MXN_LOG": "debug"}
     words = ["gateway", "--port", "0", *options]
-    with _started(words, environment, log, is_real) as process:
+    with _started(words, environment, log, is_real, 20) as process:
         while (url := _announced(log)) is None:
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
@@ -51,13 +51,15 @@ def gateway_process(
 
 
 @contextmanager
-def _started(words: list[str], more: dict[str, str], log: Path, is_real: bool) -> Iterator[Process]:
+def _started(
+    words: list[str], more: dict[str, str], log: Path, is_real: bool, end_limit_s: float
+) -> Iterator[Process]:
     """Run a command until the end of the block; it must end when it is told to."""
     process = (_start_in_a_shell if is_real else start_mxn)(words, os.environ | more, log)
     try:
         yield process
         process.terminate()
-        process.wait(60)
+        process.wait(end_limit_s)
     finally:
         process.kill()
 
